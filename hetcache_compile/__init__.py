@@ -1,0 +1,53 @@
+"""Token-partitioned caching for diffusion transformers, as a compiler pass.
+
+    import hetcache_compile as hetcache
+
+    pipe.transformer = torch.compile(pipe.transformer, backend=hetcache.hetcache_backend)
+    plan = hetcache.plan_for(pipe, mask=mask, height=480, width=832, num_frames=81)
+    with hetcache.session(plan) as session:
+        frames = pipe(...).frames
+"""
+
+from .backend import hetcache_backend
+from .errors import (
+    GridMismatchError,
+    HetCacheError,
+    InputFileError,
+    MaskError,
+    NonFiniteError,
+    PlanError,
+    PlanFileError,
+    Refusal,
+    SessionError,
+    UnsupportedGraphError,
+)
+from .forms import Forms, rewrite
+from .partition import TokenKind
+from .plan import Plan, plan_for
+from .schedule import PRESETS, StepKind
+from .session import Session, session
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Forms",
+    "GridMismatchError",
+    "HetCacheError",
+    "InputFileError",
+    "MaskError",
+    "NonFiniteError",
+    "Plan",
+    "PlanError",
+    "PlanFileError",
+    "Refusal",
+    "Session",
+    "SessionError",
+    "StepKind",
+    "TokenKind",
+    "UnsupportedGraphError",
+    "hetcache_backend",
+    "plan_for",
+    "rewrite",
+    "session",
+]

@@ -1,0 +1,206 @@
+"""`torch.compile(model, backend=hetcache_backend)`: the plain model outside a session, the plan's forms inside.
+
+Capture, analysis, forms and compilation all wait for the first call that needs them, and are kept: by input
+shapes, by grid, and by budgets. A new mask with the same budgets compiles nothing.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .capture import Program, capture
+from .errors import NonFiniteError, UnsupportedGraphError
+from .passes.analyse import Analysis, analyse
+from .passes.buffers import write_in_place
+from .passes.forms import FORMS, Budgets, Form
+from .plan import Plan
+from .schedule import StepKind
+from .session import Branch, Session, current_session
+from .timing import Stopwatch
+
+Compiled = Callable[..., Any]
+OPTIONS = ("inner", "inner_options", "token_inputs")
+
+
+def hetcache_backend(
+    graph: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """The torch.compile backend; also registered as `"hetcache"`.
+
+    Args:
+        graph: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        options: of `torch.compile`. `inner`: the backend that compiles each form, a name or a callable
+            (default `"inductor"`). `inner_options`: passed on to it. `token_inputs`: `{name: dim}` of inputs that
+            hold packed tokens.
+
+    Outside a session the compiled model is what `inner` makes of the graph. Inside one, a graph that cannot be
+    rewritten runs like that too, after one warning with the reasons. A session is for inference: its outputs
+    carry no gradient.
+    """
+    options = dict(options or {})
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise ValueError(f"unknown options {unknown}: hetcache_backend takes {', '.join(OPTIONS)}")
+    inner = inner_backend(options.get("inner", "inductor"), options.get("inner_options"))
+    compiled = CompiledGraph(graph, inner, options.get("token_inputs"))
+    if current_session() is None:
+        compiled.plain = inner(graph, list(example_inputs))
+    return compiled
+
+
+def inner_backend(inner: str | Compiled, options: Mapping[str, Any] | None) -> Compiled:
+    """The function `(graph, inputs) -> callable` that compiles forms."""
+    if callable(inner):
+        compile_graph: Compiled = inner
+    elif inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return lambda graph, inputs: compile_fx(graph, inputs, config_patches=dict(options or {}))
+    else:
+        compile_graph = torch._dynamo.lookup_backend(inner)  # type: ignore[assignment]
+    if options:
+        return lambda graph, inputs: compile_graph(graph, inputs, options=dict(options))
+    return compile_graph
+
+
+@dataclass
+class Specialised:
+    """A graph for one set of input shapes: its program, and what was made from it so far."""
+
+    program: Program
+    analyses: dict[Hashable, Analysis] = field(default_factory=dict)
+    forms: dict[tuple[Hashable, Budgets, str], tuple[Form, Compiled]] = field(default_factory=dict)
+
+
+class CompiledGraph:
+    """What Dynamo calls in place of the graph it captured."""
+
+    def __init__(self, graph: GraphModule, inner: Compiled, token_inputs: Mapping[str, int] | None) -> None:
+        self.graph, self.inner, self.token_inputs = graph, inner, token_inputs
+        self.plain: Compiled | None = None
+        self._specialised: dict[Hashable, Specialised] = {}
+        self._refused: set[Hashable] = set()
+
+    def __call__(self, *inputs: Any) -> Any:
+        session = current_session()
+        if session is None or (signature_of(inputs), session.plan.grid) in self._refused:
+            return self.run_plain(inputs)
+        with torch.no_grad():
+            try:
+                return self.run_step(session, inputs)
+            except UnsupportedGraphError as error:
+                warnings.warn(f"hetcache runs this graph unchanged, because {error}", stacklevel=2)
+                self._refused.add((signature_of(inputs), session.plan.grid))
+        return self.run_plain(inputs)
+
+    def run_plain(self, inputs: Sequence[Any]) -> Any:
+        """The graph as Dynamo captured it, compiled by `inner`."""
+        if self.plain is None:
+            self.plain = self.inner(self.graph, list(inputs))
+        return self.plain(*inputs)
+
+    def run_step(self, session: Session, inputs: Sequence[Any]) -> Any:
+        """One call inside a session: choose the form, make it if need be, run it on the branch's buffers."""
+        start = time.perf_counter()
+        known = self.specialise(inputs)
+        analysis = self.analyse(known, session.plan)
+        by_name = dict(zip(known.program.inputs, inputs, strict=True))
+        latents = [by_name[name] for name in analysis.token_sources if name in by_name]
+        conditions = [t for t in inputs if is_condition(t) and not any(t is latent for latent in latents)]
+        # Dynamo may run one graph for two modules of the same structure (two experts): weights tell them apart.
+        weights = next((t for t in inputs if isinstance(t, torch.nn.Parameter)), None)
+        cache_key = (id(self), id(weights), signature_of(inputs))
+        kind, branch = session.next_step(cache_key, latents, conditions)
+        if kind is StepKind.FULL and session.check_finite:
+            check_finite(latents, branch.step)
+        form, run = self.form(known, analysis, session.plan, kind, inputs)
+        buffers = buffers_for(form, branch, cache_key, device_of(inputs))
+        compile_seconds = time.perf_counter() - start
+        # While a FULL step writes the buffers they hold no valid cache: an error must not leave half of one.
+        if kind is StepKind.FULL:
+            branch.filled.discard(cache_key)
+        watch = Stopwatch(device_of(inputs))
+        indices = [session.index(name, device_of(inputs)) for name in form.indices]
+        results = run(*known.program.flat_inputs(inputs, {}), *indices, *buffers)
+        branch.filled.add(cache_key)
+        branch.step += 1
+        session.count(kind, watch.stop(), compile_seconds)
+        return results
+
+    def specialise(self, inputs: Sequence[Any]) -> Specialised:
+        """The program for inputs of these shapes."""
+        key = signature_of(inputs)
+        if key not in self._specialised:
+            self._specialised[key] = Specialised(capture(self.graph, tuple(inputs), {}))
+        return self._specialised[key]
+
+    def analyse(self, known: Specialised, plan: Plan) -> Analysis:
+        """The analysis for the plan's grid."""
+        if plan.grid not in known.analyses:
+            known.analyses[plan.grid] = analyse(known.program.module, plan.grid, self.token_inputs)
+        return known.analyses[plan.grid]
+
+    def form(
+        self, known: Specialised, analysis: Analysis, plan: Plan, kind: StepKind, inputs: Sequence[Any]
+    ) -> tuple[Form, Compiled]:
+        """The compiled form for these budgets, with its cache in place."""
+        key = (plan.grid, plan.budgets, kind.form)
+        if key not in known.forms:
+            form = write_in_place(FORMS[kind.form](known.program.module, analysis, plan.budgets))
+            device = device_of(inputs)
+            indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
+            buffers = [torch.empty(e.shape, dtype=e.dtype, device=device) for e in form.reads]
+            sample = [*known.program.flat_inputs(inputs, {}), *indices, *buffers]
+            known.forms[key] = form, self.inner(form.module, sample)
+        return known.forms[key]
+
+
+def buffers_for(
+    form: Form, branch: Branch, cache_key: Hashable, device: torch.device
+) -> list[torch.Tensor]:
+    """The branch's cache buffers that a form reads or writes; allocated once for a branch."""
+    buffers = branch.buffers.setdefault(cache_key, {})
+    for entry in form.reads:
+        if entry.input_name not in buffers:
+            buffers[entry.input_name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+    return [buffers[entry.input_name] for entry in form.reads]
+
+
+def check_finite(latents: Sequence[torch.Tensor], step: int) -> None:
+    """Raise `NonFiniteError` if any of the latents holds NaN or infinity."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in latents):
+        raise NonFiniteError(
+            f"the latents of step {step} hold NaN or infinity: look at the step before, or at the model's dtype"
+        )
+
+
+def signature_of(inputs: Sequence[Any]) -> Hashable:
+    """What makes a graph static: shapes, types and devices of tensors, values of anything else."""
+    return tuple(
+        (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+        for value in inputs
+    )
+
+
+def is_condition(value: Any) -> bool:
+    """A tensor of at least three dims that is no weight: text states, control latents, image states."""
+    return isinstance(value, torch.Tensor) and value.ndim >= 3 and not is_weight(value)
+
+
+def is_weight(value: torch.Tensor) -> bool:
+    """Parameters, and buffers that Dynamo lifted (which look like any tensor, but never change)."""
+    return isinstance(value, torch.nn.Parameter)
+
+
+def device_of(inputs: Sequence[Any]) -> torch.device:
+    """The device of the graph: the first that is not the CPU, if any."""
+    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), devices[0])

@@ -1,0 +1,93 @@
+"""From a model, or a graph that Dynamo captured, to one functional ATen graph with explicit inputs.
+
+Composite operators (linear, norms, attention) stay whole: the passes read a graph of a model, not of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from .passes.normalise import normalise
+from .passes.refusal import Refusal, UnsupportedGraphError
+
+
+@dataclass(frozen=True)
+class Program:
+    """A normalised graph and what its placeholders stand for.
+
+    Attributes:
+        module: takes one value for each placeholder, returns a flat tuple.
+        state: parameter, buffer or constant behind a placeholder, by placeholder name.
+        inputs: names of the other placeholders, in the order of the flattened `(args, kwargs)`.
+        in_spec: tree of `(args, kwargs)`.
+        out_spec: tree of the model's own output.
+    """
+
+    module: GraphModule
+    state: Mapping[str, torch.Tensor]
+    inputs: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+
+    def flat_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """One value for each placeholder, in order.
+
+        Raises:
+            TypeError: the call has other arguments than the captured one.
+        """
+        # The order of keywords does not matter in Python; it does in a tree.
+        order = self.in_spec.child(1).context
+        if set(kwargs) == set(order):
+            kwargs = {name: kwargs[name] for name in order}
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if spec != self.in_spec:
+            raise TypeError(f"the forms were made for arguments {self.in_spec}, but were called with {spec}")
+        by_name = dict(zip(self.inputs, leaves, strict=True))
+        names = (node.name for node in self.module.graph.nodes if node.op == "placeholder")
+        return [self.state[name] if name in self.state else by_name[name] for name in names]
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+    """Capture one call of `model` with static shapes.
+
+    Raises:
+        UnsupportedGraphError: the call cannot be captured, or it changes a buffer.
+    """
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            exported = exported.run_decompositions({})
+    except Exception as error:
+        reason = f"torch.export cannot capture it: {type(error).__name__}: {error}"
+        raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
+    signature = exported.graph_signature
+    changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    if changed:
+        raise UnsupportedGraphError([Refusal(f"the call changes its own state: {', '.join(map(str, changed))}")])
+    state: dict[str, torch.Tensor] = {}
+    inputs: list[str] = []
+    for spec in signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(spec.arg.name)
+        elif spec.target in exported.state_dict:
+            state[spec.arg.name] = exported.state_dict[spec.target]
+        else:
+            assert spec.target is not None
+            state[spec.arg.name] = exported.constants[spec.target]
+    assert exported.call_spec.out_spec is not None
+    assert exported.call_spec.in_spec is not None
+    return Program(
+        normalise(exported.graph_module),
+        state,
+        tuple(inputs),
+        exported.call_spec.in_spec,
+        exported.call_spec.out_spec,
+    )

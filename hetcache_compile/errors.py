@@ -1,0 +1,47 @@
+"""Every error that a caller may want to catch. All of them say what was wrong and what to do."""
+
+from __future__ import annotations
+
+from .passes.analyse import GridMismatchError
+from .passes.refusal import Refusal, UnsupportedGraphError
+
+__all__ = [
+    "GridMismatchError",
+    "HetCacheError",
+    "InputFileError",
+    "MaskError",
+    "NonFiniteError",
+    "PlanError",
+    "PlanFileError",
+    "Refusal",
+    "SessionError",
+    "UnsupportedGraphError",
+]
+
+
+class HetCacheError(Exception):
+    """Base of this package's own errors."""
+
+
+class PlanError(HetCacheError, ValueError):
+    """A plan cannot be made from these arguments."""
+
+
+class MaskError(PlanError):
+    """The mask has the wrong shape, is empty, or holds values that are no mask."""
+
+
+class PlanFileError(HetCacheError, ValueError):
+    """The file is no plan, is cut short, or was written by another version."""
+
+
+class SessionError(HetCacheError, RuntimeError):
+    """The calls inside a session do not fit its plan."""
+
+
+class NonFiniteError(HetCacheError, ArithmeticError):
+    """The latents hold NaN or infinity; a cache made from them would spoil every later step."""
+
+
+class InputFileError(HetCacheError, ValueError):
+    """A video, mask or model folder cannot be read."""

@@ -1,0 +1,108 @@
+"""`rewrite`: the functional heart. A model and a plan in, forms with an explicit cache out, no hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .capture import Program, capture
+from .errors import SessionError
+from .passes.analyse import Analysis, analyse
+from .passes.forms import FORMS, CacheEntry, Form
+from .plan import Plan
+
+Cache = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of one model for one plan. Call `full`, `partial` and `reuse` like the model.
+
+    `full(*args, **kwargs)` returns `(output, cache)`; the others take the cache first and return the next one.
+    A cache is a dict from `CacheEntry.input_name` to tensor; forms never change one in place. Other plans with
+    the same budgets can use the same forms: pass their indices with `for_plan`.
+    """
+
+    program: Program
+    analysis: Analysis
+    plan: Plan
+    by_kind: Mapping[str, Form]
+
+    @property
+    def cache_entries(self) -> tuple[CacheEntry, ...]:
+        """What the cache holds, in order."""
+        return self.by_kind["full"].writes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of one cache: one branch of guidance, all layers."""
+        return sum(entry.num_bytes for entry in self.cache_entries)
+
+    def for_plan(self, plan: Plan) -> Forms:
+        """The same forms for another mask with the same grid and budgets."""
+        if (plan.grid, plan.budgets) != (self.plan.grid, self.plan.budgets):
+            raise SessionError(
+                f"these forms are for grid {self.plan.grid} and {self.plan.budgets}, "
+                f"the plan has {plan.grid} and {plan.budgets}"
+            )
+        return Forms(self.program, self.analysis, plan, self.by_kind)
+
+    def full(self, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
+        """The plain model, and a fresh cache."""
+        return self.run("full", {}, args, kwargs)
+
+    def partial(self, cache: Cache, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
+        """Compute the active tokens only; the rest comes from `cache`."""
+        return self.run("partial", cache, args, kwargs)
+
+    def reuse(self, cache: Cache, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
+        """Compute no token: the output of the last computed step."""
+        return self.run("reuse", cache, args, kwargs)
+
+    def run(
+        self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Cache]:
+        """Run the form `kind`."""
+        form = self.by_kind[kind]
+        inputs = self.program.flat_inputs(args, kwargs)
+        device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+        indices = [torch.as_tensor(getattr(self.plan, name), device=device) for name in form.indices]
+        missing = [entry.input_name for entry in form.reads if entry.input_name not in cache]
+        if missing:
+            raise SessionError(f"the cache lacks {', '.join(missing)}: pass what a full step returned")
+        results = form.module(*inputs, *indices, *(cache[entry.input_name] for entry in form.reads))
+        num_outputs = len(results) - len(form.writes)
+        written = {e.input_name: t for e, t in zip(form.writes, results[num_outputs:], strict=True)}
+        return pytree.tree_unflatten(results[:num_outputs], self.program.out_spec), {**cache, **written}
+
+
+def rewrite(
+    model: nn.Module,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    token_inputs: Mapping[str, int] | None = None,
+) -> Forms:
+    """Rewrite one call of `model` into its full, partial and reuse forms.
+
+    Args:
+        model: any module; it is not changed, and the forms share its weights.
+        plan: grid, indices and budgets.
+        args: positional arguments of a sample call; shapes and Python values become static.
+        kwargs: keyword arguments of it.
+        token_inputs: tensor inputs that hold packed tokens already, with the dim of their token axis.
+
+    Raises:
+        UnsupportedGraphError: with every reason why the graph cannot be rewritten.
+        GridMismatchError: the plan is for another grid.
+    """
+    program = capture(model, args, kwargs or {})
+    analysis = analyse(program.module, plan.grid, token_inputs)
+    by_kind = {kind: write(program.module, analysis, plan.budgets) for kind, write in FORMS.items()}
+    return Forms(program, analysis, plan, by_kind)

@@ -1,0 +1,306 @@
+"""The plan: partition, budgets and step schedule, made before the first step and saved as one file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save_file
+
+from .errors import MaskError, PlanError, PlanFileError
+from .partition import Grid, TokenKind, check_grid, choose_active, choose_context, classify, to_token_grid
+from .passes.forms import Budgets
+from .schedule import Schedule, StepKind, make_schedule, time_distances
+
+FORMAT, SCHEMA_VERSION = "hetplan", 1
+ARRAYS = ("active_index", "context_index", "token_kind", "steps", "timesteps", "distances")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What every step of an edit computes.
+
+    Attributes:
+        grid: token grid (T', H', W'); N = T'·H'·W'.
+        active_index: int64 `[M]`, sorted; the tokens a PARTIAL step computes.
+        context_index: int64 `[C]`, sorted; the tokens whose cached K/V it reads. Disjoint from `active_index`.
+        token_kind: uint8 `[N]` of `TokenKind`.
+        steps: one `StepKind` for each model step.
+        timesteps: float64 `[S]`, the scheduler's, or empty if the plan was made without one.
+        distances: float64 `[S]` of `time_distances`, or empty.
+        schedule: how `steps` was asked for.
+    """
+
+    grid: Grid
+    active_index: NDArray[np.int64]
+    context_index: NDArray[np.int64]
+    token_kind: NDArray[np.uint8]
+    steps: tuple[StepKind, ...]
+    timesteps: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    distances: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    schedule: str = "list"
+
+    def __post_init__(self) -> None:
+        check_grid(self.grid)
+        active, context = self.active_index, self.context_index
+        both = np.concatenate([active, context])
+        if active.size < 1:
+            raise PlanError("a plan needs at least one active token")
+        if both.min() < 0 or both.max() >= self.num_tokens or np.unique(both).size != both.size:
+            raise PlanError(f"token indices must be distinct and lie between 0 and {self.num_tokens - 1}")
+        if (np.diff(active) < 0).any() or (np.diff(context) < 0).any():
+            raise PlanError("token indices must be sorted")
+        if self.token_kind.shape != (self.num_tokens,) or self.token_kind.max() > max(TokenKind):
+            raise PlanError(f"token_kind must hold a kind for each of the {self.num_tokens} tokens")
+        if not self.steps or self.steps[0] is not StepKind.FULL:
+            raise PlanError("a plan needs at least one step, and its first step must be FULL")
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return prod(self.grid)
+
+    @property
+    def num_active(self) -> int:
+        """M."""
+        return int(self.active_index.size)
+
+    @property
+    def num_context(self) -> int:
+        """C."""
+        return int(self.context_index.size)
+
+    @property
+    def budgets(self) -> Budgets:
+        """M and C: plans that share them share their compiled forms."""
+        return Budgets(self.num_active, self.num_context)
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Any,
+        grid: tuple[int, int, int],
+        *,
+        num_inference_steps: int = 50,
+        schedule: Schedule = "balanced",
+        margin: float = 2.0,
+        margin_ratio: float = 1.0,
+        context_ratio: float = 0.05,
+        cached_ratio: float = 1.0,
+        multiple: int = 32,
+        temporal_factor: int = 4,
+        temporal_patch: int = 1,
+        reference_frames: int = 0,
+    ) -> Plan:
+        """A plan from a mask in pixels or on the token grid.
+
+        Args:
+            mask: bool or float `[T, H, W]`; see `partition.to_token_grid` for the layout of frames.
+            grid: token grid (T', H', W'), with reference frames in front.
+            num_inference_steps: number of model steps.
+            schedule: see `schedule.make_schedule`.
+            margin: how far from the mask the margin reaches, in tokens.
+            margin_ratio: share of the margin that PARTIAL steps compute, nearest first.
+            context_ratio: share of the context that they compute too, spread evenly.
+            cached_ratio: share of the remaining tokens whose K/V they read, nearest first. 1 is exact.
+            multiple: M is rounded up to a multiple of it (GPUs like full tiles; equal M shares compiled forms).
+            temporal_factor: pixel frames per latent frame after the first.
+            temporal_patch: latent frames per token frame.
+            reference_frames: latent frames of reference images, in front.
+
+        Raises:
+            MaskError: the mask is empty or does not fit the grid.
+            PlanError: an argument is out of range.
+        """
+        grid = check_grid(grid)
+        generative = to_token_grid(
+            mask,
+            grid,
+            temporal_factor=temporal_factor,
+            temporal_patch=temporal_patch,
+            reference_frames=reference_frames,
+        )
+        kind, distance = classify(generative, margin)
+        active = choose_active(
+            kind, distance, margin_ratio=margin_ratio, context_ratio=context_ratio, multiple=multiple
+        )
+        context = choose_context(active, distance, cached_ratio=cached_ratio)
+        steps = make_schedule(schedule, num_inference_steps)
+        return cls(grid, active, context, kind, steps, schedule=_schedule_name(schedule))
+
+    @classmethod
+    def from_token_mask(
+        cls,
+        active: Any,
+        grid: tuple[int, int, int],
+        *,
+        num_inference_steps: int = 50,
+        schedule: Schedule = "balanced",
+    ) -> Plan:
+        """A plan in which exactly the tokens `active` (bool `[N]`) are active and all others are context.
+
+        For tests and research. Active tokens count as generative.
+
+        Raises:
+            MaskError: another shape or type, or no token is active.
+        """
+        grid = check_grid(grid)
+        array = np.asarray(active)
+        if array.shape != (prod(grid),) or array.dtype != np.bool_:
+            raise MaskError(f"active must be bool [{prod(grid)}], got {array.dtype} {array.shape}")
+        if not array.any():
+            raise MaskError("the mask is empty: there is nothing to generate")
+        kind = np.where(array, TokenKind.GENERATIVE, TokenKind.CONTEXT).astype(np.uint8)
+        steps = make_schedule(schedule, num_inference_steps)
+        indices = np.flatnonzero(array), np.flatnonzero(~array)
+        return cls(grid, *indices, kind, steps, schedule=_schedule_name(schedule))
+
+    def with_schedule(self, schedule: Schedule) -> Plan:
+        """The same partition with other step kinds."""
+        steps = make_schedule(schedule, len(self.steps), self.distances if self.distances.size else None)
+        return replace(self, steps=steps, schedule=_schedule_name(schedule))
+
+    def tokens_of(self, kind: TokenKind) -> NDArray[np.bool_]:
+        """Bool `[T', H', W']`: the tokens of one kind."""
+        return np.asarray(self.token_kind == kind).reshape(self.grid)
+
+    def describe(self) -> str:
+        """The plan in two lines."""
+        counts = {kind: int((self.token_kind == kind).sum()) for kind in TokenKind}
+        tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
+        share = self.num_active / self.num_tokens
+        return (
+            f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
+            f"C = {self.num_context} cached\n"
+            f"{len(self.steps)} steps ({self.schedule}): {''.join(kind.letter for kind in self.steps)}"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as one safetensors file with a JSON header, atomically."""
+        header = {"grid": list(self.grid), "schedule": self.schedule}
+        arrays = {
+            name: torch.from_numpy(np.array([int(s) for s in self.steps], dtype=np.uint8))
+            if name == "steps"
+            else torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
+            for name in ARRAYS
+        }
+        metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "plan": json.dumps(header)}
+        atomically(Path(path), lambda temporary: save_file(arrays, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanFileError: the file is missing, cut short, no plan, or of another schema version.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise PlanFileError(f"{path} is a safetensors file but not a plan")
+                if metadata.get("schema_version") != str(SCHEMA_VERSION):
+                    raise PlanFileError(
+                        f"{path} has plan schema {metadata.get('schema_version')}, this version reads "
+                        f"{SCHEMA_VERSION}: make the plan anew"
+                    )
+                header = json.loads(metadata["plan"])
+                arrays = {name: file.get_tensor(name).numpy() for name in ARRAYS}
+            steps = tuple(StepKind(int(step)) for step in arrays.pop("steps"))
+            return cls(grid=tuple(header["grid"]), steps=steps, schedule=str(header["schedule"]), **arrays)
+        except PlanFileError:
+            raise
+        except FileNotFoundError as error:
+            raise PlanFileError(f"no plan at {path}") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise PlanFileError(f"{path} cannot be read as a plan: {error}") from error
+
+
+def plan_for(
+    pipe: Any,
+    *,
+    mask: Any,
+    height: int,
+    width: int,
+    num_frames: int,
+    num_inference_steps: int = 50,
+    num_reference_images: int = 0,
+    schedule: Schedule = "balanced",
+    **partition: Any,
+) -> Plan:
+    """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
+
+    Args:
+        pipe: a pipeline with `vae_scale_factor_temporal`, `vae_scale_factor_spatial`, `scheduler` and
+            `transformer` (whose config has `patch_size`); it is not changed.
+        mask: `[num_frames, height, width]` in pixels, or on the token grid.
+        height: of the video, in pixels.
+        width: of the video, in pixels.
+        num_frames: of the video, rounded like the pipeline does.
+        num_inference_steps: as passed to the pipeline.
+        num_reference_images: how many reference images the call has.
+        schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
+        partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple` of `Plan.from_mask`.
+
+    Raises:
+        PlanError: the size is no multiple of what the model needs, or the pipeline lacks a part.
+    """
+    model = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    if model is None or not hasattr(pipe, "vae_scale_factor_temporal"):
+        raise PlanError(f"{type(pipe).__name__} is no video pipeline with a transformer")
+    model = getattr(model, "_orig_mod", model)
+    patch_t, patch_h, patch_w = model.config.patch_size
+    temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    if height % (spatial * patch_h) or width % (spatial * patch_w):
+        raise PlanError(
+            f"height and width must be multiples of {spatial * patch_h} and {spatial * patch_w}, "
+            f"got {height} and {width}"
+        )
+    latent_frames = num_reference_images + max(num_frames - 1, 0) // temporal + 1
+    if latent_frames % patch_t:
+        raise PlanError(f"{latent_frames} latent frames are no multiple of the patch size {patch_t}")
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    distances = time_distances(model, scheduler.timesteps)
+    steps = make_schedule(schedule, len(scheduler.timesteps), distances)
+    plan = Plan.from_mask(
+        mask,
+        (latent_frames // patch_t, height // (spatial * patch_h), width // (spatial * patch_w)),
+        num_inference_steps=len(steps),
+        schedule=steps,
+        temporal_factor=temporal,
+        temporal_patch=patch_t,
+        reference_frames=num_reference_images,
+        **partition,
+    )
+    timesteps = scheduler.timesteps.double().cpu().numpy()
+    return replace(plan, timesteps=timesteps, distances=distances, schedule=_schedule_name(schedule))
+
+
+def atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: nobody sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(descriptor)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _schedule_name(schedule: Schedule) -> str:
+    return schedule if isinstance(schedule, str) else "list"

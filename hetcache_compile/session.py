@@ -1,0 +1,222 @@
+"""A session: one plan at work. It decides which step a call is, and owns the caches.
+
+A *branch* is one sequence of calls that shares a cache: `cond` and `uncond` of classifier-free guidance, for each
+expert of a two-expert pipeline. Branches come from diffusers' `cache_context` names, or from `session.branch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from .errors import SessionError
+from .plan import Plan
+from .schedule import StepKind
+from .timing import Stopwatch
+
+_SESSION: ContextVar[Session | None] = ContextVar("hetcache_session", default=None)
+_BRANCH: ContextVar[str | None] = ContextVar("hetcache_branch", default=None)
+
+
+def current_session() -> Session | None:
+    """The session that is open in this thread or task, if any."""
+    return _SESSION.get()
+
+
+@dataclass
+class Stats:
+    """What a session has run so far."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    """Model calls by step kind; guidance in two calls counts two."""
+    watches: defaultdict[str, list[Stopwatch]] = field(default_factory=lambda: defaultdict(list))
+    """The time of each call by step kind, compilation not included."""
+    compile_seconds: float = 0.0
+    """Seconds spent capturing, rewriting and compiling."""
+    cache_bytes: int = 0
+    """Bytes of all caches that the session holds."""
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Model calls by step kind, in the order FULL, PARTIAL, REUSE."""
+        return {kind.name: self.calls[kind.name] for kind in StepKind}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Median seconds of a call by step kind, for the kinds that ran."""
+        return {
+            kind.name: median(watch.seconds for watch in self.watches[kind.name])
+            for kind in StepKind
+            if self.watches[kind.name]
+        }
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds in the model, compilation not included."""
+        return sum(watch.seconds for watches in self.watches.values() for watch in watches)
+
+
+@dataclass
+class Branch:
+    """Step counter and caches of one branch."""
+
+    step: int = 0
+    buffers: dict[Hashable, dict[str, torch.Tensor]] = field(default_factory=dict)
+    filled: set[Hashable] = field(default_factory=set)
+    last_call: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
+
+
+class Session:
+    """Use it as a context manager; see `session`."""
+
+    def __init__(self, plan: Plan, *, check_finite: bool = True) -> None:
+        self.plan = plan
+        self.check_finite = check_finite
+        self.stats = Stats()
+        self._branches: dict[str | None, Branch] = defaultdict(Branch)
+        self._indices: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._token: Token[Session | None] | None = None
+
+    def __enter__(self) -> Session:
+        if current_session() is not None:
+            raise SessionError("a session is open already: close it before you open another")
+        observe_cache_contexts()
+        self._token = _SESSION.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        _SESSION.reset(self._token)
+        self._token = None
+        self.restart()
+        self._branches.clear()
+
+    def restart(self) -> None:
+        """Begin an edit anew: the next call of every branch is step 0. Buffers are kept for it."""
+        for branch in self._branches.values():
+            branch.step, branch.last_call = 0, None
+            branch.filled.clear()
+
+    @contextlib.contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Name the branch of the calls inside, where a hand-written loop makes several calls a step."""
+        token = _BRANCH.set(name)
+        try:
+            yield
+        finally:
+            _BRANCH.reset(token)
+
+    def next_step(
+        self, cache_key: Hashable, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]
+    ) -> tuple[StepKind, Branch]:
+        """The kind of the call that comes now, and its branch.
+
+        A branch that has taken all steps of the plan begins the next edit. A call that finds no cache (the first
+        of an expert, or of another shape) is FULL, whatever the plan says.
+        """
+        name = _BRANCH.get()
+        branch = self._branches[name]
+        if name is None:
+            _check_unnamed(branch, latents, conditions)
+        if branch.step >= len(self.plan.steps):
+            branch.step = 0
+            branch.filled.clear()
+        kind = self.plan.steps[branch.step]
+        return (kind if cache_key in branch.filled else StepKind.FULL), branch
+
+    def index(self, name: str, device: torch.device) -> torch.Tensor:
+        """`active_index` or `context_index` on a device, copied there once."""
+        if (name, device) not in self._indices:
+            self._indices[name, device] = torch.as_tensor(getattr(self.plan, name), device=device)
+        return self._indices[name, device]
+
+    def count(self, kind: StepKind, watch: Stopwatch, compile_seconds: float) -> None:
+        """Record one call."""
+        self.stats.calls[kind.name] += 1
+        self.stats.watches[kind.name].append(watch)
+        self.stats.compile_seconds += compile_seconds
+        self.stats.cache_bytes = sum(
+            tensor.untyped_storage().nbytes()
+            for branch in self._branches.values()
+            for buffers in branch.buffers.values()
+            for tensor in buffers.values()
+        )
+
+
+def session(plan: Plan, *, check_finite: bool = True) -> Session:
+    """Open a session: inside it, models compiled with `hetcache_backend` follow the plan.
+
+    Args:
+        plan: what each step computes.
+        check_finite: raise `NonFiniteError` when a FULL step gets latents with NaN or infinity (one small
+            reduction and one wait for the device in each FULL step).
+
+    Example:
+        >>> with hetcache.session(plan) as session:  # doctest: +SKIP
+        ...     frames = pipe(...).frames
+        >>> session.stats.steps  # doctest: +SKIP
+        {'FULL': 6, 'PARTIAL': 4, 'REUSE': 10}
+    """
+    return Session(plan, check_finite=check_finite)
+
+
+def _check_unnamed(
+    branch: Branch, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]
+) -> None:
+    """Two calls on the same latents with other conditions are one step of guidance: they must not share a cache."""
+    call = _identify(latents), _identify(conditions)
+    if branch.last_call is not None:
+        same_latents = _matches(branch.last_call[0], latents)
+        if latents and same_latents and not _matches(branch.last_call[1], conditions):
+            raise SessionError(
+                "two calls in a row got the same latents with other conditions, so they are one step of guidance: "
+                "put each into `with session.branch('cond'):` and `with session.branch('uncond'):` "
+                "(diffusers' cache_context does this for you)"
+            )
+    branch.last_call = call
+
+
+def _identify(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    return tuple((weakref.ref(tensor), tensor._version) for tensor in tensors)
+
+
+def _matches(known: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> bool:
+    return len(known) == len(tensors) and all(
+        ref() is tensor and version == tensor._version
+        for (ref, version), tensor in zip(known, tensors, strict=True)
+    )
+
+
+@functools.cache
+def observe_cache_contexts() -> None:
+    """Let diffusers' `model.cache_context(name)` name the branch, as it does for diffusers' own caches.
+
+    diffusers hands the name to hooks on the model only, and a hook would change the model's graph. So its context
+    manager is wrapped, once: it does what it did, and sets a context variable. Models are not touched.
+    """
+    from diffusers.models.cache_utils import CacheMixin
+
+    original: Callable[..., Any] = CacheMixin.cache_context
+
+    @functools.wraps(original)
+    @contextlib.contextmanager
+    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        token = _BRANCH.set(name)
+        try:
+            with original(self, name, *args, **kwargs) as value:
+                yield value
+        finally:
+            _BRANCH.reset(token)
+
+    CacheMixin.cache_context = cache_context
+
+

@@ -1,0 +1,106 @@
+"""Tidy a captured graph without changing one bit of what it computes.
+
+`PASSES` is the whole pipeline. A pass takes a module and returns a `PassResult`; the graph is checked after each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
+from torch.fx.passes.infra.pass_base import PassResult
+
+from .refusal import shape_of
+
+aten = torch.ops.aten
+
+ASSERTS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_async.default,
+    aten.sym_constrain_range_for_size.default,
+)
+END = torch.iinfo(torch.int64).max
+
+
+def drop_asserts(module: GraphModule) -> PassResult:
+    """Run-time checks of what is static here."""
+    doomed = [node for node in module.graph.nodes if node.target in ASSERTS]
+    for node in doomed:
+        module.graph.erase_node(node)
+    return PassResult(module, bool(doomed))
+
+
+def drop_empty_operands(module: GraphModule) -> PassResult:
+    """`cat` of one tensor and some empty ones (padding by nothing) is that tensor."""
+    modified = False
+    for node in list(module.graph.nodes):
+        if node.target is not aten.cat.default:
+            continue
+        full = [operand for operand in node.args[0] if 0 not in shape_of(operand)]
+        if len(full) == 1 and shape_of(full[0]) == shape_of(node) and _same_dtype(full[0], node):
+            node.replace_all_uses_with(full[0])
+            module.graph.erase_node(node)
+            modified = True
+    return PassResult(module, modified)
+
+
+def drop_whole_slices(module: GraphModule) -> PassResult:
+    """A slice from 0 to the end, step 1, is its operand."""
+    modified = False
+    for node in list(module.graph.nodes):
+        if node.target is not aten.slice.Tensor or shape_of(node) != shape_of(node.args[0]):
+            continue
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+        modified = True
+    return PassResult(module, modified)
+
+
+def share_subexpressions(module: GraphModule) -> PassResult:
+    """Compute equal expressions once, such as the rotary tables that every block slices anew."""
+    result = CSEPass()(module)  # leaves random numbers and uninitialised memory apart
+    assert result is not None
+    return result
+
+
+def drop_dead_code(module: GraphModule) -> PassResult:
+    """What no output needs."""
+    return PassResult(module, module.graph.eliminate_dead_code())
+
+
+PASSES: list[Callable[[GraphModule], PassResult]] = [
+    drop_asserts,
+    drop_empty_operands,
+    drop_whole_slices,
+    share_subexpressions,
+    drop_dead_code,
+]
+
+
+def normalise(module: GraphModule) -> GraphModule:
+    """Run `PASSES` on a functional ATen graph, in place. Set HETCACHE_DUMP to a folder to see each graph."""
+    dump(module, "0-captured")
+    for number, run in enumerate(PASSES, start=1):
+        module = run(module).graph_module
+        module.graph.lint()
+        dump(module, f"{number}-{run.__name__}")
+    module.recompile()
+    return module
+
+
+def dump(module: GraphModule, name: str) -> None:
+    """Write a graph as Python text into the folder that HETCACHE_DUMP names, if it names one."""
+    folder = os.environ.get("HETCACHE_DUMP")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, f"{name}.py").write_text(module.print_readable(print_output=False))
+
+
+def _same_dtype(a: Node, b: Node) -> bool:
+    return bool(a.meta["val"].dtype == b.meta["val"].dtype)
