@@ -154,7 +154,8 @@ class CompiledGraph:
         """The compiled form for these budgets, with its cache in place."""
         key = (plan.grid, plan.budgets, kind.form)
         if key not in known.forms:
-            form = write_in_place(FORMS[kind.form](known.program.module, analysis, plan.budgets))
+            form = FORMS[kind.form](known.program.module, analysis, plan.budgets)
+            form = write_in_place(form, plan.budgets, plan.num_tokens)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
             buffers = [torch.empty(e.shape, dtype=e.dtype, device=device) for e in form.reads]

@@ -1,36 +1,77 @@
-"""Let a form write its cache into buffers that its caller owns, instead of returning new tensors."""
+"""Let a form keep its cache in buffers that its caller owns, instead of taking and returning tensors.
+
+The functional form is the one we reason about and export. This pass makes the one that runs in a process: state
+stays where it is in memory, and a second edit allocates nothing.
+
+Where every inactive token is cached (M + C = N), a buffer of keys or values holds all N rows in token order: a full
+step stores what it computed anyway, and a partial step overwrites the active rows and attends to the whole, so
+nothing is gathered or concatenated. Otherwise it holds the C context rows, as in the functional form.
+"""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
-from .forms import CacheEntry, Form
+from .forms import Budgets, CacheEntry, Form, has_side_effect
+
+aten = torch.ops.aten
 
 
-def write_in_place(form: Form) -> Form:
-    """A form with `writes` empty: every entry it writes is one of its `reads`, and is overwritten.
+def buffer_entry(entry: CacheEntry, budgets: Budgets, num_tokens: int) -> CacheEntry:
+    """What the buffer for a cache entry looks like."""
+    if entry.rows == "tokens" or budgets.num_active + budgets.num_context != num_tokens:
+        return entry
+    shape = list(entry.shape)
+    shape[entry.dim] = num_tokens
+    return replace(entry, shape=tuple(shape))
 
-    The pair of a functional form and this pass is JAX's `discharge` the other way round: state is explicit in the
-    graph we reason about, and memory stays where it is in the graph that runs.
-    """
+
+def write_in_place(form: Form, budgets: Budgets, num_tokens: int) -> Form:
+    """A form with `writes` empty: every entry it touches is one of its `reads`, a buffer, and is overwritten."""
     graph = copy.deepcopy(form.module.graph)
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     num_outputs = len(results) - len(form.writes)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    reads = dict(zip(form.reads, placeholders[len(placeholders) - len(form.reads) :], strict=True))
+    by_name = {node.name: node for node in placeholders}
+    buffers = dict(zip(form.reads, placeholders[len(placeholders) - len(form.reads) :], strict=True))
+    whole = budgets.num_active + budgets.num_context == num_tokens
     last = placeholders[-1]
+    for entry in form.reads:
+        if whole and entry.rows == "context":
+            _overwrite_active_rows(graph, buffers[entry], entry, by_name["active_index"])
     for entry, value in zip(form.writes, results[num_outputs:], strict=True):
-        if entry not in reads:
+        if entry not in buffers:
             with graph.inserting_after(last):
-                last = reads[entry] = graph.placeholder(entry.input_name.replace(".", "_"))
-            last.meta["val"] = value.meta["val"]
-        with graph.inserting_before(output):
-            graph.call_function(torch.ops.aten.copy_.default, (reads[entry], value))
+                last = buffers[entry] = graph.placeholder(entry.input_name.replace(".", "_"))
+        if whole and entry.rows == "context":
+            value = value.args[0]  # all rows, where the functional form selects those of the context
+        _store(graph, buffers[entry], value)
     output.args = (tuple(results[:num_outputs]),)
+    graph.eliminate_dead_code(has_side_effect)
     graph.lint()
-    entries: tuple[CacheEntry, ...] = tuple(reads)
+    entries = tuple(buffer_entry(entry, budgets, num_tokens) for entry in buffers)
     return Form(form.kind, GraphModule(form.module, graph), form.indices, entries, ())
+
+
+def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active_index: Node) -> None:
+    """`cat([cached, fresh])` becomes: write the fresh rows where they belong, use the whole buffer."""
+    for concat in list(buffer.users):
+        cached, fresh = concat.args[0]  # type: ignore[misc]
+        assert concat.target is aten.cat.default
+        assert cached is buffer
+        with graph.inserting_before(concat):
+            rows = graph.call_function(aten.index_copy.default, (buffer, entry.dim, active_index, fresh))
+        concat.replace_all_uses_with(rows)
+        graph.erase_node(concat)
+        _store(graph, buffer, rows)
+
+
+def _store(graph: Graph, buffer: Node, value: Node) -> None:
+    """Overwrite a buffer at the end of the graph; compilers sink the write into what computes the value."""
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(aten.copy_.default, (buffer, value))

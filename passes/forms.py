@@ -176,7 +176,7 @@ class FormWriter:
         ]
         self.graph.output((*results, *self.writes.values()))
         module = GraphModule(self.source, self.graph)
-        self.graph.eliminate_dead_code(_has_side_effect)
+        self.graph.eliminate_dead_code(has_side_effect)
         self.graph.lint()
         module.recompile()
         verify_shapes(module, self.expected)
@@ -248,7 +248,7 @@ def _operands(writer: FormWriter, node: Node, active_index: Node) -> dict[Node, 
 
 
 def _with_context(writer: FormWriter, node: Node) -> dict[int, Node]:
-    """The key and value arguments of an attention, by position: fresh rows, then cached context rows.
+    """The key and value arguments of an attention, by position: cached context rows, then fresh rows.
 
     By position, because a query may be the same node as a key.
     """
@@ -256,7 +256,7 @@ def _with_context(writer: FormWriter, node: Node) -> dict[int, Node]:
     for edit in writer.analysis.edits.get(node, ()):
         if isinstance(edit, Attend):
             for position, role, fresh in ((1, "key", edit.key), (2, "value", edit.value)):
-                rows = [writer.new[fresh], writer.cache_input(writer.layout[node, role])]
+                rows = [writer.cache_input(writer.layout[node, role]), writer.new[fresh]]
                 arguments[position] = writer.call(aten.cat.default, (rows, edit.dim), node)
     return arguments
 
@@ -316,7 +316,7 @@ def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) ->
         Verify(module).run(*inputs, enable_io_processing=False)
 
 
-def _has_side_effect(node: Node) -> bool:
+def has_side_effect(node: Node) -> bool:
     """FX takes attention for a random number generator, because it could drop out; a form has no dropout."""
     schema = getattr(node.target, "_schema", None)
     return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
