@@ -175,7 +175,9 @@ def plot(result: dict, path: Path) -> None:
     axes.plot([0, 1], [0, 1], color="0.7", label="every FLOP saved is time saved")
     for name, row in rows.items():
         axes.plot(row["flop_ratio"], row["time_ratio"], "o", label=name)
-    axes.set(xlabel="FLOPs / full", ylabel="time / full", title=f"{result['num_tokens']} tokens, {result['dtype']}")
+    axes.set(
+        xlabel="FLOPs / full", ylabel="time / full", title=f"{result['num_tokens']} tokens, {result['dtype']}"
+    )
     axes.legend()
     figure.savefig(path, dpi=120)
 

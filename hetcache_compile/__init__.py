@@ -1,11 +1,11 @@
 """Token-partitioned caching for diffusion transformers, as a compiler pass.
 
-    import hetcache_compile as hetcache
+import hetcache_compile as hetcache
 
-    pipe.transformer = torch.compile(pipe.transformer, backend=hetcache.hetcache_backend)
-    plan = hetcache.plan_for(pipe, mask=mask, height=480, width=832, num_frames=81)
-    with hetcache.session(plan) as session:
-        frames = pipe(...).frames
+pipe.transformer = torch.compile(pipe.transformer, backend=hetcache.hetcache_backend)
+plan = hetcache.plan_for(pipe, mask=mask, height=480, width=832, num_frames=81)
+with hetcache.session(plan) as session:
+    frames = pipe(...).frames
 """
 
 from .backend import hetcache_backend

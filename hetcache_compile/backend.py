@@ -65,7 +65,7 @@ def inner_backend(inner: str | Compiled, options: Mapping[str, Any] | None) -> C
 
         return lambda graph, inputs: compile_fx(graph, inputs, config_patches=dict(options or {}))
     else:
-        compile_graph = torch._dynamo.lookup_backend(inner)  # type: ignore[assignment]
+        compile_graph = torch._dynamo.lookup_backend(inner)
     if options:
         return lambda graph, inputs: compile_graph(graph, inputs, options=dict(options))
     return compile_graph
@@ -90,6 +90,7 @@ class CompiledGraph:
         self._refused: set[Hashable] = set()
 
     def __call__(self, *inputs: Any) -> Any:
+        """Run the graph, as the open session says, or plainly."""
         session = current_session()
         if session is None or (signature_of(inputs), session.plan.grid) in self._refused:
             return self.run_plain(inputs)
@@ -164,9 +165,7 @@ class CompiledGraph:
         return known.forms[key]
 
 
-def buffers_for(
-    form: Form, branch: Branch, cache_key: Hashable, device: torch.device
-) -> list[torch.Tensor]:
+def buffers_for(form: Form, branch: Branch, cache_key: Hashable, device: torch.device) -> list[torch.Tensor]:
     """The branch's cache buffers that a form reads or writes; allocated once for a branch."""
     buffers = branch.buffers.setdefault(cache_key, {})
     for entry in form.reads:

@@ -64,9 +64,7 @@ class Forms:
         """Compute no token: the output of the last computed step."""
         return self.run("reuse", cache, args, kwargs)
 
-    def run(
-        self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Cache]:
+    def run(self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Cache]:
         """Run the form `kind`."""
         form = self.by_kind[kind]
         inputs = self.program.flat_inputs(args, kwargs)

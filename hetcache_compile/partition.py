@@ -32,7 +32,7 @@ def check_grid(grid: tuple[int, ...]) -> Grid:
     sizes = tuple(int(size) for size in grid)
     if len(sizes) != 3 or min(sizes) < 1 or prod(sizes) < 2:
         raise PlanError(f"the token grid must be (T', H', W') with at least two tokens, got {tuple(grid)}")
-    return sizes  # type: ignore[return-value]
+    return sizes[0], sizes[1], sizes[2]
 
 
 def to_token_grid(
@@ -60,7 +60,7 @@ def to_token_grid(
             raise MaskError("the mask must hold finite numbers or booleans")
         if array.min() < 0 or array.max() > 1:
             raise MaskError(f"mask values must lie between 0 and 1, got {array.min():g} to {array.max():g}")
-        array = array > 0.5
+        array = np.asarray(array > 0.5, dtype=np.bool_)
     if array.shape == grid:
         return array
     latent_frames = grid[0] * temporal_patch - reference_frames
@@ -75,7 +75,7 @@ def to_token_grid(
     starts = [0, *range(1, frames, temporal_factor)]
     latent = np.logical_or.reduceat(blocks, starts, axis=0)
     latent = np.concatenate([np.zeros((reference_frames, *grid[1:]), dtype=bool), latent])
-    return latent.reshape(grid[0], temporal_patch, *grid[1:]).any(axis=1)
+    return np.asarray(latent.reshape(grid[0], temporal_patch, *grid[1:]).any(axis=1))
 
 
 def classify(generative: NDArray[np.bool_], margin: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

@@ -267,16 +267,22 @@ def plan_for(
             f"height and width must be multiples of {spatial * patch_h} and {spatial * patch_w}, "
             f"got {height} and {width}"
         )
-    latent_frames = num_reference_images + max(num_frames - 1, 0) // temporal + 1
+    if num_frames % temporal != 1 % temporal:
+        num_frames = num_frames // temporal * temporal + 1
+    latent_frames = num_reference_images + (num_frames - 1) // temporal + 1
     if latent_frames % patch_t:
         raise PlanError(f"{latent_frames} latent frames are no multiple of the patch size {patch_t}")
+    grid = (latent_frames // patch_t, height // (spatial * patch_h), width // (spatial * patch_w))
+    pixels = (num_frames, height, width)
+    if np.shape(mask) not in (grid, pixels):
+        raise MaskError(f"the mask has shape {np.shape(mask)}, this call needs {pixels} pixels or {grid} tokens")
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     distances = time_distances(model, scheduler.timesteps)
     steps = make_schedule(schedule, len(scheduler.timesteps), distances)
     plan = Plan.from_mask(
         mask,
-        (latent_frames // patch_t, height // (spatial * patch_h), width // (spatial * patch_w)),
+        grid,
         num_inference_steps=len(steps),
         schedule=steps,
         temporal_factor=temporal,

@@ -77,9 +77,7 @@ def make_schedule(
         try:
             return threshold_schedule(distances, float(argument))
         except ValueError as error:
-            raise PlanError(
-                f"teacache needs a threshold, as in teacache:0.1, got {schedule!r}"
-            ) from error
+            raise PlanError(f"teacache needs a threshold, as in teacache:0.1, got {schedule!r}") from error
     cycle = PRESETS.get(name, name)
     if not re.fullmatch("F[FPR]*", cycle):
         raise PlanError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -36,10 +36,10 @@ def current_session() -> Session | None:
 class Stats:
     """What a session has run so far."""
 
-    calls: Counter[str] = field(default_factory=Counter)
-    """Model calls by step kind; guidance in two calls counts two."""
-    watches: defaultdict[str, list[Stopwatch]] = field(default_factory=lambda: defaultdict(list))
-    """The time of each call by step kind, compilation not included."""
+    kinds: list[StepKind] = field(default_factory=list)
+    """The kind of each model call, in order; guidance in two calls counts two."""
+    watches: list[Stopwatch] = field(default_factory=list)
+    """The time of each call in the form that ran, compilation not included."""
     compile_seconds: float = 0.0
     """Seconds spent capturing, rewriting and compiling."""
     cache_bytes: int = 0
@@ -48,21 +48,20 @@ class Stats:
     @property
     def steps(self) -> dict[str, int]:
         """Model calls by step kind, in the order FULL, PARTIAL, REUSE."""
-        return {kind.name: self.calls[kind.name] for kind in StepKind}
+        return {kind.name: self.kinds.count(kind) for kind in StepKind}
 
     @property
     def seconds(self) -> dict[str, float]:
         """Median seconds of a call by step kind, for the kinds that ran."""
-        return {
-            kind.name: median(watch.seconds for watch in self.watches[kind.name])
-            for kind in StepKind
-            if self.watches[kind.name]
-        }
+        by_kind: dict[StepKind, list[float]] = {}
+        for kind, watch in zip(self.kinds, self.watches, strict=True):
+            by_kind.setdefault(kind, []).append(watch.seconds)
+        return {kind.name: median(by_kind[kind]) for kind in StepKind if kind in by_kind}
 
     @property
     def total_seconds(self) -> float:
         """Seconds in the model, compilation not included."""
-        return sum(watch.seconds for watches in self.watches.values() for watch in watches)
+        return sum(watch.seconds for watch in self.watches)
 
 
 @dataclass
@@ -141,8 +140,8 @@ class Session:
 
     def count(self, kind: StepKind, watch: Stopwatch, compile_seconds: float) -> None:
         """Record one call."""
-        self.stats.calls[kind.name] += 1
-        self.stats.watches[kind.name].append(watch)
+        self.stats.kinds.append(kind)
+        self.stats.watches.append(watch)
         self.stats.compile_seconds += compile_seconds
         self.stats.cache_bytes = sum(
             tensor.untyped_storage().nbytes()
@@ -169,10 +168,8 @@ def session(plan: Plan, *, check_finite: bool = True) -> Session:
     return Session(plan, check_finite=check_finite)
 
 
-def _check_unnamed(
-    branch: Branch, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]
-) -> None:
-    """Two calls on the same latents with other conditions are one step of guidance: they must not share a cache."""
+def _check_unnamed(branch: Branch, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> None:
+    """Two calls on the same latents with other conditions are one step of guidance: they need two caches."""
     call = _identify(latents), _identify(conditions)
     if branch.last_call is not None:
         same_latents = _matches(branch.last_call[0], latents)
@@ -218,5 +215,3 @@ def observe_cache_contexts() -> None:
             _BRANCH.reset(token)
 
     CacheMixin.cache_context = cache_context
-
-

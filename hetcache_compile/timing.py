@@ -7,13 +7,17 @@ import time
 import torch
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 class Stopwatch:
     """Starts when made; `stop` marks the end; `seconds` waits for the device only when it is read."""
 
     def __init__(self, device: torch.device) -> None:
         self.events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
-            self.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self.events = (_event(), _event())
             self.events[0].record()
         self.start = self.end = time.perf_counter()
 

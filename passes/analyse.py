@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from torch.fx import GraphModule, Node
 
 from .axis import FREE, Attend, AxisState, Edit, Enter, Flow, Grid, Leave, Tokens
 from .refusal import Refusal, UnsupportedGraphError, module_path, refuse, shape_of
-from .rules import RULES, Query, is_patchify
+from .rules import RULES, Query, is_patchify, wrap
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Analysis:
 
 
 class GridMismatchError(ValueError):
-    """The graph has a patch embedding, but none that makes the plan's token grid."""
+    """No patch embedding makes the plan's token grid, or a token input has another number of tokens."""
 
 
 def analyse(
@@ -69,8 +70,7 @@ def _flow(
 ) -> Flow | Refusal:
     """The flow of one node, or why there is none."""
     if node.op == "placeholder":
-        dim = token_inputs.get(node.name)
-        return Flow(FREE) if dim is None else Flow(Tokens(dim), (Enter(dim),))
+        return _input_flow(node, grid, token_inputs)
     carries_tokens = any(isinstance(states[operand], Tokens) for operand in node.all_input_nodes)
     if node.op == "output":
         leaves = [Leave(o, s.dim) for o in node.all_input_nodes if isinstance(s := states[o], Tokens)]
@@ -79,13 +79,24 @@ def _flow(
     if node.op != "call_function" or rule is None:
         if not carries_tokens:
             return Flow(FREE)
-        return refuse(
-            node, states, "no rule for this operator", help="add one to RULES in passes/rules.py"
-        )
+        return refuse(node, states, "no rule for this operator", help="add one to RULES in passes/rules.py")
     if not carries_tokens and not _may_bear_tokens(node, states):
         return Flow(FREE)
     answer = rule(Query(node, states, grid))
     return refuse(node, states, answer) if isinstance(answer, str) else answer
+
+
+def _input_flow(node: Node, grid: tuple[int, int, int], token_inputs: Mapping[str, int]) -> Flow:
+    if node.name not in token_inputs:
+        return Flow(FREE)
+    shape = shape_of(node)
+    dim = wrap(token_inputs[node.name], len(shape))
+    if not 0 <= dim < len(shape) or shape[dim] != prod(grid):
+        raise GridMismatchError(
+            f"the plan's token grid {grid} has {prod(grid)} tokens, but dim {token_inputs[node.name]} of the "
+            f"token input {node.name} {shape} does not have that size"
+        )
+    return Flow(Tokens(dim), (Enter(dim),))
 
 
 def _may_bear_tokens(node: Node, states: Mapping[Node, AxisState]) -> bool:
@@ -116,6 +127,9 @@ def _nothing_to_cache(module: GraphModule, analysis: Analysis) -> list[Refusal]:
     """A graph that every rule accepts may still hold nothing to save."""
     if not analysis.of_type(Enter):
         made = [shape_of(node)[2:] for node in module.graph.nodes if is_patchify(node)]
+        if any(shape == analysis.grid[3 - len(shape) :] for shape in made):
+            reason = "no token axis found: the grid is never flattened to tokens in the order (T', H', W')"
+            return [Refusal(reason)]
         if made:
             shapes = ", ".join(str(shape) for shape in dict.fromkeys(made))
             raise GridMismatchError(
@@ -138,4 +152,3 @@ def _nothing_to_cache(module: GraphModule, analysis: Analysis) -> list[Refusal]:
 def attention_modules(analysis: Analysis) -> list[str]:
     """The module path of each cached attention, in graph order."""
     return [module_path(node) for node, _ in analysis.of_type(Attend)]
-

@@ -3,8 +3,8 @@
 The functional form is the one we reason about and export. This pass makes the one that runs in a process: state
 stays where it is in memory, and a second edit allocates nothing.
 
-Where every inactive token is cached (M + C = N), a buffer of keys or values holds all N rows in token order: a full
-step stores what it computed anyway, and a partial step overwrites the active rows and attends to the whole, so
+Where every inactive token is cached (M + C = N), a buffer of keys or values holds all N rows in token order: a
+full step stores what it computed anyway, and a partial step overwrites the active rows and attends to all, so
 nothing is gathered or concatenated. Otherwise it holds the C context rows, as in the functional form.
 """
 
@@ -61,14 +61,16 @@ def write_in_place(form: Form, budgets: Budgets, num_tokens: int) -> Form:
 def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active_index: Node) -> None:
     """`cat([cached, fresh])` becomes: write the fresh rows where they belong, use the whole buffer."""
     for concat in list(buffer.users):
-        cached, fresh = concat.args[0]  # type: ignore[misc]
+        rows = concat.args[0]
+        assert isinstance(rows, list | tuple)
+        cached, fresh = rows
         assert concat.target is aten.cat.default
         assert cached is buffer
         with graph.inserting_before(concat):
-            rows = graph.call_function(aten.index_copy.default, (buffer, entry.dim, active_index, fresh))
-        concat.replace_all_uses_with(rows)
+            whole = graph.call_function(aten.index_copy.default, (buffer, entry.dim, active_index, fresh))
+        concat.replace_all_uses_with(whole)
         graph.erase_node(concat)
-        _store(graph, buffer, rows)
+        _store(graph, buffer, whole)
 
 
 def _store(graph: Graph, buffer: Node, value: Node) -> None:

@@ -171,9 +171,7 @@ class FormWriter:
         """Add the outputs, drop dead code, and check every shape by running the graph on fake tensors."""
         replace = replace or {}
         output = self.source.graph.output_node()
-        results = [
-            (replace.get(o) or self.new[o]) if isinstance(o, Node) else o for o in _flat(output.args[0])
-        ]
+        results = [(replace.get(o) or self.new[o]) if isinstance(o, Node) else o for o in _flat(output.args[0])]
         self.graph.output((*results, *self.writes.values()))
         module = GraphModule(self.source, self.graph)
         self.graph.eliminate_dead_code(has_side_effect)
@@ -193,9 +191,7 @@ def write_full(source: GraphModule, analysis: Analysis, budgets: Budgets) -> For
             if isinstance(edit, Attend):
                 for role, operand in (("key", edit.key), ("value", edit.value)):
                     rows = (writer.new[operand], edit.dim, context_index)
-                    writer.writes[writer.layout[node, role]] = writer.call(
-                        aten.index_select.default, rows, node
-                    )
+                    writer.writes[writer.layout[node, role]] = writer.call(aten.index_select.default, rows, node)
     for (node, role), entry in writer.layout.items():
         if role == "output":
             writer.writes[entry] = writer.new[node]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .refusal import shape_of
@@ -25,7 +25,6 @@ ASSERTS = (
     aten._assert_async.default,
     aten.sym_constrain_range_for_size.default,
 )
-END = torch.iinfo(torch.int64).max
 
 
 def drop_asserts(module: GraphModule) -> PassResult:
@@ -63,10 +62,23 @@ def drop_whole_slices(module: GraphModule) -> PassResult:
 
 
 def share_subexpressions(module: GraphModule) -> PassResult:
-    """Compute equal expressions once, such as the rotary tables that every block slices anew."""
-    result = CSEPass()(module)  # leaves random numbers and uninitialised memory apart
-    assert result is not None
-    return result
+    """Compute equal expressions once, such as the rotary tables that every block slices anew.
+
+    Random numbers stay apart. So do 1, 1.0 and True, which Python (and torch's own `CSEPass`) holds to be equal.
+    """
+    first: dict[tuple[Any, str, str], Node] = {}
+    modified = False
+    for node in list(module.graph.nodes):
+        tags = getattr(node.target, "tags", ())
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in tags:
+            continue
+        # A node's repr is its name, which is unique in a graph.
+        same = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            module.graph.erase_node(node)
+            modified = True
+    return PassResult(module, modified)
 
 
 def drop_dead_code(module: GraphModule) -> PassResult:

@@ -38,10 +38,9 @@ def dim_groups(old: Sequence[int], new: Sequence[int]) -> list[DimGroup]:
                 left, i = left * old[i], i + 1
             else:
                 right, j = right * new[j], j + 1
-        groups.append(
-            (
-                tuple(d for d in range(start_i, i) if old[d] != 1),
-                tuple(d for d in range(start_j, j) if new[d] != 1),
-            )
-        )
+        kept_old = tuple(d for d in range(start_i, i) if old[d] != 1)
+        kept_new = tuple(d for d in range(start_j, j) if new[d] != 1)
+        groups.append((kept_old, kept_new))
+        groups.extend(((d,), ()) for d in range(start_i, i) if old[d] == 1)
+        groups.extend(((), (d,)) for d in range(start_j, j) if new[d] == 1)
     return groups

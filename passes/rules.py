@@ -128,6 +128,8 @@ def layer_norm(q: Query) -> Flow | str:
 def group_norm(q: Query) -> Flow | str:
     """`group_norm(x [B, C, *])` takes statistics over every dim after the first."""
     _, state = q.first()
+    if any(isinstance(q.state(a), Tokens) for a in q.node.args[1:]):
+        return "its weights carry the token axis"
     return "it normalises over the token axis" if isinstance(state, Tokens) and state.dim > 0 else Flow(state)
 
 
@@ -158,7 +160,8 @@ def matmul(q: Query) -> Flow | str:
         return "its batch dims hold the token axis"
     if bias and len(shape_of(bias[0])) > 1:  # type: ignore[arg-type]
         return "its bias is a matrix"
-    return Flow(state)
+    new_batch_dims = max(0, len(shape_of(right)) - rank)  # type: ignore[arg-type]
+    return Flow(Tokens(state.dim + new_batch_dims))
 
 
 def reduction(q: Query) -> Flow | str:
@@ -249,7 +252,7 @@ def transpose(q: Query) -> Flow | str:
     """`transpose(x, a, b)`; `t(x)` swaps the two dims of a matrix."""
     operand, state = q.first()
     rank = len(shape_of(operand))
-    a, b = (wrap(q.arg(i, f"dim{i - 1}", i - 1), rank) for i in (1, 2))
+    a, b = (wrap(q.arg(i, f"dim{i - 1}", min(i, rank) - 1), rank) for i in (1, 2))
     return move_dims(state, lambda d: {a: b, b: a}.get(d, d))
 
 
@@ -278,7 +281,7 @@ def squeeze(q: Query) -> Flow | str:
 def reshape(q: Query) -> Flow | str:
     """`view`, `reshape`: where the token axis is born, renamed or ends.
 
-    1. All grid dims, and nothing else, become one dim: the token axis is born there.
+    1. All grid dims at their full sizes, and nothing else, become one dim: the token axis is born there.
     2. Grid dims that stay apart move along.
     3. The token axis stays one dim: N in the new shape becomes M.
     4. The token axis is split into exactly the grid: it ends.
@@ -292,7 +295,9 @@ def reshape(q: Query) -> Flow | str:
         return Flow(FREE)
     groups = dim_groups(old, new)
     if isinstance(state, Grid):
-        if (merged := next((g for g in groups if g[0] == state.dims and len(g[1]) == 1), None)) is not None:
+        whole = tuple(old[d] for d in state.dims) == q.grid_sizes
+        merged = next((g for g in groups if g[0] == state.dims and len(g[1]) == 1), None)
+        if whole and merged is not None:
             return Flow(Tokens(merged[1][0]), (Enter(merged[1][0]),))  # case 1
         places = {o[0]: n[0] for o, n in groups if len(o) == len(n) == 1}
         kept = all(d in places for d in state.dims)
@@ -329,9 +334,11 @@ def repeat(q: Query) -> Flow | str:
 
 def patchify(q: Query) -> Flow | str:
     """A convolution whose kernel is its stride cuts the input into patches: its output is the token grid."""
-    operand, state = q.first()
+    state = q.first()[1]
     if isinstance(state, Tokens):
         return "it convolves over the token axis"
+    if any(isinstance(q.state(a), Tokens) for a in q.node.args[1:]):
+        return "its weight carries the token axis"
     spatial = q.shape[2:]
     if not is_patchify(q.node) or spatial != q.grid[3 - len(spatial) :] or prod(spatial) != q.num_tokens:
         return Flow(FREE)
@@ -375,6 +382,8 @@ def attention(q: Query) -> Flow | str:
         return "attention with dropout or a causal mask depends on the rows that are left out"
     if isinstance(q.state(mask), Tokens):
         return "its mask is computed from tokens"
+    if any(len(shape_of(operand)) != rank for operand in (query, key, value)):
+        return "its queries, keys and values differ in their number of dims"
     if tokens == [True, False, False] and states[0] == Tokens(rank - 2):  # case 1
         edits: tuple[Edit, ...] = ()
         if isinstance(mask, Node) and len(shape_of(mask)) > 1 and shape_of(mask)[-2] != 1:
@@ -401,8 +410,8 @@ def _argument(node: Node, name: str, default: Any) -> Any:
 
 def _spread(sizes: Any, length: int) -> list[int]:
     """`[2]` or `2` means `[2, 2, 2]` to a convolution."""
-    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-    return sizes * length if len(sizes) == 1 else sizes
+    spread: list[int] = [sizes] if isinstance(sizes, int) else list(sizes)
+    return spread * length if len(spread) == 1 else spread
 
 
 ELEMENTWISE = (

@@ -1,0 +1,36 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	touch $@
+
+demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo
+	$(BIN)/hetcache demo --out out/demo
+
+test: .venv/ready   ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/ready build/typings   ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Type checkers follow no package-dir mapping, so they read the package through links.
+.PHONY: build/typings
+build/typings:
+	rm -rf $@ && mkdir -p $@/hetcache_compile
+	ln -s $(addprefix $(CURDIR)/,$(wildcard hetcache_compile/*.py) passes export) $@/hetcache_compile/
+
+bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into README.md
+	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf .venv build out .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,203 @@
+"""One edit, run several ways through the same unmodified pipeline, timed and compared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .backend import hetcache_backend
+from .errors import InputFileError
+from .media import Frames, to_frames, to_pictures
+from .plan import Plan, plan_for
+from .schedule import StepKind
+from .session import Stats, session
+from .timing import Stopwatch
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(stage, step, steps)`."""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What to edit, and how: the arguments of one pipeline call."""
+
+    video: Frames
+    mask: NDArray[np.bool_]
+    prompt: str
+    negative_prompt: str = ""
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    max_sequence_length: int = 512
+    seed: int = 0
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height, width and number of frames, by diffusers' names."""
+        frames, height, width = self.mask.shape
+        return {"height": height, "width": width, "num_frames": frames}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of running the edit. `frames` is None where only the time was asked for."""
+
+    frames: Frames | None
+    seconds: list[float]
+    stats: Stats | None = None
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds in the transformers over all calls, from the median call of each step kind.
+
+        The medians keep one hiccup of the machine from deciding a comparison.
+        """
+        if self.stats is None:
+            return len(self.seconds) * median(self.seconds)
+        return sum(self.stats.steps[kind] * seconds for kind, seconds in self.median_seconds.items())
+
+    @property
+    def median_seconds(self) -> dict[str, float]:
+        """Median seconds of a model call by step kind, everything between call and return included."""
+        if self.stats is None:
+            return {StepKind.FULL.name: median(self.seconds)}
+        by_kind: dict[str, list[float]] = {}
+        for kind, seconds in zip(self.stats.kinds, self.seconds, strict=True):
+            by_kind.setdefault(kind.name, []).append(seconds)
+        return {kind.name: median(by_kind[kind.name]) for kind in StepKind if kind.name in by_kind}
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A local diffusers checkpoint that edits masked video.
+
+    Raises:
+        InputFileError: no checkpoint there, or its pipeline takes no video and mask.
+    """
+    import diffusers
+    import transformers
+
+    if not (folder / "model_index.json").is_file():
+        raise InputFileError(f"{folder} is no diffusers checkpoint: it has no model_index.json")
+    try:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputFileError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    parameters = inspect.signature(pipe.__call__).parameters
+    missing = [name for name in ("video", "mask", "num_frames") if name not in parameters]
+    if missing:
+        raise InputFileError(
+            f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it edits no masked video"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) -> Plan:
+    """The plan for a request."""
+    return plan_for(
+        pipe,
+        mask=request.mask,
+        num_inference_steps=request.num_inference_steps,
+        schedule=schedule,
+        **request.size,
+        **partition,
+    )
+
+
+def run_eager(pipe: Any, request: EditRequest, progress: Progress) -> Run:
+    """The pipeline as it is, for its time only."""
+    return _run(pipe, request, "eager", progress, decode=False)
+
+
+def run_compiled(pipe: Any, request: EditRequest, inner: str, progress: Progress) -> Run:
+    """The same model compiled without us: the uncached result."""
+    with _compiled(pipe, backend=inner):
+        _run(pipe, _short(request, 1), "compiling the plain model", progress, decode=False)
+        return _run(pipe, request, "uncached", progress, decode=True)
+
+
+def run_hetcache(pipe: Any, request: EditRequest, plan: Plan, inner: str, progress: Progress) -> Run:
+    """The model compiled with `hetcache_backend`, following the plan."""
+    with _compiled(pipe, backend=hetcache_backend, options={"inner": inner}):
+        # One step of each kind that the plan has, so that no compilation is timed.
+        kinds = tuple(kind for kind in StepKind if kind in plan.steps)
+        with session(replace(plan, steps=kinds)) as warm_up:
+            _run(pipe, _short(request, len(kinds)), "compiling the forms", progress, decode=False)
+        with session(plan) as opened:
+            run = _run(pipe, request, "hetcache", progress, decode=True)
+        opened.stats.compile_seconds += warm_up.stats.compile_seconds
+        return replace(run, stats=opened.stats)
+
+
+def _run(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool) -> Run:
+    def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress(stage, step + 1, request.num_inference_steps)
+        return tensors
+
+    progress(stage, 0, request.num_inference_steps)
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "video": to_pictures(request.video),
+        "mask": to_pictures(request.mask),
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "max_sequence_length": request.max_sequence_length,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "np" if decode else "latent",
+        "callback_on_step_end": after_step,
+        **request.size,
+    }
+    with _timed_calls(pipe) as watches:
+        frames = pipe(**arguments).frames
+    return Run(to_frames(frames[0]) if decode else None, [watch.seconds for watch in watches])
+
+
+@contextmanager
+def _compiled(pipe: Any, **options: Any) -> Iterator[None]:
+    """The pipeline with its transformers compiled; they are put back afterwards."""
+    names = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
+    plain = {name: getattr(pipe, name) for name in names}
+    try:
+        for name, model in plain.items():
+            setattr(pipe, name, torch.compile(model, **options))
+        yield
+    finally:
+        for name, model in plain.items():
+            setattr(pipe, name, model)
+        torch._dynamo.reset()
+
+
+@contextmanager
+def _timed_calls(pipe: Any) -> Iterator[list[Stopwatch]]:
+    """Time every call of the pipeline's transformers, whichever way they are compiled."""
+    watches: list[Stopwatch] = []
+    started: list[Stopwatch] = []
+    handles = []
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name, None)
+        if model is not None:
+            device = next(model.parameters()).device
+            handles += [
+                model.register_forward_pre_hook(lambda *_, d=device: started.append(Stopwatch(d))),
+                model.register_forward_hook(lambda *_: watches.append(started.pop().stop())),
+            ]
+    try:
+        yield watches
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _short(request: EditRequest, steps: int) -> EditRequest:
+    return replace(request, num_inference_steps=steps)

@@ -1,0 +1,64 @@
+"""Captures are expensive (seconds) and depend on no plan: each `Case` is captured once in a test run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from models import Case
+
+from hetcache_compile import Forms, Plan
+from hetcache_compile.capture import Program, capture
+from hetcache_compile.passes.analyse import Analysis, analyse
+from hetcache_compile.passes.forms import FORMS
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A case's model with its program and analysis; forms for any plan on its grid are cheap to write."""
+
+    case: Case
+    model: torch.nn.Module
+    program: Program
+    analysis: Analysis
+
+    def call(self, seed: int) -> dict[str, Any]:
+        """Keyword arguments of a call of the captured shape."""
+        return self.case.call(self.model, seed)
+
+    def plain(self, kwargs: dict[str, Any]) -> torch.Tensor:
+        """What the model itself makes of a call."""
+        with torch.no_grad():
+            return self.model(**kwargs)[0]
+
+    def forms(self, plan: Plan) -> Forms:
+        """What `rewrite` gives, without a new capture."""
+        by_kind = {kind: write(self.program.module, self.analysis, plan.budgets) for kind, write in FORMS.items()}
+        return Forms(self.program, self.analysis, plan, by_kind)
+
+
+@functools.cache
+def _capture(case: Case) -> Captured:
+    model = case.build()
+    program = capture(model, (), case.call(model, seed=0))
+    return Captured(case, model, program, analyse(program.module, case.grid))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they give on tensors as small as these: four times the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def captured() -> Iterator[Callable[[Case], Captured]]:
+    """A function from a case to its one capture."""
+    yield _capture
+    _capture.cache_clear()

@@ -1,0 +1,144 @@
+"""The command line as a user meets it: files out, one clear line and status 2 on bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import hetcache_compile as hetcache
+from hetcache_compile import cli
+from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
+from hetcache_compile.media import write_video
+
+FRAMES, SIZE = 5, 64
+
+
+@pytest.fixture
+def hetcache_command(monkeypatch, capsys):
+    """Run `hetcache ...` in this process; returns (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hetcache", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def mask_file(tmp_path):
+    path = tmp_path / "mask.npy"
+    np.save(path, moving_mask(FRAMES, SIZE, SIZE))
+    return path
+
+
+SMALL = ("--height", SIZE, "--width", SIZE, "--num-frames", FRAMES)
+
+
+def test_every_command_has_help(hetcache_command):
+    for command in ((), ("demo",), ("plan",), ("edit",)):
+        status, out, _ = hetcache_command(*command, "--help")
+        assert status == 0
+        assert "Usage" in out
+
+
+def test_plan_writes_the_plan_and_its_picture(hetcache_command, mask_file, tmp_path):
+    plan, preview = tmp_path / "a.hetplan", tmp_path / "plan.png"
+    status, out, _ = hetcache_command(
+        "plan", "--mask", mask_file, "-o", plan, "--preview", preview, "--steps", 8, "--schedule", "FRP", *SMALL
+    )
+    assert status == 0
+    assert "FRPFRPFF" in out
+    loaded = hetcache.Plan.load(plan)
+    assert loaded.grid == (2, 4, 4)
+    expected = hetcache.Plan.from_mask(np.load(mask_file), (2, 4, 4), num_inference_steps=8, schedule="FRP")
+    assert np.array_equal(loaded.active_index, expected.active_index)
+    with Image.open(preview) as picture:
+        assert picture.width > 300
+        assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 10
+
+
+def test_edit_takes_files_and_a_plan_and_writes_the_report(hetcache_command, mask_file, tmp_path):
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    frames = np.random.default_rng(0).integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    write_video(tmp_path / "in.mp4", frames)
+    plan = tmp_path / "a.hetplan"
+    status, *_ = hetcache_command(
+        "plan", "--model", tmp_path / "model", "--mask", mask_file, "-o", plan, "--steps", 4, "--schedule", "FPR",
+        *SMALL,
+    )  # fmt: skip
+    assert status == 0
+    status, out, err = hetcache_command(
+        "edit", "--model", tmp_path / "model", "--video", tmp_path / "in.mp4", "--mask", mask_file,
+        "--prompt", "a cat", "--plan", plan, "--out", tmp_path / "out", "--inner", "eager", "--dtype", "float32",
+        *SMALL,
+    )  # fmt: skip
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == {"FULL": 4, "PARTIAL": 2, "REUSE": 2}
+    assert report["speedup_vs_compiled"] > 0
+    assert report["speedup_vs_eager"] is None
+    assert report["psnr_generative_db"] > 10
+    assert report["psnr_overall_db"] > 10
+    assert report["cache_bytes"] > 0
+    assert set(report["seconds"]) == {"FULL", "PARTIAL", "REUSE"}
+    with av.open(str(tmp_path / "out" / "side_by_side.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == FRAMES
+        assert container.streams.video[0].width == 3 * SIZE
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "plan.png" in page
+    assert f"{report['speedup_vs_compiled']:.2f}x" in page
+    assert "REUSE" in out
+
+
+def bad_inputs(tmp_path, mask_file):
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "wide.npy", moving_mask(FRAMES, SIZE, 2 * SIZE))
+    np.save(tmp_path / "none.npy", np.zeros((FRAMES, SIZE, SIZE), dtype=bool))
+    np.save(tmp_path / "flat.npy", np.zeros(7))
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    (tmp_path / "broken.hetplan").write_bytes(b"not a plan")
+    plan = ("plan", "-o", tmp_path / "x.hetplan", *SMALL)
+    edit = ("edit", "--prompt", "a cat", "--out", tmp_path / "out", *SMALL)
+    clip, here = ("--video", demo_clip()), ("--mask", mask_file)
+    return {
+        "no mask file": ((*plan, "--mask", tmp_path / "no.mp4"), "no file or folder at"),
+        "mask of another size": ((*plan, "--mask", tmp_path / "wide.npy"), "64x128"),
+        "empty mask": ((*plan, "--mask", tmp_path / "none.npy"), "the mask is empty"),
+        "mask with one dim": ((*plan, "--mask", tmp_path / "flat.npy"), "[frames, height, width]"),
+        "broken video": ((*plan, "--mask", tmp_path / "broken.mp4"), "cannot be read as video"),
+        "empty folder": ((*plan, "--mask", tmp_path / "empty"), "holds 0 frames"),
+        "unknown schedule": ((*plan, *here, "--schedule", "warp"), "unknown schedule 'warp'"),
+        "teacache without a model": ((*plan, *here, "--schedule", "teacache:0.1"), "time embedding"),
+        "odd height": ((*plan, *here, "--height", 65), "height must be a multiple of 16"),
+        "broken plan": ((*edit, *clip, *here, "--model", tmp_path, "--plan", tmp_path / "broken.hetplan"), "plan"),
+        "no checkpoint": ((*edit, *clip, *here, "--model", tmp_path / "empty"), "no model_index.json"),
+        "short video": ((*edit, *clip, *here, "--model", tmp_path, "--num-frames", 401), "holds"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no mask file", "mask of another size", "empty mask", "mask with one dim", "broken video", "empty folder",
+        "unknown schedule", "teacache without a model", "odd height", "broken plan", "no checkpoint", "short video",
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_status_2(case, hetcache_command, mask_file, tmp_path):
+    arguments, expected = bad_inputs(tmp_path, mask_file)[case]
+    status, _, err = hetcache_command(*arguments)
+    assert status == 2
+    assert expected in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "x.hetplan").exists()
+    assert not (tmp_path / "out").exists()
