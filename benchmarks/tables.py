@@ -42,8 +42,9 @@ def main() -> None:
     for name, table in TABLES.items():
         result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        assert re.search(pattern, text, re.DOTALL), f"README.md has no markers for {name}"
-        text = re.sub(pattern, lambda m, body=table(result): m[1] + body + m[2], text, flags=re.DOTALL)
+        found = re.search(pattern, text, re.DOTALL)
+        assert found, f"README.md has no markers for {name}"
+        text = text[: found.start()] + found[1] + table(result) + found[2] + text[found.end() :]
     if "--check" in sys.argv:
         sys.exit(text != readme.read_text())
     readme.write_text(text)

@@ -86,6 +86,8 @@ class CompiledGraph:
     def __init__(self, graph: GraphModule, inner: Compiled, token_inputs: Mapping[str, int] | None) -> None:
         self.graph, self.inner, self.token_inputs = graph, inner, token_inputs
         self.plain: Compiled | None = None
+        """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
+        self._static_plain: dict[Hashable, Compiled] = {}
         self._specialised: dict[Hashable, Specialised] = {}
         self._refused: set[Hashable] = set()
 
@@ -104,9 +106,13 @@ class CompiledGraph:
 
     def run_plain(self, inputs: Sequence[Any]) -> Any:
         """The graph as Dynamo captured it, compiled by `inner`."""
-        if self.plain is None:
-            self.plain = self.inner(self.graph, list(inputs))
-        return self.plain(*inputs)
+        if self.plain is not None:
+            return self.plain(*inputs)
+        # Compiled late, outside Dynamo, the graph is static even where Dynamo captured it with dynamic sizes.
+        key = signature_of(inputs)
+        if key not in self._static_plain:
+            self._static_plain[key] = self.inner(self.graph, list(inputs))
+        return self._static_plain[key](*inputs)
 
     def run_step(self, session: Session, inputs: Sequence[Any]) -> Any:
         """One call inside a session: choose the form, make it if need be, run it on the branch's buffers."""
@@ -118,7 +124,7 @@ class CompiledGraph:
         conditions = [t for t in inputs if is_condition(t) and not any(t is latent for latent in latents)]
         # Dynamo may run one graph for two modules of the same structure (two experts): weights tell them apart.
         weights = next((t for t in inputs if isinstance(t, torch.nn.Parameter)), None)
-        cache_key = (id(self), id(weights), signature_of(inputs))
+        cache_key = (self, id(weights), signature_of(inputs))
         kind, branch = session.next_step(cache_key, latents, conditions)
         if kind is StepKind.FULL and session.check_finite:
             check_finite(latents, branch.step)

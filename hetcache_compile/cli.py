@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .errors import GridMismatchError, HetCacheError, PlanError, UnsupportedGraphError
+from .errors import HetCacheError, PlanError
 
 app = typer.Typer(
     help="Token-partitioned caching for diffusion transformers, as a compiler pass.",
@@ -93,9 +93,7 @@ def edit(
     steps: Steps = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    plan: Annotated[
-        Path | None, typer.Option(help="A plan from `hetcache plan`, in place of the options.")
-    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan from `hetcache plan`, in place of the options.")] = None,
     schedule: Schedule = "balanced",
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
@@ -252,7 +250,7 @@ def main() -> None:
         os.environ.setdefault(variable, "1")
     try:
         app()
-    except (HetCacheError, GridMismatchError, UnsupportedGraphError) as error:
+    except HetCacheError as error:
         print(f"hetcache: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -36,9 +36,7 @@ def moving_mask(num_frames: int, height: int, width: int) -> NDArray[np.bool_]:
     y, x = np.mgrid[0:height, 0:width]
     progress = np.linspace(0, 1, num_frames)[:, None, None]
     centre_x, centre_y = width * (0.3 + 0.4 * progress), height * (0.45 + 0.1 * np.sin(2 * np.pi * progress))
-    inside: NDArray[np.bool_] = ((x - centre_x) / (0.16 * width)) ** 2 + (
-        (y - centre_y) / (0.2 * height)
-    ) ** 2 <= 1
+    inside: NDArray[np.bool_] = ((x - centre_x) / (0.16 * width)) ** 2 + ((y - centre_y) / (0.2 * height)) ** 2 <= 1
     return inside
 
 
@@ -68,9 +66,7 @@ def save_random_checkpoint(folder: Path, *, width: int = 384, layers: int = 4, s
         in_channels=latent_channels, out_channels=latent_channels, text_dim=text_width,
     )  # fmt: skip
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    WanVACEPipeline(tokenizer, text_encoder.eval(), vae.eval(), scheduler, transformer.eval()).save_pretrained(
-        folder
-    )
+    WanVACEPipeline(tokenizer, text_encoder.eval(), vae.eval(), scheduler, transformer.eval()).save_pretrained(folder)
 
 
 def _byte_tokenizer() -> Any:
@@ -84,6 +80,4 @@ def _byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -95,9 +95,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
     parameters = inspect.signature(pipe.__call__).parameters
     missing = [name for name in ("video", "mask", "num_frames") if name not in parameters]
     if missing:
-        raise InputFileError(
-            f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it edits no masked video"
-        )
+        raise InputFileError(f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it edits no masked video")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .passes.analyse import GridMismatchError
-from .passes.refusal import Refusal, UnsupportedGraphError
+from .passes.refusal import HetCacheError, Refusal, UnsupportedGraphError
 
 __all__ = [
     "GridMismatchError",
@@ -17,10 +17,6 @@ __all__ = [
     "SessionError",
     "UnsupportedGraphError",
 ]
-
-
-class HetCacheError(Exception):
-    """Base of this package's own errors."""
 
 
 class PlanError(HetCacheError, ValueError):

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .capture import Program, capture
 from .errors import SessionError
 from .passes.analyse import Analysis, analyse
+from .passes.buffers import buffer_entry
 from .passes.forms import FORMS, CacheEntry, Form
 from .plan import Plan
 
@@ -42,6 +43,12 @@ class Forms:
     def cache_bytes(self) -> int:
         """Size of one cache: one branch of guidance, all layers."""
         return sum(entry.num_bytes for entry in self.cache_entries)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of the buffers that a session keeps for one branch (see `passes.buffers`)."""
+        entries = (buffer_entry(e, self.plan.budgets, self.plan.num_tokens) for e in self.cache_entries)
+        return sum(entry.num_bytes for entry in entries)
 
     def for_plan(self, plan: Plan) -> Forms:
         """The same forms for another mask with the same grid and budgets."""
@@ -100,7 +107,7 @@ def rewrite(
         UnsupportedGraphError: with every reason why the graph cannot be rewritten.
         GridMismatchError: the plan is for another grid.
     """
-    program = capture(model, args, kwargs or {})
+    program = capture(getattr(model, "_orig_mod", model), args, kwargs or {})
     analysis = analyse(program.module, plan.grid, token_inputs)
     by_kind = {kind: write(program.module, analysis, plan.budgets) for kind, write in FORMS.items()}
     return Forms(program, analysis, plan, by_kind)

@@ -18,7 +18,6 @@ from .plan import Plan, atomically
 from .preview import save_preview
 from .schedule import StepKind
 
-
 BUSY = 1.2
 """FULL and uncached calls that differ by more than this factor were not measured under the same conditions."""
 

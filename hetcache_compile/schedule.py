@@ -50,7 +50,7 @@ Schedule = str | Sequence[StepKind | str]
 def make_schedule(
     schedule: Schedule, num_steps: int, distances: NDArray[np.float64] | None = None
 ) -> tuple[StepKind, ...]:
-    """Step kinds for `num_steps` steps; the first and the last are always FULL.
+    """Step kinds for `num_steps` steps. The first is always FULL; so is the last, except in an explicit list.
 
     Args:
         schedule: a preset (`PRESETS`), a cycle of letters such as `"FRRP"`, `"teacache:0.1"` for a threshold on

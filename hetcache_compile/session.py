@@ -188,8 +188,7 @@ def _identify(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
 
 def _matches(known: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> bool:
     return len(known) == len(tensors) and all(
-        ref() is tensor and version == tensor._version
-        for (ref, version), tensor in zip(known, tensors, strict=True)
+        ref() is tensor and version == tensor._version for (ref, version), tensor in zip(known, tensors, strict=True)
     )
 
 

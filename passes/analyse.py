@@ -9,7 +9,7 @@ from math import prod
 from torch.fx import GraphModule, Node
 
 from .axis import FREE, Attend, AxisState, Edit, Enter, Flow, Grid, Leave, Tokens
-from .refusal import Refusal, UnsupportedGraphError, module_path, refuse, shape_of
+from .refusal import HetCacheError, Refusal, UnsupportedGraphError, module_path, refuse, shape_of
 from .rules import RULES, Query, is_patchify, wrap
 
 
@@ -28,13 +28,11 @@ class Analysis:
         return [(node, edit) for node, edits in self.edits.items() for edit in edits if isinstance(edit, kind)]
 
 
-class GridMismatchError(ValueError):
+class GridMismatchError(HetCacheError, ValueError):
     """No patch embedding makes the plan's token grid, or a token input has another number of tokens."""
 
 
-def analyse(
-    module: GraphModule, grid: tuple[int, int, int], token_inputs: Mapping[str, int] | None = None
-) -> Analysis:
+def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Mapping[str, int] | None = None) -> Analysis:
     """Find the token axis of a normalised graph.
 
     Args:
@@ -126,7 +124,10 @@ def _token_sources(module: GraphModule, edits: Mapping[Node, tuple[Edit, ...]]) 
 def _nothing_to_cache(module: GraphModule, analysis: Analysis) -> list[Refusal]:
     """A graph that every rule accepts may still hold nothing to save."""
     if not analysis.of_type(Enter):
-        made = [shape_of(node)[2:] for node in module.graph.nodes if is_patchify(node)]
+        # A picture encoder has patches too; only patches of as many dims as the grid can be the wrong grid.
+        rank = 3 if analysis.grid[0] > 1 else 2
+        patches = [shape_of(node)[2:] for node in module.graph.nodes if is_patchify(node)]
+        made = [shape for shape in patches if len(shape) >= rank]
         if any(shape == analysis.grid[3 - len(shape) :] for shape in made):
             reason = "no token axis found: the grid is never flattened to tokens in the order (T', H', W')"
             return [Refusal(reason)]

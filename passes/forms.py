@@ -302,9 +302,7 @@ def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) ->
             if n.op != "output":
                 n.meta["val"] = result
                 if n in expected and shape_of(n) != expected[n]:
-                    raise VerificationError(
-                        f"{n.name} ({n.target}) has shape {shape_of(n)}, expected {expected[n]}"
-                    )
+                    raise VerificationError(f"{n.name} ({n.target}) has shape {shape_of(n)}, expected {expected[n]}")
             return result
 
     inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]

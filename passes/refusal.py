@@ -35,7 +35,11 @@ class Refusal:
         return "\n".join(lines)
 
 
-class UnsupportedGraphError(Exception):
+class HetCacheError(Exception):
+    """Base of this package's own errors."""
+
+
+class UnsupportedGraphError(HetCacheError):
     """The graph cannot be rewritten. `reasons` holds every `Refusal`, not only the first."""
 
     def __init__(self, reasons: Sequence[Refusal]) -> None:

@@ -355,9 +355,7 @@ def is_patchify(node: Node) -> bool:
     stride = _argument(node, "stride", [1])
     padding, dilation = _argument(node, "padding", [0]), _argument(node, "dilation", [1])
     return (
-        _spread(stride, len(kernel)) == kernel
-        and set(_spread(padding, 1)) == {0}
-        and set(_spread(dilation, 1)) == {1}
+        _spread(stride, len(kernel)) == kernel and set(_spread(padding, 1)) == {0} and set(_spread(dilation, 1)) == {1}
     )
 
 

@@ -1,9 +1,9 @@
 """The rule oracle: a partial form of one call must give `op(x)[idx]`, for every rule, over shapes and axes.
 
 A call is written with its tensors' dims, one letter each. Token operands have the token axis `n`; `N` is a whole
-axis of that size (positional data); a tensor with `t`, `y` and `x` is laid out on the token grid; a digit is itself.
-Every call runs with each of `SIZES`: distinct primes (`d` = h·e and `n` = t·y·x apart), and traps in which the token
-count equals the width, or every size there is.
+axis of that size (positional data); a tensor with `t`, `y` and `x` is laid out on the token grid; a digit is
+itself. Every call runs with each of `SIZES`: distinct primes (but for `d` = h·e and `n` = t·y·x), and traps in
+which the token count equals the width, or every size there is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from hetcache_compile.passes.analyse import Analysis
-from hetcache_compile.passes.axis import FREE, AxisState, Edit, Enter, Flow, Free, Grid, Leave, Tokens
+from hetcache_compile.passes.axis import FREE, AxisState, Edit, Enter, Flow, Grid, Tokens
 from hetcache_compile.passes.forms import Budgets, write_full, write_partial
 from hetcache_compile.passes.rules import ELEMENTWISE, RULES, Query, Rule, elementwise, fresh, like_first
 
@@ -94,9 +94,7 @@ class Call:
 
     def ops(self) -> set[Any]:
         """Every operator called."""
-        return {self.op}.union(
-            *(x.ops() for x in pytree.tree_leaves([self.args, self.kwargs]) if isinstance(x, Call))
-        )
+        return {self.op}.union(*(x.ops() for x in pytree.tree_leaves([self.args, self.kwargs]) if isinstance(x, Call)))
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Call:
@@ -352,10 +350,7 @@ ACCEPTED: list[Call] = [
     *(call(aten.squeeze.dims, T("1b1n1"), dims) for dims in ([0, 2], [-1, 0], [0, 1, 4], [4])),
     call(aten.squeeze.default, T("1dtyx")),
     *(call(aten.expand.default, T(old), S(new)) for old, new in (("1nd", "bnd"), ("nd", "bnd"), ("n1", "bnd"))),
-    *(
-        call(aten.expand.default, T(old), S(new))
-        for old, new in (("1n", "b-"), ("d1n", "b-hn"), ("1dtyx", "bdtyx"))
-    ),
+    *(call(aten.expand.default, T(old), S(new)) for old, new in (("1n", "b-"), ("d1n", "b-hn"), ("1dtyx", "bdtyx"))),
     *(call(aten.repeat.default, T(dims), times) for dims, times in (("1nd", [2, 1, 3]), ("nd", [3, 1, 2]))),
     # pieces
     call(aten.cat.default, [T("bnd"), T("bnk")], 2),
@@ -402,7 +397,6 @@ DOUBLED = call(aten.cat.default, [T("bdtyx"), T("bdtyx")], 2)
 STRUCTURE: list[tuple[Call, str]] = [
     # a convolution into patches makes the grid, and nothing else does
     (PATCH, "bdtyx"),
-    (call(aten.conv3d.default, T("bctYX"), T("dc122"), None, [1, 2, 2], [0], [1]), "bdtyx"),
     (call(aten.conv3d.default, T("bdtyx"), T("kd111")), "bktyx"),
     (call(aten.conv3d.default, T("bdtyx"), T("kd333"), None, [1], [1]), "bk..."),
     (call(aten.conv3d.default, T("bctYX"), T("dc144"), None, [1, 2, 2], [0, 1, 1]), "bd..."),
@@ -424,7 +418,7 @@ STRUCTURE: list[tuple[Call, str]] = [
     (call(aten.repeat.default, T("dtyx"), [2, 1, 1, 1]), "...."),
     # birth: all of the grid, in order, and nothing else
     (call(aten.view.default, PATCH, S("bdN")), "bdn"),
-    (call(aten.reshape.default, PATCH, S("bh-")), "bh."),
+    (call(aten.reshape.default, PATCH, S("bd-")), "bdn"),
     (call(aten.view.default, T("tyxbd"), S("N(bd)")), "n."),
     (call(aten.transpose.int, call(aten.view.default, PATCH, S("bdN")), 1, 2), "bnd"),
     (call(aten.reshape.default, MOVED, S("bdN")), "bdN"),
@@ -495,9 +489,7 @@ REFUSED = [
     # convolutions
     No(call(aten.conv2d.default, T("bcnX"), T("dc22"), None, [2, 2]), "convolves over the token axis"),
     No(call(aten.conv3d.default, T("bntYX"), T("dN122"), None, *CONV), "convolves over the token axis"),
-    No(
-        call(aten.conv3d.default, T("nctYX"), T("dc122"), None, *CONV), "convolves over the token axis", holds=True
-    ),
+    No(call(aten.conv3d.default, T("nctYX"), T("dc122"), None, *CONV), "convolves over the token axis", holds=True),
     No(call(aten.conv3d.default, T("bctYX"), T("Nc122"), T("n"), *CONV), "weight carries the token axis"),
     # attention
     No(attention("bhne", "bhne", "bhne", None, 0.0, True), CAUSAL),
