@@ -140,7 +140,7 @@ class CompiledGraph:
         branch.filled.add(cache_key)
         branch.step += 1
         session.count(kind, watch.stop(), compile_seconds)
-        return results
+        return own_outputs(results, buffers)
 
     def specialise(self, inputs: Sequence[Any]) -> Specialised:
         """The program for inputs of these shapes."""
@@ -178,6 +178,20 @@ def buffers_for(form: Form, branch: Branch, cache_key: Hashable, device: torch.d
         if entry.input_name not in buffers:
             buffers[entry.input_name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
     return [buffers[entry.input_name] for entry in form.reads]
+
+
+def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The outputs, with a copy of any that is a view of a cache buffer: the next step overwrites that one.
+
+    A reuse step may return such a view, where nothing but views comes after the tokens; samplers keep outputs.
+    """
+    cached = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+    return tuple(
+        value.clone()
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in cached
+        else value
+        for value in outputs
+    )
 
 
 def check_finite(latents: Sequence[torch.Tensor], step: int) -> None:

@@ -60,13 +60,13 @@ def demo(
     The weights are random: the pictures mean nothing, the times do. Writes OUT/report.html, report.json,
     side_by_side.mp4, edit.mp4, plan.png, edit.hetplan, and the checkpoint in OUT/model.
     """
-    from .demo import PROMPT, demo_clip, moving_mask, save_random_checkpoint
+    from .demo import PROMPT, START, demo_clip, moving_mask, save_random_checkpoint
     from .editing import EditRequest, load_pipeline
     from .media import read_video
 
     with console.status("making a small WanVACE checkpoint"):
         _check_size(size, size, num_frames)
-        video = read_video(demo_clip(), num_frames, size, size)
+        video = read_video(demo_clip(), num_frames, size, size, START)
         save_random_checkpoint(out / "model")
         pipe = load_pipeline(out / "model", _dtype("float32"), _device(device))
     request = EditRequest(
@@ -90,6 +90,7 @@ def edit(
     height: Height = 480,
     width: Width = 832,
     num_frames: Frames = 81,
+    start_frame: Annotated[int, typer.Option(help="First frame of the video to edit.", min=0)] = 0,
     steps: Steps = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -110,7 +111,7 @@ def edit(
 
     _check_size(height, width, num_frames)
     known_plan = Plan.load(plan) if plan else None
-    frames = read_video(video, num_frames, height, width)
+    frames = read_video(video, num_frames, height, width, start_frame)
     pixels = read_mask(mask, num_frames, height, width)
     with console.status(f"loading {model}"):
         pipe = load_pipeline(model, _dtype(dtype), _device(device))

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from .errors import InputFileError
 
-CLIP = "bikes.mp4"
+CLIP, START = "bikes.mp4", 142
+"""A street behind a fence, one shot."""
 PROMPT = "a red balloon drifts over the street"
 
 

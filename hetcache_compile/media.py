@@ -18,15 +18,16 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 Frames = NDArray[np.uint8]
 
 
-def read_video(path: Path, num_frames: int, height: int, width: int) -> Frames:
-    """The first `num_frames` frames of a video or a folder of pictures, uint8 `[T, height, width, 3]`.
+def read_video(path: Path, num_frames: int, height: int, width: int, start: int = 0) -> Frames:
+    """`num_frames` frames of a video or a folder of pictures, from frame `start`: uint8 `[T, height, width, 3]`.
 
     Each frame is scaled to cover the size and cut at the centre.
 
     Raises:
         InputFileError: nothing readable there, or too few frames.
     """
-    pictures = [_cover(picture.convert("RGB"), height, width) for picture in _pictures(path, num_frames)]
+    found = _pictures(path, start + num_frames)[start:]
+    pictures = [_cover(picture.convert("RGB"), height, width) for picture in found]
     return np.stack([np.asarray(picture) for picture in pictures])
 
 

@@ -84,7 +84,7 @@ def call(
     text_tokens: int = TEXT_TOKENS,
     time_per_token: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of a call, drawn from `seed`, in the dtype of the patch embedding; the output is a tuple."""
+    """Keyword arguments of a call, drawn from `seed`, in the dtype of the patch embedding; returns a tuple."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:

@@ -297,7 +297,7 @@ EFFECTIVE: dict[str, tuple[Pass, Function, tuple[torch.Tensor, ...], list[str]]]
     "asserts": (drop_asserts, asserted, (X,), ["eq", "all", "sin"]),
     "padding by nothing": (drop_empty_operands, lambda x, y: torch.cat([y, x, y], 1).sin(), (X, NOTHING), ["sin"]),
     "whole slices": (drop_whole_slices, lambda x: aten.slice(aten.slice(x, 1, 0, END), 2).sin(), (X,), ["sin"]),
-    "equal expressions": (share_subexpressions, lambda x: (x[:, 1:].sin(), x[:, 1:].sin()), (X,), ["slice", "sin"]),
+    "equal expressions": (share_subexpressions, lambda x: x[1:].sin() * x[1:].sin(), (X,), ["slice", "sin", "mul"]),
     "equal keywords": (share_subexpressions, lambda x: [x.sum(1, dtype=torch.int8) for _ in "ab"], (X,), ["sum"]),
     "dead code": (drop_dead_code, unused, (X,), ["sin"]),
 }
@@ -315,21 +315,20 @@ def test_a_pass_does_its_job(run: Pass, function: Function, inputs: tuple[torch.
     assert not run(module).modified
 
 
-@pytest.mark.parametrize(
-    ("run", "function", "inputs"),
-    [
-        (drop_asserts, lambda x: x.sin(), (X,)),
-        (drop_empty_operands, lambda x: torch.cat([x, x], 1), (X,)),
-        (drop_empty_operands, lambda x, y: torch.cat([x, y.double()], 1), (X, NOTHING)),
-        (drop_whole_slices, lambda x: (x[1:], x[:, ::2]), (X,)),
-        (share_subexpressions, lambda x: (x[1:], x[:, 1:], x.sum(0), x.sum(0, True)), (X,)),
-        (share_subexpressions, lambda x: (x + 1, x + 1.0), (COUNT,)),
-        (share_subexpressions, lambda x: (x.sum(0), x.sum(0, dtype=torch.float64)), (X,)),
-        (share_subexpressions, lambda x: (x / 0.0, x / -0.0), (X,)),
-        (drop_dead_code, lambda x: x.sin().cos(), (X,)),
-    ],
-    ids=str,
-)
+ALONE: dict[str, tuple[Pass, Function, tuple[torch.Tensor, ...]]] = {
+    "no asserts": (drop_asserts, lambda x: x.sin(), (X,)),
+    "two operands": (drop_empty_operands, lambda x: torch.cat([x, x], 1), (X,)),
+    "an empty operand of another type": (drop_empty_operands, lambda x, y: torch.cat([x, y.double()], 1), (X, NOTHING)),
+    "parts": (drop_whole_slices, lambda x: (x[1:], x[:, ::2]), (X,)),
+    "other arguments": (share_subexpressions, lambda x: (x[1:], x[:, 1:], x.sum(0), x.sum(0, True)), (X,)),
+    "other keywords": (share_subexpressions, lambda x: (x.sum(0), x.sum(0, dtype=torch.float64)), (X,)),
+    "1 and 1.0": (share_subexpressions, lambda x: (x + 1, x + 1.0), (COUNT,)),
+    "0.0 and -0.0": (share_subexpressions, lambda x: (x / 0.0, x / -0.0), (X,)),
+    "all of use": (drop_dead_code, lambda x: x.sin().cos(), (X,)),
+}
+
+
+@pytest.mark.parametrize(("run", "function", "inputs"), ALONE.values(), ids=ALONE)
 def test_a_pass_leaves_the_rest_alone(run: Pass, function: Function, inputs: tuple[torch.Tensor, ...]) -> None:
     module = traced(function, *inputs)
     before = str(module.graph)

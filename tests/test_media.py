@@ -19,6 +19,11 @@ def test_the_demo_clip_is_real_and_long_enough():
     assert np.abs(frames[0].astype(int) - frames[32]).mean() > 5, "it moves"
 
 
+def test_frames_are_counted_from_the_start_asked_for():
+    frames = read_video(demo_clip(), 6, 32, 32)
+    assert np.array_equal(read_video(demo_clip(), 4, 32, 32, start=2), frames[2:])
+
+
 def test_a_video_survives_writing_and_reading(tmp_path):
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     frames = np.broadcast_to(ramp[None, None, :, None], (4, 32, 64, 3)).copy()

@@ -193,19 +193,19 @@ def check_rows(whole: Call, sizes: Sizes, rules: Mapping[Any, Rule] = RULES) -> 
     analysis = Analysis(trace.grid, trace.states, trace.edits)
     budgets = Budgets(len(active), len(context))
     full, partial = write_full(trace.module, analysis, budgets), write_partial(trace.module, analysis, budgets)
-    results = full.module(*trace.tensors, context)
-    cache = dict(zip(full.writes, results[len(results) - len(full.writes) :], strict=True))
+    outputs = full.module(*trace.tensors, context)
+    count = len(outputs) - len(full.writes)
+    cache = dict(zip(full.writes, outputs[count:], strict=True))
     for entry, tensor in cache.items():
         if entry.rows == "tokens":
             cache[entry] = tensor.index_fill(entry.dim, active, torch.nan)
     actual = partial.module(*trace.tensors, active, *[cache[entry] for entry in partial.reads])
-    for part, whole_part in zip(actual, results[: len(results) - len(full.writes)], strict=False):
-        expected = whole_part
+    for result, expected in zip(actual[:count], outputs[:count], strict=True):
         if isinstance(trace.state, Tokens):
-            expected = whole_part.index_select(trace.state.dim, active)
+            expected = expected.index_select(trace.state.dim, active)
         if whole.op in UNINITIALISED:
-            part, expected = torch.zeros_like(part), torch.zeros_like(expected)
-        torch.testing.assert_close(part, expected)
+            result, expected = torch.zeros_like(result), torch.zeros_like(expected)
+        torch.testing.assert_close(result, expected)
     return trace.state
 
 

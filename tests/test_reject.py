@@ -1,0 +1,413 @@
+"""What cannot be rewritten is refused: every reason at once, each with operator, module and source line."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hetcache_compile as hetcache
+from hetcache_compile.passes import rules
+
+GRID, N = (2, 3, 5), 30
+WIDTH, TEXT, BATCH, CHANNELS = 14, 11, 2, 3
+
+Op = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def make_plan(grid: tuple[int, int, int] = GRID) -> hetcache.Plan:
+    return hetcache.Plan.from_token_mask(np.arange(np.prod(grid)) % 3 == 0, grid)
+
+
+class Block(nn.Module):
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.op(x, text)
+
+
+class Model(nn.Module):
+    """Patches, self-attention, then one block for each operation, side by side on the tokens `[B, N, D]`."""
+
+    def __init__(self, ops: Mapping[str, Op]) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(CHANNELS, WIDTH, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleDict({name: Block(op) for name, op in ops.items()})
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> list[torch.Tensor]:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + F.scaled_dot_product_attention(x, x, x)
+        return [x, *(block(x, text) for block in self.blocks.values())]
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(BATCH, CHANNELS, GRID[0], GRID[1] * 2, GRID[2] * 2), torch.randn(BATCH, TEXT, WIDTH)
+
+
+def reasons_of(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[hetcache.Refusal, ...]:
+    with pytest.raises(hetcache.UnsupportedGraphError) as caught:
+        hetcache.rewrite(model, make_plan(), args or inputs(), **kwargs)
+    return caught.value.reasons
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, **kwargs)
+
+
+ones = torch.ones
+
+# name: what a block does with tokens x and text, the operator that is refused, and why
+OPS: dict[str, tuple[Op, str, str]] = {
+    "different_dims": (
+        lambda x, _: (x @ ones(WIDTH, N)) + (x @ ones(WIDTH, N)).mT,
+        "aten.add.Tensor",
+        "its operands have their token axes at different dims",
+    ),
+    "empty_operand": (
+        lambda x, _: torch.cat([x.mT, x.mT, torch.empty(0)], 1),
+        "aten.cat.default",
+        "an operand of size 0 meets the token axis of size 30",
+    ),
+    "layer_norm": (
+        lambda x, _: F.layer_norm(x.mT, (N,)),
+        "aten.layer_norm.default",
+        "it normalises over the token axis",
+    ),
+    "group_norm": (
+        lambda x, _: F.group_norm(x.mT, 2),
+        "aten.group_norm.default",
+        "it normalises over the token axis",
+    ),
+    "norm_weights": (
+        lambda x, text: F.layer_norm(text @ ones(WIDTH, N), (N,), x[0, :, 0]),
+        "aten.layer_norm.default",
+        "its weights carry the token axis",
+    ),
+    "linear_over_tokens": (
+        lambda x, _: F.linear(x.mT, ones(3, N)),
+        "aten.linear.default",
+        "it contracts the token axis",
+    ),
+    "linear_weight": (
+        lambda x, text: F.linear(text, x[0]),
+        "aten.linear.default",
+        "its weight carries the token axis",
+    ),
+    "matmul_over_tokens": (
+        lambda x, _: x.mT @ ones(N, 3),
+        "aten.matmul.default",
+        "it contracts the token axis",
+    ),
+    "attention_by_hand": (
+        lambda x, text: text @ x.mT,
+        "aten.matmul.default",
+        "its right side carries the token axis",
+    ),
+    "batched_matmul": (
+        lambda x, _: torch.bmm(x.transpose(0, 1), ones(N, WIDTH, 3)),
+        "aten.bmm.default",
+        "its batch dims hold the token axis",
+    ),
+    "matrix_bias": (
+        lambda x, _: torch.addmm(ones(N, 3), x[0], ones(WIDTH, 3)),
+        "aten.addmm.default",
+        "its bias is a matrix",
+    ),
+    "mean": (lambda x, _: x.mean(1), "aten.mean.dim", "it reduces over the token axis"),
+    "softmax": (lambda x, _: x.softmax(1), "aten.softmax.int", "it reduces over the token axis"),
+    "concat": (
+        lambda x, text: torch.cat([text, x], 1),
+        "aten.cat.default",
+        "it concatenates along the token axis",
+    ),
+    "slice": (lambda x, _: x[:, 2:7], "aten.slice.Tensor", "it cuts the token axis"),
+    "select": (lambda x, _: x[:, 0], "aten.select.int", "it cuts the token axis"),
+    "slice_scatter": (
+        lambda x, text: torch.slice_scatter(x, text, 1, 0, TEXT),
+        "aten.slice_scatter.default",
+        "it cuts the token axis",
+    ),
+    "squeeze_any": (
+        lambda x, _: x[:1].squeeze(),
+        "aten.squeeze.default",
+        "it may drop the token axis when one token is active: name the dim to squeeze",
+    ),
+    "squeeze": (lambda x, _: x.squeeze(1), "aten.squeeze.dim", "it squeezes the token axis"),
+    "fold_batch": (
+        lambda x, _: x.reshape(BATCH * N, WIDTH),
+        "aten._unsafe_view.default",
+        "it mixes the token axis with other dims: (2, 30, 14) -> (60, 14)",
+    ),
+    "repeat": (lambda x, _: x.repeat(1, 2, 1), "aten.repeat.default", "it repeats the token axis"),
+    "convolution": (
+        lambda x, _: F.conv2d(x[:, None], ones(4, 1, 3, 3)),
+        "aten.conv2d.default",
+        "it convolves over the token axis",
+    ),
+    "convolution_weight": (
+        lambda x, text: F.conv2d(text[:, None], x[0][:, None, None], stride=(1, WIDTH)),
+        "aten.conv2d.default",
+        "its weight carries the token axis",
+    ),
+    "causal": (
+        lambda x, _: attend(x, x, x, is_causal=True),
+        "aten.scaled_dot_product_attention.default",
+        "attention with dropout or a causal mask depends on the rows that are left out",
+    ),
+    "masked": (
+        lambda x, _: attend(x, x, x, attn_mask=ones(N, N).tril() > 0),
+        "aten.scaled_dot_product_attention.default",
+        "self-attention over the token axis has a mask",
+    ),
+    "mask_of_tokens": (
+        lambda x, text: attend(x, text, text, attn_mask=x[:, :, :TEXT]),
+        "aten.scaled_dot_product_attention.default",
+        "its mask is computed from tokens",
+    ),
+    "text_asks_tokens": (
+        lambda x, text: attend(text, x, x),
+        "aten.scaled_dot_product_attention.default",
+        "its queries, keys and values carry the token axis in different ways",
+    ),
+    "whole_values": (
+        lambda x, _: attend(x, x, ones(BATCH, N, WIDTH)),
+        "aten.scaled_dot_product_attention.default",
+        "its queries, keys and values carry the token axis in different ways",
+    ),
+    "ranks": (
+        lambda x, text: attend(x, text[:, None], text[:, None]),
+        "aten.scaled_dot_product_attention.default",
+        "its queries, keys and values differ in their number of dims",
+    ),
+    "cumsum": (lambda x, _: x.cumsum(1), "aten.cumsum.default", "no rule for this operator"),
+    "roll": (lambda x, _: x.roll(1, 1), "aten.roll.default", "no rule for this operator"),
+    "fft": (lambda x, _: torch.fft.rfft(x, dim=1).abs(), "aten.fft_rfft.default", "no rule for this operator"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals() -> dict[str, hetcache.Refusal]:
+    """Every reason of one model with all of `OPS`, by module path."""
+    reasons = reasons_of(Model({name: op for name, (op, _, _) in OPS.items()}))
+    assert len({reason.module for reason in reasons}) == len(reasons)
+    return {reason.module: reason for reason in reasons}
+
+
+def test_every_reason_at_once(refusals: dict[str, hetcache.Refusal]) -> None:
+    assert list(refusals) == [f"blocks.{name}" for name in OPS]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_refused(name: str, refusals: dict[str, hetcache.Refusal]) -> None:
+    _, target, reason = OPS[name]
+    refusal = refusals[f"blocks.{name}"]
+    assert refusal.reason == reason
+    assert refusal.op == target
+    assert "[token axis at dim " in refusal.operands
+    assert refusal.source == f"{__file__}:{Block.forward.__code__.co_firstlineno + 1}: return self.op(x, text)"
+
+
+def test_every_answer_of_the_rules_is_among_them() -> None:
+    returns = [node for node in ast.walk(ast.parse(inspect.getsource(rules))) if isinstance(node, ast.Return)]
+    texts = [c.value for r in returns for c in ast.walk(r) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+    answers = {text for text in texts if " " in text} - {"it works along the token axis"}  # concatenate says more
+    assert len(answers) > 20
+    assert {text for text in answers if not any(text in reason for _, _, reason in OPS.values())} == set()
+
+
+def test_no_rule_says_where_to_add_one(refusals: dict[str, hetcache.Refusal]) -> None:
+    assert refusals["blocks.cumsum"].help == "add one to RULES in passes/rules.py"
+    assert refusals["blocks.mean"].help == ""
+
+
+class Mixer(nn.Module):
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        y = 2 * x
+        y = y + x.flip(1)
+        return y - x.sum(1, keepdim=True)
+
+
+def test_two_bad_operations_are_one_error() -> None:
+    model = Model({})
+    model.blocks["mixer"] = Mixer()
+    with pytest.raises(hetcache.UnsupportedGraphError) as caught:
+        hetcache.rewrite(model, make_plan(), inputs())
+    line = Mixer.forward.__code__.co_firstlineno
+    assert (
+        str(caught.value)
+        == f"""the graph cannot be rewritten, 2 reasons:
+- aten.flip.default: no rule for this operator
+    operands: add (2, 30, 14) [token axis at dim 1]
+    module: blocks.mixer
+    source: {__file__}:{line + 2}: y = y + x.flip(1)
+    help: add one to RULES in passes/rules.py
+- aten.sum.dim_IntList: it reduces over the token axis
+    operands: add (2, 30, 14) [token axis at dim 1]
+    module: blocks.mixer
+    source: {__file__}:{line + 3}: return y - x.sum(1, keepdim=True)"""
+    )
+
+
+def test_the_same_model_without_them_is_accepted() -> None:
+    """So each refusal above is for its operation alone."""
+    model, args = Model({"fine": lambda x, text: attend(2 * x, text, text)}), inputs()
+    output, _ = hetcache.rewrite(model, make_plan(), args).full(*args)
+    torch.testing.assert_close(output, model(*args))
+
+
+# Refusals of a whole model
+
+
+class Patches(nn.Module):
+    """Patches, then any function of the grid and the text."""
+
+    def __init__(self, rest: Op) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(CHANNELS, WIDTH, (1, 2, 2), (1, 2, 2))
+        self.rest = rest
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.patch(x), text)
+
+
+def no_patches(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    x = x.flatten(2).transpose(1, 2)
+    return attend(x, x, x)
+
+
+def other_order(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    x = x.transpose(2, 4).flatten(2).transpose(1, 2)
+    return attend(x, x, x)
+
+
+def two_videos(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    x = torch.cat([x, x], 2).flatten(2).transpose(1, 2)
+    return attend(x, x, x)
+
+
+def only_the_type(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    x = x.flatten(2).transpose(1, 2)
+    return text + attend(x, x, x).new_zeros(WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Block(no_patches), "no token axis found: no patch embedding makes the token grid"),
+        (Patches(other_order), "no token axis found: the grid is never flattened to tokens in the order (T', H', W')"),
+        (Patches(two_videos), "no token axis found: the grid is never flattened to tokens in the order (T', H', W')"),
+        (
+            Patches(lambda x, _: x.flatten(2).sin()),
+            "no attention has keys and values along the token axis: there is no context to cache",
+        ),
+        (Patches(only_the_type), "no output depends on the tokens"),
+    ],
+    ids=["no patches", "another order", "two videos", "no attention", "no output"],
+)
+def test_nothing_to_cache(model: nn.Module, reason: str) -> None:
+    assert [refusal.reason for refusal in reasons_of(model)] == [reason]
+
+
+def test_no_patches_names_token_inputs() -> None:
+    assert reasons_of(Block(no_patches))[0].help == "name the packed inputs with token_inputs={'hidden_states': 1}"
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: torch.Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_a_model_that_changes_a_buffer() -> None:
+    assert [r.reason for r in reasons_of(Counting(), torch.ones(3))] == ["the call changes its own state: calls"]
+
+
+class Deciding(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if x.sum() > 0 else x.cos()
+
+
+def test_a_model_that_decides_by_its_data() -> None:
+    (refusal,) = reasons_of(Deciding(), torch.ones(3))
+    assert refusal.reason.startswith("torch.export cannot capture it: ")
+    assert "data-dependent" in refusal.reason
+    assert refusal.module == "Deciding"
+
+
+def test_a_plan_for_another_grid() -> None:
+    message = "the plan's token grid is (2, 3, 7) but the model's patch embedding makes (2, 3, 5): make the plan for"
+    with pytest.raises(hetcache.GridMismatchError, match=re.escape(message)):
+        hetcache.rewrite(Model({}), make_plan((2, 3, 7)), inputs())
+
+
+# Packed tokens
+
+
+class Packed(nn.Module):
+    """Takes tokens and gives tokens."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(layers))
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        x = hidden_states
+        for layer in self.layers:
+            x = x + attend(*layer(x).chunk(3, -1))
+            x = x + attend(x, text, text)
+        return x
+
+
+def packed_inputs() -> dict[str, torch.Tensor]:
+    return {"hidden_states": torch.randn(BATCH, N, WIDTH), "text": torch.randn(BATCH, TEXT, WIDTH)}
+
+
+@pytest.mark.parametrize("dim", [1, -2])
+def test_packed_tokens_with_frozen_input(dim: int) -> None:
+    torch.manual_seed(0)
+    model, kwargs = Packed(layers=2), packed_inputs()
+    forms = hetcache.rewrite(model, make_plan(), kwargs=kwargs, token_inputs={"hidden_states": dim})
+    expected = model(**kwargs)
+    full, cache = forms.full(**kwargs)
+    partial, cache = forms.partial(cache, **kwargs)
+    reuse, _ = forms.reuse(cache, **kwargs)
+    for output in (full, partial, reuse):
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_packed_tokens_that_change() -> None:
+    """One layer reads context that no other token has touched: active rows are exact, the others stay."""
+    torch.manual_seed(0)
+    model, old, plan = Packed(layers=1), packed_inputs(), make_plan()
+    forms = hetcache.rewrite(model, plan, kwargs=old, token_inputs={"hidden_states": 1})
+    _, cache = forms.full(**old)
+    active = torch.from_numpy(plan.active_index)
+    new = {**old, "hidden_states": old["hidden_states"].index_fill(1, active, 0.5)}
+    expected = model(**old).index_copy(1, active, model(**new).index_select(1, active))
+    partial, cache = forms.partial(cache, **new)
+    reuse, _ = forms.reuse(cache, **new)
+    torch.testing.assert_close(partial, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reuse, expected, rtol=0, atol=1e-5)
+    assert (partial - model(**old)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dim", [0, 2, 3, -4])
+def test_packed_tokens_of_another_number(dim: int) -> None:
+    message = f"the plan's token grid (2, 3, 5) has 30 tokens, but dim {dim} of the token input hidden_states"
+    with pytest.raises(hetcache.GridMismatchError, match=re.escape(message)):
+        hetcache.rewrite(Packed(1), make_plan(), kwargs=packed_inputs(), token_inputs={"hidden_states": dim})
