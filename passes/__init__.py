@@ -1,12 +1,12 @@
 """FX passes, in processing order.
 
-1. `normalise`  tidy a captured graph: no asserts, no empty concatenations, common subexpressions shared;
-2. `axis`       the words of the analysis: axis states, and the edits a partial form needs;
-3. `reshape`    which dims a reshape keeps together;
-4. `rules`      one table: for each operator, where its token axis goes and what to edit;
-5. `analyse`    apply the table to a whole graph, or collect every reason why not;
-6. `forms`      write the full, partial and reuse forms from the analysis;
-7. `buffers`    let a form write its cache in place.
+1. `normalise`         tidy a captured graph: no asserts, no empty concatenations, common subexpressions shared;
+2. `axis`              the words of the analysis: axis states, and the edits a partial form needs;
+3. `reshape`           which dims a reshape keeps together;
+4. `query`, `rules`    one table: for each operator, where its token axis goes and what to edit;
+5. `analyse`           apply the table to a whole graph, or collect every reason why not;
+6. `forms`             write the full, partial and reuse forms from the analysis;
+7. `buffers`           let a form keep its cache in place.
 
 The passes know FX graphs, token grids and counts. They know no model, plan or session.
 """

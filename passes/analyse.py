@@ -9,8 +9,9 @@ from math import prod
 from torch.fx import GraphModule, Node
 
 from .axis import FREE, Attend, AxisState, Edit, Enter, Flow, Grid, Leave, Tokens
+from .query import Query, wrap
 from .refusal import HetCacheError, Refusal, UnsupportedGraphError, module_path, refuse, shape_of
-from .rules import RULES, Query, is_patchify, wrap
+from .rules import RULES, is_patchify
 
 
 @dataclass(frozen=True)

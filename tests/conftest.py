@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from models import Case
 from hetcache_compile import Forms, Plan
 from hetcache_compile.capture import Program, capture
 from hetcache_compile.passes.analyse import Analysis, analyse
-from hetcache_compile.passes.forms import FORMS
+from hetcache_compile.passes.forms import FORMS, Budgets, Form
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Captured:
     model: torch.nn.Module
     program: Program
     analysis: Analysis
+    by_budgets: dict[Budgets, dict[str, Form]] = field(default_factory=dict)
 
     def call(self, seed: int) -> dict[str, Any]:
         """Keyword arguments of a call of the captured shape."""
@@ -36,9 +37,12 @@ class Captured:
             return self.model(**kwargs)[0]
 
     def forms(self, plan: Plan) -> Forms:
-        """What `rewrite` gives, without a new capture."""
-        by_kind = {kind: write(self.program.module, self.analysis, plan.budgets) for kind, write in FORMS.items()}
-        return Forms(self.program, self.analysis, plan, by_kind)
+        """What `rewrite` gives, without a new capture; written once for each pair of budgets."""
+        if plan.budgets not in self.by_budgets:
+            self.by_budgets[plan.budgets] = {
+                kind: write(self.program.module, self.analysis, plan.budgets) for kind, write in FORMS.items()
+            }
+        return Forms(self.program, self.analysis, plan, self.by_budgets[plan.budgets])
 
 
 @functools.cache

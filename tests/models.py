@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from torch import nn
 
 Grid = tuple[int, int, int]
-M = TypeVar("M", bound=torch.nn.Module)
+M = TypeVar("M", bound=nn.Module)
 
 GRID: Grid = (3, 5, 7)
 NUM_TOKENS = prod(GRID)
@@ -69,14 +70,14 @@ def as_loaded(model: M, dtype: torch.dtype) -> M:
         return type(model).from_pretrained(folder, torch_dtype=dtype).eval()
 
 
-def latent_shape(model: torch.nn.Module, grid: Grid = GRID) -> tuple[int, int, int]:
+def latent_shape(model: nn.Module, grid: Grid = GRID) -> tuple[int, int, int]:
     """(T, H, W) of the latents that make the token grid."""
     t, h, w = (size * patch for size, patch in zip(grid, model.config.patch_size, strict=True))
     return t, h, w
 
 
 def call(
-    model: torch.nn.Module,
+    model: nn.Module,
     *,
     grid: Grid = GRID,
     batch: int = 1,
@@ -112,6 +113,43 @@ def to_tokens(video: torch.Tensor, patch: Grid = PATCH) -> torch.Tensor:
     return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, (t // pt) * (h // ph) * (w // pw), -1)
 
 
+class TinyDiT(nn.Module):
+    """A video transformer that compiles in a moment: latents `[B, 5, T, H, W]`, text `[B, any, 13]`, one block."""
+
+    def __init__(self, seed: int = 0, patch: Grid = PATCH, causal: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.patch, self.causal = patch, causal
+        self.embed = nn.Conv3d(5, 22, patch, patch)
+        self.embed_text = nn.Linear(13, 22)
+        self.norm = nn.LayerNorm(22)
+        self.qkv = nn.Linear(22, 66)
+        self.out = nn.Linear(22, 5 * prod(patch))
+        make_loud(self)
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Attend to the text, then to each other."""
+        (b, _, *size), (pt, ph, pw) = latents.shape, self.patch
+        t, h, w = size[0] // pt, size[1] // ph, size[2] // pw
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        text = self.embed_text(text)
+        x = x + nn.functional.scaled_dot_product_attention(x, text, text)
+        query, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        x = x + nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        x = self.out(x).reshape(b, t, h, w, pt, ph, pw, 5)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, 5, *size)
+
+
+def tiny_call(seed: int, *, patch: Grid = PATCH, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
+    """Keyword arguments of a call of `TinyDiT`."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (g * p for g, p in zip(GRID, patch, strict=True))
+    return {
+        "latents": torch.randn(batch, 5, *size, generator=generator),
+        "text": torch.randn(batch, text_tokens, 13, generator=generator),
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and a shape of call; hashable, so that its capture can be shared by tests."""
@@ -130,7 +168,7 @@ class Case:
         """N."""
         return prod(self.grid)
 
-    def build(self) -> torch.nn.Module:
+    def build(self) -> nn.Module:
         """The model."""
         model = {"wan": wan, "vace": vace}[self.architecture](**dict(self.config))
         if self.dtype is not torch.float32:
@@ -139,7 +177,7 @@ class Case:
             model.fuse_qkv_projections()
         return model
 
-    def call(self, model: torch.nn.Module, seed: int) -> dict[str, Any]:
+    def call(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """Keyword arguments of a call."""
         return call(
             model,

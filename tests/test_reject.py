@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.passes import rules
+from hetcache_compile.passes import query, rules
 
 GRID, N = (2, 3, 5), 30
 WIDTH, TEXT, BATCH, CHANNELS = 14, 11, 2, 3
@@ -218,7 +218,8 @@ def test_refused(name: str, refusals: dict[str, hetcache.Refusal]) -> None:
 
 
 def test_every_answer_of_the_rules_is_among_them() -> None:
-    returns = [node for node in ast.walk(ast.parse(inspect.getsource(rules))) if isinstance(node, ast.Return)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (query, rules)]
+    returns = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Return)]
     texts = [c.value for r in returns for c in ast.walk(r) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
     answers = {text for text in texts if " " in text} - {"it works along the token axis"}  # concatenate says more
     assert len(answers) > 20
