@@ -26,7 +26,7 @@ from .session import Branch, Session, current_session
 from .timing import Stopwatch
 
 Compiled = Callable[..., Any]
-OPTIONS = ("inner", "inner_options", "token_inputs")
+OPTIONS = ("inner", "inner_options")
 
 
 def hetcache_backend(
@@ -38,8 +38,7 @@ def hetcache_backend(
         graph: the graph that Dynamo captured.
         example_inputs: its inputs.
         options: of `torch.compile`. `inner`: the backend that compiles each form, a name or a callable
-            (default `"inductor"`). `inner_options`: passed on to it. `token_inputs`: `{name: dim}` of inputs that
-            hold packed tokens.
+            (default `"inductor"`). `inner_options`: passed on to it.
 
     Outside a session the compiled model is what `inner` makes of the graph. Inside one, a graph that cannot be
     rewritten runs like that too, after one warning with the reasons. A session is for inference: its outputs
@@ -50,7 +49,7 @@ def hetcache_backend(
     if unknown:
         raise ValueError(f"unknown options {unknown}: hetcache_backend takes {', '.join(OPTIONS)}")
     inner = inner_backend(options.get("inner", "inductor"), options.get("inner_options"))
-    compiled = CompiledGraph(graph, inner, options.get("token_inputs"))
+    compiled = CompiledGraph(graph, inner)
     if current_session() is None:
         compiled.plain = inner(graph, list(example_inputs))
     return compiled
@@ -83,8 +82,8 @@ class Specialised:
 class CompiledGraph:
     """What Dynamo calls in place of the graph it captured."""
 
-    def __init__(self, graph: GraphModule, inner: Compiled, token_inputs: Mapping[str, int] | None) -> None:
-        self.graph, self.inner, self.token_inputs = graph, inner, token_inputs
+    def __init__(self, graph: GraphModule, inner: Compiled) -> None:
+        self.graph, self.inner = graph, inner
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self._static_plain: dict[Hashable, Compiled] = {}
@@ -152,7 +151,7 @@ class CompiledGraph:
     def analyse(self, known: Specialised, plan: Plan) -> Analysis:
         """The analysis for the plan's grid."""
         if plan.grid not in known.analyses:
-            known.analyses[plan.grid] = analyse(known.program.module, plan.grid, self.token_inputs)
+            known.analyses[plan.grid] = analyse(known.program.module, plan.grid)
         return known.analyses[plan.grid]
 
     def form(
@@ -187,9 +186,7 @@ def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tupl
     """
     cached = {buffer.untyped_storage().data_ptr() for buffer in buffers}
     return tuple(
-        value.clone()
-        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in cached
-        else value
+        value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in cached else value
         for value in outputs
     )
 

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
@@ -52,8 +53,8 @@ def to_token_grid(
     Raises:
         MaskError: another shape, or values outside 0 to 1.
     """
-    array = np.asarray(mask)
-    if array.ndim != 3:
+    array = _as_array(mask)
+    if array.ndim != 3 or array.size == 0:
         raise MaskError(f"the mask must be [frames, height, width], got shape {array.shape}")
     if array.dtype != np.bool_:
         if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
@@ -78,6 +79,17 @@ def to_token_grid(
     return np.asarray(latent.reshape(grid[0], temporal_patch, *grid[1:]).any(axis=1))
 
 
+def _as_array(mask: Any) -> NDArray[Any]:
+    """A mask as an array: numpy knows neither bfloat16 nor other devices, and has no name for a ragged list."""
+    if isinstance(mask, torch.Tensor):
+        mask = mask.detach().cpu()
+        mask = mask.float() if mask.is_floating_point() else mask
+    try:
+        return np.asarray(mask)
+    except ValueError as error:
+        raise MaskError(f"the mask must be [frames, height, width]: {error}") from error
+
+
 def classify(generative: NDArray[np.bool_], margin: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Token kinds `[N]` and each token's Euclidean distance `[N]` to the mask, in tokens, in row-major order.
 
@@ -85,7 +97,10 @@ def classify(generative: NDArray[np.bool_], margin: float) -> tuple[NDArray[np.u
 
     Raises:
         MaskError: nothing is masked.
+        PlanError: the margin is negative or no number.
     """
+    if not margin >= 0:
+        raise PlanError(f"margin must be at least 0, got {margin}")
     if not generative.any():
         raise MaskError("the mask is empty: there is nothing to generate")
     distance = np.asarray(distance_transform_edt(~generative), dtype=np.float64).ravel()

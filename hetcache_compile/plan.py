@@ -54,6 +54,8 @@ class Plan:
     def __post_init__(self) -> None:
         check_grid(self.grid)
         active, context = self.active_index, self.context_index
+        if any(index.dtype != np.int64 or index.ndim != 1 for index in (active, context)):
+            raise PlanError("token indices must be int64 vectors")
         both = np.concatenate([active, context])
         if active.size < 1:
             raise PlanError("a plan needs at least one active token")
@@ -65,6 +67,10 @@ class Plan:
             raise PlanError(f"token_kind must hold a kind for each of the {self.num_tokens} tokens")
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
+        if any(array.shape not in ((0,), (len(self.steps),)) for array in (self.timesteps, self.distances)):
+            raise PlanError(
+                f"timesteps and distances must be empty or hold one value for each of {len(self.steps)} steps"
+            )
 
     @property
     def num_tokens(self) -> int:

@@ -74,11 +74,13 @@ def make_schedule(
     if name == "teacache":
         if distances is None:
             raise PlanError("a teacache schedule needs the model's time embedding: use plan_for(pipe, ...)")
+        if len(distances) != num_steps:
+            raise PlanError(f"there are {len(distances)} distances but the sampler takes {num_steps} steps")
         try:
             return threshold_schedule(distances, float(argument))
         except ValueError as error:
             raise PlanError(f"teacache needs a threshold, as in teacache:0.1, got {schedule!r}") from error
-    cycle = PRESETS.get(name, name)
+    cycle = PRESETS.get(schedule, schedule)
     if not re.fullmatch("F[FPR]*", cycle):
         raise PlanError(
             f"unknown schedule {schedule!r}: give one of {', '.join(PRESETS)}, teacache:THRESHOLD, "
@@ -153,6 +155,6 @@ def _kind(item: StepKind | str) -> StepKind:
     if isinstance(item, StepKind):
         return item
     for kind in StepKind:
-        if item.upper() in (kind.name, kind.letter):
+        if isinstance(item, str) and item.upper() in (kind.name, kind.letter):
             return kind
     raise PlanError(f"unknown step kind {item!r}: give FULL, PARTIAL or REUSE")

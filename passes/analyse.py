@@ -47,7 +47,12 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Mappi
     """
     states: dict[Node, AxisState] = {}
     edits: dict[Node, tuple[Edit, ...]] = {}
-    refusals: list[Refusal] = []
+    placeholders = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    refusals = [
+        Refusal(f"token_inputs names {name!r}, which is no input", help=f"the inputs are {', '.join(placeholders)}")
+        for name in token_inputs or {}
+        if name not in placeholders
+    ]
     for node in module.graph.nodes:
         flow = _flow(node, states, grid, token_inputs or {})
         if isinstance(flow, Refusal):

@@ -68,6 +68,7 @@ def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active
         assert cached is buffer
         with graph.inserting_before(concat):
             whole = graph.call_function(aten.index_copy.default, (buffer, entry.dim, active_index, fresh))
+        whole.meta = _origin(concat)
         concat.replace_all_uses_with(whole)
         graph.erase_node(concat)
         _store(graph, buffer, whole)
@@ -76,4 +77,9 @@ def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active
 def _store(graph: Graph, buffer: Node, value: Node) -> None:
     """Overwrite a buffer at the end of the graph; compilers sink the write into what computes the value."""
     with graph.inserting_before(graph.output_node()):
-        graph.call_function(aten.copy_.default, (buffer, value))
+        graph.call_function(aten.copy_.default, (buffer, value)).meta = _origin(value)
+
+
+def _origin(node: Node) -> dict[str, object]:
+    """The traces of the node that a new one stands for, and the name of this pass."""
+    return {k: node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in node.meta} | {"hetcache": "in place"}

@@ -127,13 +127,14 @@ class TinyDiT(nn.Module):
         self.out = nn.Linear(22, 5 * prod(patch))
         make_loud(self)
 
-    def forward(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Attend to the text, then to each other."""
+    def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend to the text, if there is any, then to each other."""
         (b, _, *size), (pt, ph, pw) = latents.shape, self.patch
         t, h, w = size[0] // pt, size[1] // ph, size[2] // pw
         x = self.embed(latents).flatten(2).transpose(1, 2)
-        text = self.embed_text(text)
-        x = x + nn.functional.scaled_dot_product_attention(x, text, text)
+        if text is not None:
+            text = self.embed_text(text)
+            x = x + nn.functional.scaled_dot_product_attention(x, text, text)
         query, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
         x = x + nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = self.out(x).reshape(b, t, h, w, pt, ph, pw, 5)

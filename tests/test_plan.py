@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
+from models import wan
 from safetensors.torch import load_file, save_file
 
 import hetcache_compile.plan as plan_module
 from hetcache_compile import PRESETS, MaskError, Plan, PlanError, PlanFileError, StepKind, TokenKind
 from hetcache_compile.partition import choose_active, choose_context, classify, to_token_grid
 from hetcache_compile.schedule import make_schedule, threshold_schedule, time_distances
-
-from models import wan
 
 GRID = (3, 5, 7)
 RANDOM = np.random.default_rng(0)
@@ -172,7 +171,7 @@ def test_time_distances_are_those_of_the_models_own_embedding():
         states = embedder.time_embedder(embedder.timesteps_proj(timesteps))
     expected = [0.0] + [
         float((after - before).abs().mean() / before.abs().mean())
-        for before, after in zip(states, states[1:], strict=False)
+        for before, after in pairwise(states)
     ]
     assert time_distances(model, timesteps) == pytest.approx(expected, rel=1e-5)
     doubled = time_distances(model, timesteps, coefficients=(2.0, 1.0))
