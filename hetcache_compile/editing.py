@@ -129,7 +129,8 @@ def run_hetcache(pipe: Any, request: EditRequest, plan: Plan, inner: str, progre
     with _compiled(pipe, backend=hetcache_backend, options={"inner": inner}):
         # One step of each kind that the plan has, so that no compilation is timed.
         kinds = tuple(kind for kind in StepKind if kind in plan.steps)
-        with session(replace(plan, steps=kinds)) as warm_up:
+        nothing = plan.timesteps[:0]
+        with session(replace(plan, steps=kinds, timesteps=nothing, distances=nothing)) as warm_up:
             _run(pipe, _short(request, len(kinds)), "compiling the forms", progress, decode=False)
         with session(plan) as opened:
             run = _run(pipe, request, "hetcache", progress, decode=True)

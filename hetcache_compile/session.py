@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar, Token
@@ -64,6 +63,10 @@ class Stats:
         return sum(watch.seconds for watch in self.watches)
 
 
+Remembered = tuple[tuple[torch.Tensor, int], ...]
+"""Tensors of the last call, with their versions."""
+
+
 @dataclass
 class Branch:
     """Step counter and caches of one branch."""
@@ -71,7 +74,7 @@ class Branch:
     step: int = 0
     buffers: dict[Hashable, dict[str, torch.Tensor]] = field(default_factory=dict)
     filled: set[Hashable] = field(default_factory=set)
-    last_call: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
+    last_call: tuple[Remembered, Remembered] | None = None
 
 
 class Session:
@@ -169,27 +172,39 @@ def session(plan: Plan, *, check_finite: bool = True) -> Session:
 
 
 def _check_unnamed(branch: Branch, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> None:
-    """Two calls on the same latents with other conditions are one step of guidance: they need two caches."""
-    call = _identify(latents), _identify(conditions)
-    if branch.last_call is not None:
-        same_latents = _matches(branch.last_call[0], latents)
-        if latents and same_latents and not _matches(branch.last_call[1], conditions):
-            raise SessionError(
-                "two calls in a row got the same latents with other conditions, so they are one step of guidance: "
-                "put each into `with session.branch('cond'):` and `with session.branch('uncond'):` "
-                "(diffusers' cache_context does this for you)"
-            )
-    branch.last_call = call
+    """Two calls on equal latents with other conditions are one step of guidance: they must not share a cache."""
+    last, branch.last_call = branch.last_call, (_remember(latents), _remember(conditions))
+    if last is not None and latents and _equal(last[0], latents) and not _equal(last[1], conditions):
+        raise SessionError(
+            "two calls in a row got the same latents with other conditions, so they are one step of guidance: "
+            "put each into `with session.branch('cond'):` and `with session.branch('uncond'):` "
+            "(diffusers' cache_context does this for you)"
+        )
 
 
-def _identify(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    return tuple((weakref.ref(tensor), tensor._version) for tensor in tensors)
+def _remember(tensors: Sequence[torch.Tensor]) -> Remembered:
+    return tuple((tensor, _version(tensor)) for tensor in tensors)
 
 
-def _matches(known: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> bool:
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _equal(known: Remembered, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether each tensor holds what the remembered one held: by identity, and only then by value.
+
+    A loop may convert its latents for each call, so equal latents need not be one object. A remembered tensor that
+    was changed since is taken for another one.
+    """
     return len(known) == len(tensors) and all(
-        ref() is tensor and version == tensor._version for (ref, version), tensor in zip(known, tensors, strict=True)
+        version == _version(old) and (old is new or _same_values(old, new))
+        for (old, version), new in zip(known, tensors, strict=True)
     )
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
 @functools.cache

@@ -288,15 +288,17 @@ def test_guidance_by_hand(shared: Shared) -> None:
         check(outputs[name], expected(forms, steps, branch))
 
 
-def test_unnamed_guidance_is_an_error(shared: Shared) -> None:
+@pytest.mark.parametrize("convert", [lambda latents: latents, torch.clone], ids=["one tensor", "a copy for each"])
+def test_unnamed_guidance_is_an_error(shared: Shared, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Also where the loop converts its latents for each call. The same call again is no guidance."""
     model, fast, _ = shared
     cond, uncond = model.call(0), model.call(1)
-    uncond["hidden_states"] = cond["hidden_states"]
+    latents = cond["hidden_states"]
     with hetcache.session(plan_of("FRRR")) as session:
-        fast(**cond)
-        fast(**cond)  # the same call again is no guidance
+        for _ in range(2):
+            fast(**{**cond, "hidden_states": convert(latents)})
         with pytest.raises(hetcache.SessionError, match=r"session\.branch\('cond'\)"):
-            fast(**uncond)
+            fast(**{**uncond, "hidden_states": convert(latents)})
         assert session.stats.steps == {"FULL": 1, "PARTIAL": 0, "REUSE": 1}
 
 
@@ -419,6 +421,21 @@ def test_reused_output_is_the_callers(fresh: None) -> None:
     check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls))
 
 
+def test_inference_mode(fresh: None) -> None:
+    """Its tensors have no version counter; a sampler may still write each step into the same latents."""
+    model, steps = TinyDiT(), "FPRP"
+    fast, plan, calls = compiled(model, "aot_eager"), plan_of(steps), tiny_calls(steps)
+    for kwargs in calls:
+        kwargs["text"] = calls[0]["text"]
+    truths = expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls)
+    with torch.inference_mode(), hetcache.session(plan) as session:
+        latents = torch.empty_like(calls[0]["latents"])
+        assert latents.is_inference()
+        outputs = [fast(latents.copy_(kwargs["latents"]), kwargs["text"].clone()) for kwargs in calls]
+    check(outputs, truths)
+    assert session.stats.steps == {"FULL": 1, "PARTIAL": 2, "REUSE": 1}
+
+
 def test_guidance_in_one_batch(fresh: None) -> None:
     model = TinyDiT()
     steps = "FPRP"
@@ -476,6 +493,27 @@ def test_two_experts_with_guidance(fresh: None) -> None:
     assert session.stats.steps == {"FULL": 6, "PARTIAL": 4, "REUSE": 2}
 
 
+def test_a_failed_full_step_leaves_no_cache(fresh: None) -> None:
+    """Its buffers may be half written. Another expert goes on; the first comes back to a step that may not reuse."""
+    high, low, inner = TinyDiT(), TinyDiT(seed=7), CountingInner()
+    fast_high, fast_low = compiled(high, inner), compiled(low, inner)
+    calls = tiny_calls("FFRR")
+
+    def fail() -> None:
+        raise MemoryError("no room")
+
+    with hetcache.session(plan_of("FFRR")) as session:
+        check(run(fast_high, calls[:1]), run(high, calls[:1]))
+        inner.before_run = fail
+        with pytest.raises(MemoryError):
+            run(fast_high, calls[1:2])
+        inner.before_run = lambda: None
+        check(run(fast_low, calls[1:2]), run(low, calls[1:2]))
+        check(run(fast_high, calls[2:3]), run(high, calls[2:3]))
+        check(run(fast_high, calls[3:4]), run(high, calls[2:3]))
+    assert session.stats.kinds == [StepKind.FULL, StepKind.FULL, StepKind.FULL, StepKind.REUSE]
+
+
 def test_weights_are_not_baked_in(fresh: None) -> None:
     """Weights that change after compilation (a LoRA is fused, say) are those of the next edit."""
     model, kwargs = TinyDiT(), tiny_call(0)
@@ -520,7 +558,7 @@ def test_text_of_another_length(fresh: None) -> None:
 
 def test_text_of_another_length_in_one_edit(fresh: None) -> None:
     """A call of another shape finds no cache, so it is FULL."""
-    model, (short, long) = TinyDiT(), (tiny_call(1, text_tokens=length) for length in (11, 13))
+    model, short, long = TinyDiT(), tiny_call(1, text_tokens=11), tiny_call(2, text_tokens=13)
     calls = [short, short, long, long]
     with hetcache.session(plan_of("FRPR")) as session:
         check(run(compiled(model), calls), run(model, calls))

@@ -170,8 +170,7 @@ def test_time_distances_are_those_of_the_models_own_embedding():
     with torch.no_grad():
         states = embedder.time_embedder(embedder.timesteps_proj(timesteps))
     expected = [0.0] + [
-        float((after - before).abs().mean() / before.abs().mean())
-        for before, after in pairwise(states)
+        float((after - before).abs().mean() / before.abs().mean()) for before, after in pairwise(states)
     ]
     assert time_distances(model, timesteps) == pytest.approx(expected, rel=1e-5)
     doubled = time_distances(model, timesteps, coefficients=(2.0, 1.0))

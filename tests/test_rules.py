@@ -609,7 +609,7 @@ WRONG: list[tuple[Call, Rule]] = [
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("whole", "rule"), WRONG, ids=str)
+@pytest.mark.parametrize(("whole", "rule"), WRONG, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_wrong_rule_is_caught(whole: Call, rule: Rule, sizes: Sizes) -> None:
     with pytest.raises((AssertionError, RuntimeError)):
         check_rows(whole, sizes, {whole.op: rule})
