@@ -138,7 +138,7 @@ def main() -> None:
             model, hetcache.Plan.from_token_mask(active, GRID, num_inference_steps=5), kwargs=kwargs
         )
         for kind in ("full", "partial", "reuse"):
-            name = f"partial {share:.2f}" if kind == "partial" else kind
+            name = f"partial {share:g}" if kind == "partial" else kind
             if name not in runs:
                 print(f"compiling {name}", file=sys.stderr)
                 run, arguments, flops[name] = prepare(forms, kind, kwargs, inner)
