@@ -22,7 +22,7 @@ from .backend import hetcache_backend
 from .editing import EditRequest, Progress, Run, compiled, make_plan, run_pipeline, run_planned, warm_up
 from .errors import InputFileError, PlanError
 from .media import Clip, Frames
-from .metrics import BAND, compare
+from .metrics import BAND, check_extra, compare
 from .plan import Plan, atomically
 from .report import provenance
 from .schedule import make_schedule
@@ -91,8 +91,10 @@ def bench_quality(
 
     Raises:
         InputFileError: no clips, clips of several sizes or of one name, or `out` holds results of another setting.
+        MissingExtraError: the extra `quality` is not installed.
         PlanError: no method `full` in front.
     """
+    check_extra()
     _check_clips(clips)
     if not methods or methods[0].name != FULL:
         raise PlanError("the first method must be full: the others are compared with it")

@@ -176,6 +176,12 @@ def _root_mean_square(parts: list[NDArray[np.float32]]) -> float | None:
     return float(np.sqrt((values.astype(np.float64) ** 2).mean())) if values.size else None
 
 
+def check_extra() -> None:
+    """Raise `MissingExtraError` now rather than after a long run, if the extra `quality` is not installed."""
+    for name in ("skimage.metrics", "flip_evaluator", "cv2"):
+        _quality_module(name)
+
+
 def _quality_module(name: str) -> Any:
     """A module that only the extra `quality` brings."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import av
@@ -23,7 +24,7 @@ from hetcache_compile.bench_quality import (
 )
 from hetcache_compile.demo import demo_clip, save_random_checkpoint
 from hetcache_compile.editing import EditRequest, load_pipeline, run_compiled
-from hetcache_compile.errors import HetCacheError, InputFileError, PlanError
+from hetcache_compile.errors import HetCacheError, InputFileError, MissingExtraError, PlanError
 from hetcache_compile.media import Clip, read_video
 from hetcache_compile.metrics import METRICS, REGIONS, compare
 from hetcache_compile.quality_report import HEADER, busiest, summarise, write_report
@@ -206,3 +207,16 @@ def test_clips_that_do_not_belong_together_are_refused(pipe, tmp_path):
     (tmp_path / RESULT).write_text("{}")
     with pytest.raises(HetCacheError, match="no results of"):
         bench_quality(pipe, CLIPS, METHODS, SETTINGS, tmp_path, Watch())
+
+
+def test_a_missing_extra_is_told_before_anything_runs(pipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flip_evaluator", None)
+    watch = Watch()
+    with pytest.raises(MissingExtraError, match=r"hetcache-compile\[quality\]"):
+        bench_quality(pipe, CLIPS, METHODS, SETTINGS, tmp_path, watch)
+    assert watch.begun == []
+
+
+def test_full_has_to_be_among_the_methods(pipe, tmp_path):
+    with pytest.raises(PlanError, match="must be full"):
+        bench_quality(pipe, CLIPS, METHODS[1:], SETTINGS, tmp_path, Watch())
