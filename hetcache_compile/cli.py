@@ -1,7 +1,8 @@
-"""The command line: `hetcache demo | plan | edit`. Only this module prints and exits."""
+"""The command line: `hetcache demo | plan | edit | bench`. Only this module prints and exits."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .errors import HetCacheError, PlanError
+from .errors import HetCacheError, InputFileError, PlanError
 
 app = typer.Typer(
     help="Token-partitioned caching for diffusion transformers, as a compiler pass.",
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 console = Console(stderr=True)
 
 Schedule = Annotated[
@@ -177,6 +180,90 @@ def make_plan(
         save_preview(made, preview)
     print(made.describe())
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
+
+
+@bench.command("quality")
+def bench_quality_command(
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma-separated: schedules such as balanced, FRRP or teacache:0.1, and steps:N (uncached)."),
+    ] = "quality,balanced,fast,steps:20",
+    clips: Annotated[int, typer.Option(help="How many of the held-out clips.", min=1)] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the results; a run cut short goes on there.")] = Path(
+        "out/bench/quality"
+    ),
+    model: Annotated[Path | None, typer.Option(help="A local checkpoint, in place of the reference model.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video to edit, in place of the held-out clips.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask of --video.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="What the edit of --video should look like.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to generate inside the mask of --video.")] = "",
+    height: Height = 480,
+    width: Width = 832,
+    num_frames: Frames = 81,
+    steps: Steps = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 5.0,
+    max_sequence_length: Annotated[int, typer.Option(help="Text tokens.", min=1)] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    margin: Margin = 2.0,
+    context_ratio: ContextRatio = 0.05,
+    dtype: Annotated[str, typer.Option(help="Of --model: float32, bfloat16 or float16.")] = "bfloat16",
+    inner: Inner = "inductor",
+    device: Device = "auto",
+) -> None:
+    """Measure speed, fidelity to the uncached result and quality against ground truth, method by method.
+
+    Writes OUT/quality.json, quality.md, quality.png and a side-by-side video of each clip.
+    """
+    from .bench_quality import Settings, bench_quality, parse_methods
+    from .editing import load_pipeline
+    from .quality_report import HEADER, busiest, write_report
+    from .report import busy_machine_warning
+
+    known = parse_methods(methods)
+    if video is None and mask is None:
+        edits = _reference().held_out(clips)
+    else:
+        _check_size(height, width, num_frames)
+        edits = [_clip(video, mask, truth, prompt, num_frames, height, width)]
+    with console.status(f"loading {model or 'the reference model'}"):
+        pipe = load_pipeline(model, _dtype(dtype), _device(device)) if model else _reference().load()
+    settings = Settings(
+        model=str(model or "reference"), num_inference_steps=steps, guidance_scale=guidance_scale,
+        max_sequence_length=max_sequence_length, seed=seed, inner=inner, margin=margin, context_ratio=context_ratio,
+    )  # fmt: skip
+    with _progress() as progress:
+        result = bench_quality(pipe.to(_device(device)), edits, known, settings, out, progress)
+    table = Table(*HEADER, box=None)
+    for row in write_report(out, result, edits, known):
+        table.add_row(*row)
+    # A figure cut off is worse than a line that a narrow terminal wraps.
+    Console(width=max(120, console.width)).print(table)
+    if (warning := busy_machine_warning(busiest(result, edits, known))) is not None:
+        console.print(f"warning: {warning}", style="yellow")
+    print(f"wrote {out / 'quality.json'}")
+
+
+def _clip(
+    video: Path | None, mask: Path | None, truth: Path | None, prompt: str, num_frames: int, height: int, width: int
+) -> Any:
+    """A clip of files."""
+    from .media import Clip, read_mask, read_video
+
+    if video is None or mask is None:
+        raise InputFileError("--video and --mask go together: give both, or neither for the held-out clips")
+    size = (num_frames, height, width)
+    expected = read_video(truth, *size) if truth else None
+    return Clip(video.stem, read_video(video, *size), read_mask(mask, *size), prompt, expected)
+
+
+def _reference() -> Any:
+    """The reference model and its clips, which only some commands need."""
+    try:
+        return importlib.import_module("hetcache_compile.reference")
+    except ModuleNotFoundError as error:
+        raise InputFileError(
+            "this installation has no reference model: give --model, --video and --mask of your own"
+        ) from error
 
 
 def _edit(

@@ -114,31 +114,52 @@ def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) 
 
 def run_eager(pipe: Any, request: EditRequest, progress: Progress) -> Run:
     """The pipeline as it is, for its time only."""
-    return _run(pipe, request, "eager", progress, decode=False)
+    return run_pipeline(pipe, request, "eager", progress, decode=False)
 
 
 def run_compiled(pipe: Any, request: EditRequest, inner: str, progress: Progress) -> Run:
     """The same model compiled without us: the uncached result."""
-    with _compiled(pipe, backend=inner):
-        _run(pipe, _short(request, 1), "compiling the plain model", progress, decode=False)
-        return _run(pipe, request, "uncached", progress, decode=True)
+    with compiled(pipe, backend=inner):
+        warm_up(pipe, request, None, progress)
+        return run_pipeline(pipe, request, "uncached", progress)
 
 
 def run_hetcache(pipe: Any, request: EditRequest, plan: Plan, inner: str, progress: Progress) -> Run:
     """The model compiled with `hetcache_backend`, following the plan."""
-    with _compiled(pipe, backend=hetcache_backend, options={"inner": inner}):
-        # One step of each kind that the plan has, so that no compilation is timed.
-        kinds = tuple(kind for kind in StepKind if kind in plan.steps)
-        nothing = plan.timesteps[:0]
-        with session(replace(plan, steps=kinds, timesteps=nothing, distances=nothing)) as warm_up:
-            _run(pipe, _short(request, len(kinds)), "compiling the forms", progress, decode=False)
-        with session(plan) as opened:
-            run = _run(pipe, request, "hetcache", progress, decode=True)
-        opened.stats.compile_seconds += warm_up.stats.compile_seconds
-        return replace(run, stats=opened.stats)
+    with compiled(pipe, backend=hetcache_backend, options={"inner": inner}):
+        compile_seconds = warm_up(pipe, request, plan, progress)
+        run = run_planned(pipe, request, plan, "hetcache", progress)
+        assert run.stats is not None
+        run.stats.compile_seconds += compile_seconds
+        return run
 
 
-def _run(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool) -> Run:
+def warm_up(pipe: Any, request: EditRequest, plan: Plan | None, progress: Progress) -> float:
+    """Compile what a compiled pipeline will need, so that no compilation is timed.
+
+    One step of each kind that the plan has, or of the plain model where there is no plan. Returns the seconds that
+    making the plan's forms took.
+    """
+    if plan is None:
+        run_pipeline(pipe, _short(request, 1), "compiling the plain model", progress, decode=False)
+        return 0.0
+    kinds = tuple(kind for kind in StepKind if kind in plan.steps)
+    nothing = plan.timesteps[:0]
+    with session(replace(plan, steps=kinds, timesteps=nothing, distances=nothing)) as opened:
+        run_pipeline(pipe, _short(request, len(kinds)), "compiling the forms", progress, decode=False)
+    return opened.stats.compile_seconds
+
+
+def run_planned(pipe: Any, request: EditRequest, plan: Plan, stage: str, progress: Progress) -> Run:
+    """One edit that follows the plan, on a pipeline compiled with `hetcache_backend`."""
+    with session(plan) as opened:
+        run = run_pipeline(pipe, request, stage, progress)
+    return replace(run, stats=opened.stats)
+
+
+def run_pipeline(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool = True) -> Run:
+    """One edit with the pipeline as it stands; without `decode` for its time only."""
+
     def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         progress(stage, step + 1, request.num_inference_steps)
         return tensors
@@ -163,7 +184,7 @@ def _run(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, dec
 
 
 @contextmanager
-def _compiled(pipe: Any, **options: Any) -> Iterator[None]:
+def compiled(pipe: Any, **options: Any) -> Iterator[None]:
     """The pipeline with its transformers compiled; they are put back afterwards."""
     names = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
     plain = {name: getattr(pipe, name) for name in names}

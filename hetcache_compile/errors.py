@@ -10,6 +10,7 @@ __all__ = [
     "HetCacheError",
     "InputFileError",
     "MaskError",
+    "MissingExtraError",
     "NonFiniteError",
     "PlanError",
     "PlanFileError",
@@ -41,3 +42,7 @@ class NonFiniteError(HetCacheError, ArithmeticError):
 
 class InputFileError(HetCacheError, ValueError):
     """A video, mask or model folder cannot be read."""
+
+
+class MissingExtraError(HetCacheError, ImportError):
+    """Something was asked for that needs an optional extra of this package."""
