@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from .backend import hetcache_backend
 from .editing import EditRequest, Progress, Run, compiled, make_plan, run_pipeline, run_planned, warm_up
 from .errors import InputFileError, PlanError
 from .media import Clip, Frames
-from .metrics import BAND, check_extra, compare
+from .metrics import BAND, Comparison, check_extra, compare
 from .plan import Plan, atomically
 from .report import provenance
 from .schedule import make_schedule
 
 FULL = "full"
 RESULT = "quality.json"
+BESIDE = 3
+"""Steps of the plain model that are timed beside each cell: machines do not stay as fast as they were."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def bench_quality(
 ) -> dict[str, Any]:
     """Run the cells that `out` lacks. The results are in `out/quality.json`, the frames in `out/frames`.
 
-    Times are seconds in the transformer, by medians (see `Run.total_seconds`); a speed-up is to the clip's own `full`.
+    Times are seconds in the transformer, by medians (see `Run.total_seconds`). A speed-up is to as many calls as `full`
+    takes of the plain model, timed beside the cell.
 
     Raises:
         InputFileError: no clips, clips of several sizes or of one name, or `out` holds results of another setting.
@@ -110,12 +113,17 @@ def bench_quality(
     with compiled(pipe, backend=hetcache_backend, options={"inner": settings.inner}):
         for number, (clip, method) in enumerate(missing):
             progress("cells", number, len(missing))
-            run, plan = bench.run(clip, method)
+            run, plan, plain_call = bench.run(clip, method)
             assert run.frames is not None
             save_frames(frames_file(out, clip.name, method.name), run.frames)
+            uncached = load_frames(frames_file(out, clip.name, FULL)) if method.name != FULL else None
             cells = result["cells"].setdefault(clip.name, {})
-            uncached = load_frames(frames_file(out, clip.name, FULL))
-            cells[method.name] = make_cell(clip, run, plan, uncached, cells.get(FULL), settings.band)
+            num_calls = cells[FULL]["calls"]["FULL"] if FULL in cells else len(run.seconds)
+            cells[method.name] = {
+                **times(run, plan, plain_call, num_calls),
+                "fidelity": figures(run.frames, uncached, clip, settings),
+                "quality": figures(run.frames, clip.truth, clip, settings),
+            }
             save_result(out, result)
     progress("cells", len(missing), len(missing))
     return result
@@ -128,8 +136,8 @@ class Bench:
         self.pipe, self.settings, self.progress = pipe, settings, progress
         self._warm: set[Any] = set()
 
-    def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None]:
-        """One cell, with the plan that it followed."""
+    def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None, float]:
+        """One cell, the plan that it followed, and the median seconds of a plain call at that time."""
         request = EditRequest(
             video=clip.video,
             mask=clip.mask,
@@ -140,14 +148,26 @@ class Bench:
             seed=self.settings.seed,
         )
         plan = self.plan(request, method.schedule) if method.schedule else None
+        self.warm_up(request, None)
+        if plan is not None:
+            self.warm_up(request, plan)
+        if method.name == FULL:
+            run = run_pipeline(self.pipe, request, "denoising", self.progress)
+            return run, None, run.median_seconds["FULL"]
+        short = replace(request, num_inference_steps=BESIDE)
+        beside = run_pipeline(self.pipe, short, "timing the plain model", self.progress, decode=False)
+        if plan is None:
+            run = run_pipeline(self.pipe, request, "denoising", self.progress)
+        else:
+            run = run_planned(self.pipe, request, plan, "denoising", self.progress)
+        return run, plan, beside.median_seconds["FULL"]
+
+    def warm_up(self, request: EditRequest, plan: Plan | None) -> None:
+        """Compile what is not compiled yet."""
         needs = {(plan.budgets, kind) for kind in plan.steps} if plan else {None}
         if not needs <= self._warm:
             warm_up(self.pipe, request, plan, self.progress)
             self._warm |= needs
-        stage = "denoising"
-        if plan is None:
-            return run_pipeline(self.pipe, request, stage, self.progress), None
-        return run_planned(self.pipe, request, plan, stage, self.progress), plan
 
     def plan(self, request: EditRequest, schedule: str) -> Plan:
         """A plan whose budgets are those of the mask's size group."""
@@ -157,22 +177,23 @@ class Bench:
         return make_plan(self.pipe, request, schedule, multiple=multiple, **partition)
 
 
-def make_cell(
-    clip: Clip, run: Run, plan: Plan | None, uncached: Frames, full: dict[str, Any] | None, band: int
-) -> dict[str, Any]:
-    """The figures of one cell. `full` is the clip's cell of the uncached run, None for that run itself."""
-    assert run.frames is not None
-    seconds, by_kind = run.total_seconds, run.median_seconds
+def figures(frames: Frames, reference: Frames | None, clip: Clip, settings: Settings) -> Comparison | None:
+    """The comparison with a reference, where there is one."""
+    return None if reference is None else compare(frames, reference, clip.mask, band=settings.band)
+
+
+def times(run: Run, plan: Plan | None, plain_call: float, num_calls: int) -> dict[str, Any]:
+    """What one cell took, against `num_calls` calls of the plain model of `plain_call` seconds each."""
+    by_kind = run.median_seconds
     return {
-        "seconds": seconds,
-        "speedup": full["seconds"] / seconds if full else 1.0,
+        "seconds": run.total_seconds,
+        "speedup": num_calls * plain_call / run.total_seconds,
         "calls": run.stats.steps if run.stats else {"FULL": len(run.seconds)},
         "median_seconds": by_kind,
-        "full_over_compiled": by_kind["FULL"] / full["median_seconds"]["FULL"] if full else None,
+        "plain_call_seconds": plain_call,
+        "full_over_compiled": by_kind["FULL"] / plain_call,
         "num_active": plan.num_active if plan else None,
         "num_tokens": plan.num_tokens if plan else None,
-        "fidelity": compare(run.frames, uncached, clip.mask, band=band) if full else None,
-        "quality": compare(run.frames, clip.truth, clip.mask, band=band) if clip.truth is not None else None,
     }
 
 

@@ -237,7 +237,7 @@ def bench_quality_command(
     for row in write_report(out, result, edits, known):
         table.add_row(*row)
     # A figure cut off is worse than a line that a narrow terminal wraps.
-    Console(width=max(120, console.width)).print(table)
+    Console(width=max(140, console.width)).print(table)
     if (warning := busy_machine_warning(busiest(result, edits, known))) is not None:
         console.print(f"warning: {warning}", style="yellow")
     print(f"wrote {out / 'quality.json'}")

@@ -53,9 +53,9 @@ def summarise(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def busiest(result: dict[str, Any], clips: Sequence[Clip], methods: Sequence[Method]) -> dict[str, Any]:
-    """The cell whose FULL calls were least like those of the uncached run (see `report.busy_machine_warning`)."""
+    """The cell whose FULL calls were least like the plain calls beside it (see `report.busy_machine_warning`)."""
     cells = [result["cells"][clip.name][method.name] for clip in clips for method in methods]
-    return max(cells, key=lambda cell: abs(math.log(cell["full_over_compiled"] or 1)))
+    return max(cells, key=lambda cell: abs(math.log(cell["full_over_compiled"])))
 
 
 def typical(comparisons: Sequence[Comparison]) -> Comparison:
