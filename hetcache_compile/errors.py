@@ -6,10 +6,13 @@ from .passes.analyse import GridMismatchError
 from .passes.refusal import HetCacheError, Refusal, UnsupportedGraphError
 
 __all__ = [
+    "EngineError",
+    "ExportError",
     "GridMismatchError",
     "HetCacheError",
     "InputFileError",
     "MaskError",
+    "MissingExtraError",
     "NonFiniteError",
     "PlanError",
     "PlanFileError",
@@ -41,3 +44,18 @@ class NonFiniteError(HetCacheError, ArithmeticError):
 
 class InputFileError(HetCacheError, ValueError):
     """A video, mask or model folder cannot be read."""
+
+
+class EngineError(HetCacheError, RuntimeError):
+    """An export folder or an engine cannot be loaded or run."""
+
+
+class MissingExtraError(HetCacheError, ImportError):
+    """A package is missing that one of the extras installs."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'hetcache-compile[{extra}]'")
+
+
+class ExportError(HetCacheError, RuntimeError):
+    """The model cannot be exported, or an engine cannot be built."""
