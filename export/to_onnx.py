@@ -60,9 +60,6 @@ def to_onnx(lowered: Lowered, opset: int, metadata: Mapping[str, str]) -> ir.Mod
     ClearMetadataAndDocStringPass()(model)
     for node in model.graph:
         node.version = None
-        if node.op_type == "Attention":
-            # TensorRT then takes it apart in types that its fused attention does not have, such as float32.
-            node.metadata_props["TRT_decomposable"] = "1"
     model.graph.name = lowered.kind
     model.graph.doc_string = None
     model.graph.metadata_props.clear()
