@@ -12,10 +12,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ..errors import ExportError
-from ..manifest import FormSpec, Manifest, TensorSpec, WeightsSpec
+from ..manifest import FormSpec, Manifest, TensorSpec, WeightsSpec, sha256_of
 from .lower import Lowered
 from .to_onnx import to_onnx
-from .weights import WEIGHTS_FILE, WeightsFile, sha256_of
+from .weights import WEIGHTS_FILE, WeightsFile
 
 
 def save_forms(

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, MissingExtraError
-from ..manifest import EngineFile, EngineSpec, FormSpec, Manifest
+from ..manifest import EngineFile, EngineSpec, FormSpec, Manifest, sha256_of
 from ..runners import has_driver, import_tensorrt
-from .weights import sha256_of
 
 ENGINES_FOLDER = "engines"
 DEFAULT_CAPABILITIES = ("8.9", "12.0")

@@ -67,9 +67,3 @@ class WeightsFile:
             self._file.write(data)
         shape = tuple(int(size) for size in tensor.shape.numpy())
         return StoredTensor(self._offsets[sha256], len(data), tensor.dtype.name.lower(), shape, sha256)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import types
 import typing
@@ -184,6 +185,12 @@ class Manifest:
             raise EngineError(f"{folder} is no export folder: it has no {MANIFEST_FILE}") from error
         except EngineError as error:
             raise EngineError(f"{folder / MANIFEST_FILE}: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(kind: Any, value: Any) -> Any:
