@@ -9,7 +9,6 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from ..errors import ExportError
 from ..manifest import FormSpec, Manifest, TensorSpec, WeightsSpec, sha256_of
@@ -32,8 +31,7 @@ def save_forms(
         for number, (kind, form) in enumerate(lowered.items()):
             progress("writing ONNX", number, len(lowered))
             spec = manifest.forms[kind]
-            model = to_onnx(form, manifest.opset, {**manifest_summary(manifest), "hetcache.form": kind})
-            set_named_dims(model, spec)
+            model = to_onnx(form, spec, manifest.opset, {**manifest_summary(manifest), "hetcache.form": kind})
             weights.move_out(model, set(form.names.values()))
             ir.save(model, folder / spec.file)
             del model
@@ -45,19 +43,6 @@ def save_forms(
     path = folder / WEIGHTS_FILE
     stored = WeightsSpec(WEIGHTS_FILE, path.stat().st_size, sha256_of(path), dict(weights.tensors))
     return replace(manifest, forms=specs, weights=stored)
-
-
-def set_named_dims(model: ir.Model, spec: FormSpec) -> None:
-    """Give inputs and outputs the shapes of the manifest, and infer the others anew if any of them has a name."""
-    specs = (*spec.inputs, *spec.outputs)
-    if all(isinstance(size, int) for one in specs for size in one.shape):
-        return
-    for node in model.graph:
-        for value in node.outputs:
-            value.shape = None
-    for value, one in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):
-        value.shape = ir.Shape(one.shape)
-    ShapeInferencePass()(model)
 
 
 def check_file(path: Path, spec: FormSpec) -> None:

@@ -36,13 +36,14 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from ..manifest import FormSpec
 from .lower import Lowered
 
 LARGEST_NAMED_BY_VALUE = 8
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def to_onnx(lowered: Lowered, opset: int, metadata: Mapping[str, str]) -> ir.Model:
+def to_onnx(lowered: Lowered, spec: FormSpec, opset: int, metadata: Mapping[str, str]) -> ir.Model:
     """The ONNX model of a form. Its weights are the form's own tensors: nothing is copied."""
     with _quiet():
         program = torch.onnx.export(
@@ -50,6 +51,7 @@ def to_onnx(lowered: Lowered, opset: int, metadata: Mapping[str, str]) -> ir.Mod
         )
     assert program is not None
     model = program.model
+    set_named_dims(model, spec)
     transpose_weights(model)
     # A limit on the size of what is folded keeps weights what they are.
     optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
@@ -103,6 +105,20 @@ def as_exported_program(lowered: Lowered) -> ExportedProgram:
         (tuple(arguments), {}),
         {},
     )
+
+
+def set_named_dims(model: ir.Model, spec: FormSpec) -> None:
+    """Give inputs and outputs the shapes of the manifest, and forget all others if any of them has a name.
+
+    The graph was traced with one set of sizes; what folds constants must not see them."""
+    specs = (*spec.inputs, *spec.outputs)
+    if all(isinstance(size, int) for one in specs for size in one.shape):
+        return
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    for value, one in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):
+        value.shape = ir.Shape(one.shape)
 
 
 def transpose_weights(model: ir.Model) -> None:

@@ -103,9 +103,16 @@ def edit(
     device: Device = "auto",
     baseline: Annotated[bool, typer.Option(help="Run the plain compiled model too, and compare.")] = True,
     eager: Annotated[bool, typer.Option(help="Time the uncompiled model too.")] = False,
+    engine: Annotated[
+        Path | None, typer.Option(help="Run the transformer from this folder of hetcache-export, with its plan.")
+    ] = None,
+    provider: Annotated[
+        str, typer.Option(help="What runs the engine: ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.")
+    ] = "ort-cpu",
 ) -> None:
     """Edit a video with any local diffusers checkpoint that takes a video and a mask."""
-    from .editing import EditRequest, load_pipeline
+    from .editing import EditRequest, load_engine_pipeline, load_pipeline
+    from .engine import load
     from .media import read_mask, read_video
     from .plan import Plan
 
@@ -114,7 +121,11 @@ def edit(
     frames = read_video(video, num_frames, height, width, start_frame)
     pixels = read_mask(mask, num_frames, height, width)
     with console.status(f"loading {model}"):
-        pipe = load_pipeline(model, _dtype(dtype), _device(device))
+        if engine is not None:
+            pipe = load_engine_pipeline(model, load(engine, provider))
+            known_plan = known_plan or pipe.transformer.plan
+        else:
+            pipe = load_pipeline(model, _dtype(dtype), _device(device))
     request = EditRequest(
         video=frames,
         mask=pixels,
@@ -185,6 +196,7 @@ def _edit(
 ) -> None:  # fmt: skip
     """Plan, run each way, compare, write and print."""
     from . import editing
+    from .engine import Engine
     from .report import busy_machine_warning, make_report, table_rows, write_report
 
     made = plan or editing.make_plan(pipe, request, schedule, **partition)
@@ -192,8 +204,12 @@ def _edit(
         request = replace(request, num_inference_steps=len(plan.steps))
     console.print(made.describe(), highlight=False)
     with _progress() as progress:
-        cached = editing.run_hetcache(pipe, request, made, inner, progress)
-        uncached = editing.run_compiled(pipe, request, inner, progress) if baseline else None
+        if isinstance(pipe.transformer, Engine):
+            cached = editing.run_engine(pipe, request, made, progress)
+            uncached = editing.run_plain(pipe, request, progress) if baseline else None
+        else:
+            cached = editing.run_hetcache(pipe, request, made, inner, progress)
+            uncached = editing.run_compiled(pipe, request, inner, progress) if baseline else None
         uncompiled = editing.run_eager(pipe, request, progress) if eager else None
     report = make_report(request, made, cached, uncached, uncompiled, str(pipe.device))
     write_report(out, report, request, made, cached, uncached)

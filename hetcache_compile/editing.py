@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from .backend import hetcache_backend
+from .engine import Engine
 from .errors import InputFileError
 from .media import Frames, to_frames, to_pictures
 from .plan import Plan, plan_for
@@ -75,8 +76,8 @@ class Run:
         return {kind.name: median(by_kind[kind.name]) for kind in StepKind if kind.name in by_kind}
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A local diffusers checkpoint that edits masked video.
+def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: Any) -> Any:
+    """A local diffusers checkpoint that edits masked video. `components` replace its own, as in `from_pretrained`.
 
     Raises:
         InputFileError: no checkpoint there, or its pipeline takes no video and mask.
@@ -89,7 +90,9 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
     try:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, **components
+        )
     except (OSError, ValueError, ImportError) as error:
         raise InputFileError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     parameters = inspect.signature(pipe.__call__).parameters
@@ -136,6 +139,25 @@ def run_hetcache(pipe: Any, request: EditRequest, plan: Plan, inner: str, progre
             run = _run(pipe, request, "hetcache", progress, decode=True)
         opened.stats.compile_seconds += warm_up.stats.compile_seconds
         return replace(run, stats=opened.stats)
+
+
+def load_engine_pipeline(folder: Path, engine: Engine) -> Any:
+    """A checkpoint whose transformer is an engine; the weights of its own transformer are not read."""
+    pipe = load_pipeline(folder, engine.dtype, engine.device.type, transformer=None)
+    pipe.transformer = engine
+    return pipe
+
+
+def run_engine(pipe: Any, request: EditRequest, plan: Plan, progress: Progress) -> Run:
+    """An engine pipeline, following the plan."""
+    with session(plan) as opened:
+        run = _run(pipe, request, "hetcache", progress, decode=True)
+    return replace(run, stats=opened.stats)
+
+
+def run_plain(pipe: Any, request: EditRequest, progress: Progress) -> Run:
+    """The pipeline as it is: the uncached result."""
+    return _run(pipe, request, "uncached", progress, decode=True)
 
 
 def _run(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool) -> Run:
@@ -186,7 +208,7 @@ def _timed_calls(pipe: Any) -> Iterator[list[Stopwatch]]:
     for name in ("transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         if model is not None:
-            device = next(model.parameters()).device
+            device = model.device
             handles += [
                 model.register_forward_pre_hook(lambda *_, d=device: started.append(Stopwatch(d))),
                 model.register_forward_hook(lambda *_: watches.append(started.pop().stop())),
