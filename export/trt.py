@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -209,20 +209,22 @@ class Polygraphy:
 def polygraphy_for(kind: EngineKind) -> Polygraphy:
     """Polygraphy on one flavour of TensorRT.
 
-    It binds itself to a flavour when it is imported, so one process cannot use both.
+    Its TensorRT modules bind themselves to a flavour when they are imported, so one process cannot use both.
 
     Raises:
         ExportError: this process has used the other flavour.
         MissingExtraError: it is not installed.
     """
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if kind is RTX else "0"
     try:
-        import polygraphy.config
+        from polygraphy import config
+
+        if "polygraphy.backend.trt" not in sys.modules:
+            config.USE_TENSORRT_RTX = kind is RTX
         from polygraphy.backend import tensorrt_rtx, trt
         from polygraphy.exception import PolygraphyException
     except ImportError as error:
         raise MissingExtraError("polygraphy", kind.extra) from error
-    if bool(polygraphy.config.USE_TENSORRT_RTX) is not (kind is RTX):
+    if bool(config.USE_TENSORRT_RTX) is not (kind is RTX):
         raise ExportError("this process has built engines of another kind already: build each kind in its own")
     return Polygraphy(
         trt.network_from_onnx_path,
