@@ -141,6 +141,38 @@ def edit(
     )  # fmt: skip
 
 
+bench = typer.Typer(help="Measure.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("engine")
+def bench_engine(
+    folder: Annotated[Path, typer.Argument(help="What hetcache-export wrote.")],
+    provider: Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.")] = "ort-cpu",
+    rounds: Annotated[int, typer.Option(help="How often each form is timed.", min=1)] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("out/bench"),
+) -> None:
+    """Time the forms of an exported engine, and predict what its plan gains over the unmodified model.
+
+    Prints the same measurement as trtexec and polygraphy commands for a machine of your own.
+    """
+    from .export import latency
+    from .manifest import Manifest
+
+    manifest = Manifest.load(folder)
+    with _progress() as progress:
+        result = latency.bench_engine(folder, provider, rounds, progress)
+    latency.write_bench(out, result)
+    header, *rows = latency.table_rows(result)
+    table = Table(*header, box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    for line in (*latency.conclusions(result), *latency.equivalent_commands(folder, manifest)):
+        print(line)
+    print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")
+
+
 @app.command("plan")
 def make_plan(
     mask: Annotated[Path, typer.Option(help="White where to generate: video, folder, picture or .npy.")],
