@@ -215,19 +215,23 @@ def conclusions(result: Mapping[str, Any]) -> list[str]:
 
 
 def equivalent_commands(folder: Path, manifest: Manifest) -> list[str]:
-    """The same measurement with NVIDIA's tools, for a machine of one's own."""
+    """The same measurement with NVIDIA's tools, for a machine of one's own.
+
+    Only indices are loaded: any latents and any cache take the same time, but random indices would be invalid.
+    """
     lines = []
+    samples = folder / SAMPLES_FOLDER
     for kind, form in manifest.forms.items():
-        samples = folder / SAMPLES_FOLDER
-        files = [spec.name for spec in form.inputs if (samples / kind / f"{spec.name}.bin").is_file()]
-        loads = ",".join(f"'{name}':{samples / kind / name}.bin" for name in files)
-        timing = f"--loadInputs={loads} --noDataTransfers --useCudaGraph --warmUp=500 --duration=5"
-        if "tensorrt" in manifest.engines:
-            lines.append(f"trtexec --loadEngine={folder / manifest.engines['tensorrt'].forms[kind].file} {timing}")
-        elif "rtx" in manifest.engines:
-            lines.append(f"tensorrt_rtx --loadEngine={folder / manifest.engines['rtx'].forms[kind].file} {timing}")
-        else:
-            lines.append(f"trtexec --onnx={folder / form.file} --stronglyTyped {timing}")
+        loads = [f"'{s.name}':{samples / kind / s.name}.bin" for s in form.inputs if s.role == "index"]
+        options = [f"--loadInputs={','.join(loads)}"] if loads else []
+        if any(isinstance(size, str) for spec in form.inputs for size in spec.shape):
+            shapes = ((s.name, [getattr(manifest.plan, str(d), d) for d in s.shape]) for s in form.inputs)
+            options.append("--shapes=" + ",".join(f"'{name}':{'x'.join(map(str, shape))}" for name, shape in shapes))
+        options.append("--noDataTransfers --useCudaGraph --warmUp=500 --duration=5")
+        program, source = "trtexec", f"--onnx={folder / form.file} --stronglyTyped"
+        for engine, tool in (("rtx", "tensorrt_rtx"), ("tensorrt", "trtexec")):
+            if engine in manifest.engines:
+                program, source = tool, f"--loadEngine={folder / manifest.engines[engine].forms[kind].file}"
+        lines.append(" ".join([program, source, *options]))
         lines.append(f"polygraphy run {folder / form.file} --onnxrt --data-loader-script {samples / 'load.py'}:{kind}")
     return lines
-

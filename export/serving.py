@@ -1,58 +1,65 @@
-"""Triton Inference Server: `triton/<form>/config.pbtxt`, with the cache as Triton's implicit state.
+"""Triton Inference Server: model configurations, in `triton/`. docs/serving.md says how they are used.
 
-Triton keeps the state of a sequence on the device and hands it to the next request: an output named in
-`state` becomes the input of the same entry. docs/serving.md says how the forms share it.
+* One for each form, stateless: cache tensors are plain inputs and outputs, which shared memory passes on uncopied.
+* One for all forms together, `hetcache`, in which the cache is Triton's implicit state: an output named there is the
+  same sequence's next input, and never leaves the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..manifest import FormSpec, Manifest, TensorSpec
+from ..manifest import CacheSpec, FormSpec, Manifest, TensorSpec
 
 TRITON_FOLDER = "triton"
-STATEFUL_FORMS = ("full", "partial", "reuse")
+CACHED_FORMS = ("full", "partial", "reuse")
+STEP_KIND = TensorSpec("step_kind", "int32", (1,), "model")
+"""Which form a request runs: the value of a `StepKind`."""
 
 
 def write_triton(folder: Path, manifest: Manifest) -> Manifest:
-    """One model configuration for each form; the manifest is unchanged."""
-    for kind in STATEFUL_FORMS:
-        path = folder / TRITON_FOLDER / kind / "config.pbtxt"
+    """Write the configurations; the manifest is unchanged."""
+    configs = {f"hetcache_{kind}": form_config(kind, manifest.forms[kind]) for kind in CACHED_FORMS}
+    configs["hetcache"] = sequence_config(manifest)
+    for name, text in configs.items():
+        path = folder / TRITON_FOLDER / name / "config.pbtxt"
         path.parent.mkdir(parents=True)
-        path.write_text(triton_config(kind, manifest))
+        path.write_text(text)
     return manifest
 
 
-def triton_config(kind: str, manifest: Manifest) -> str:
-    """`config.pbtxt` of one form.
+def form_config(kind: str, form: FormSpec) -> str:
+    """`config.pbtxt` of one form, for Triton's onnxruntime backend."""
+    head = [f'name: "hetcache_{kind}"', 'backend: "onnxruntime"', f'default_model_filename: "{form.file}"']
+    return _config(head, form.inputs, form.outputs)
 
-    A cache tensor that the form both reads and writes is a state of it. One that it only reads or only writes is
-    a plain input or output, which shared memory passes between the forms without a copy.
+
+def sequence_config(manifest: Manifest) -> str:
+    """`config.pbtxt` of all forms as one stateful model, for a backend that runs the form `step_kind` asks for.
+
+    A sequence is one branch of guidance of one edit. Its first request is a full step, which reads no cache; so the
+    zeros that Triton starts a state with are never looked at.
     """
-    form = manifest.forms[kind]
-    states = states_of(form, manifest)
-    hidden = {name for pair in states for name in pair}
-    lines = [
-        f'name: "hetcache_{kind}"',
-        'backend: "onnxruntime"',
-        f'default_model_filename: "{form.file}"',
-        "max_batch_size: 0",
-        *(_tensor("input", spec) for spec in form.inputs if spec.name not in hidden),
-        *(_tensor("output", spec) for spec in form.outputs if spec.name not in hidden),
-    ]
-    if states:
-        inputs = {spec.name: spec for spec in form.inputs}
-        entries = [_state(read, written, inputs[read]) for read, written in states]
-        lines.append("sequence_batching {\n  direct {}\n" + "".join(entries) + "}")
-    lines.append("instance_group [ { count: 1 kind: KIND_GPU } ]")
-    return "\n".join(lines) + "\n"
+    inputs: dict[str, TensorSpec] = {STEP_KIND.name: STEP_KIND}
+    outputs: dict[str, TensorSpec] = {}
+    for kind in CACHED_FORMS:
+        form = manifest.forms[kind]
+        inputs.update({spec.name: spec for spec in form.inputs if spec.role != "cache"})
+        outputs.update({spec.name: spec for spec in form.outputs if spec.role != "cache"})
+    states = "".join(_state(entry) for entry in manifest.cache)
+    return _config(
+        ['name: "hetcache"', 'backend: "hetcache"'],
+        inputs.values(),
+        outputs.values(),
+        "sequence_batching {\n  direct { }\n" + states + "}",
+    )
 
 
-def states_of(form: FormSpec, manifest: Manifest) -> list[tuple[str, str]]:
-    """The cache entries that a form reads and writes: input and output names."""
-    inputs, outputs = ({spec.name for spec in side} for side in (form.inputs, form.outputs))
-    return [(e.input, e.output) for e in manifest.cache if e.input in inputs and e.output in outputs]
+def _config(head: list[str], inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], *more: str) -> str:
+    lines = [*head, "max_batch_size: 0"]
+    lines += [_tensor("input", spec) for spec in inputs] + [_tensor("output", spec) for spec in outputs]
+    return "\n".join([*lines, *more, "instance_group [ { count: 1 kind: KIND_GPU } ]"]) + "\n"
 
 
 def _tensor(side: str, spec: TensorSpec) -> str:
@@ -60,11 +67,11 @@ def _tensor(side: str, spec: TensorSpec) -> str:
     return f'{side} [ {{ name: "{spec.name}" data_type: TYPE_{kind} dims: {_dims(spec.shape)} }} ]'
 
 
-def _state(read: str, written: str, spec: TensorSpec) -> str:
-    kind = TRITON_TYPES[spec.dtype]
+def _state(entry: CacheSpec) -> str:
+    kind = TRITON_TYPES[entry.dtype]
     return (
-        f'  state [ {{ input_name: "{read}" output_name: "{written}" '
-        f"data_type: TYPE_{kind} dims: {_dims(spec.shape)} }} ]\n"
+        f'  state [ {{ input_name: "{entry.input}" output_name: "{entry.output}" '
+        f"data_type: TYPE_{kind} dims: {_dims(entry.shape)} }} ]\n"
     )
 
 
@@ -72,4 +79,6 @@ def _dims(shape: Sequence[int | str]) -> str:
     return "[ " + ", ".join("-1" if isinstance(size, str) else str(size) for size in shape) + " ]"
 
 
-TRITON_TYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+TRITON_TYPES = {
+    "float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL",
+}  # fmt: skip

@@ -135,7 +135,9 @@ def build_engine(
             config = polygraphy.config_class(**options)
             data = polygraphy.build((builder, network, parser), config)
     except polygraphy.error as error:
-        raise ExportError(f"{path.name} cannot be built with {kind.module}: {reason(said.getvalue(), error)}") from error
+        raise ExportError(
+            f"{path.name} cannot be built with {kind.module}: {reason(said.getvalue(), error)}"
+        ) from error
     return bytes(data)
 
 
@@ -154,9 +156,9 @@ def check_network(network: Any, form: FormSpec, name: str) -> None:
         found = {t.name: (tuple(t.shape), _dtype_name(t.dtype)) for t in tensors}
         expected = {s.name: (tuple(-1 if isinstance(d, str) else d for d in s.shape), s.dtype) for s in specs}
         if found != expected:
-            wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            wrong = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
             raise ExportError(
-                f"{name}: TensorRT reads {wrong[0]} as {found.get(wrong[0])}, the manifest says {expected.get(wrong[0])}"
+                f"{name}: TensorRT reads {wrong} as {found.get(wrong)}, the manifest says {expected.get(wrong)}"
             )
 
 
@@ -186,9 +188,7 @@ def profiles_of(form: FormSpec, manifest: Manifest, polygraphy: Polygraphy) -> l
 
 def sizes_at(shape: Sequence[int | str], manifest: Manifest, bound: str) -> tuple[int, ...]:
     """A shape with its named dims at their smallest, usual or largest size."""
-    return tuple(
-        size if isinstance(size, int) else int(getattr(manifest.dynamic_dims[size], bound)) for size in shape
-    )
+    return tuple(size if isinstance(size, int) else int(getattr(manifest.dynamic_dims[size], bound)) for size in shape)
 
 
 def _dtype_name(dtype: Any) -> str:

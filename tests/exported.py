@@ -33,6 +33,11 @@ def tiny_vace(plan: Plan) -> tuple[torch.nn.Module, dict[str, Any]]:
     return model, models.call(model)
 
 
+def tiny_dit(plan: Plan) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A factory of a model that exports in a moment."""
+    return models.TinyDiT(), models.tiny_call(0)
+
+
 @functools.cache
 def checkpoint() -> Path:
     """A model folder with the same model."""

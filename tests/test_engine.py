@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 
-import exported
 import numpy as np
 import pytest
 import torch
@@ -21,10 +20,9 @@ from hetcache_compile.media import to_pictures, write_video
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export.exporter import CallShape, export_model  # noqa: E402
+from hetcache_compile.export.exporter import export_model
 
-FRAMES, SIZE, STEPS, TEXT = 5, 64, 20, 16
-SMALL = ("--height", SIZE, "--width", SIZE, "--num-frames", FRAMES)
+FRAMES, SIZE, STEPS = 5, 64, 20
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +50,7 @@ def plan(checkpoint, mask):
 @pytest.fixture(scope="module")
 def folder(checkpoint, plan, tmp_path_factory):
     out = tmp_path_factory.mktemp("engine") / "export"
-    export_model(str(checkpoint), plan, out, shape=CallShape(plan, text_tokens=TEXT))
+    export_model(str(checkpoint), plan, out)
     return out
 
 
@@ -61,7 +59,7 @@ def call(pipe, mask, **kwargs):
     arguments = {
         "prompt": "a cat", "negative_prompt": "a dog", "video": to_pictures(video), "mask": to_pictures(mask),
         "height": SIZE, "width": SIZE, "num_frames": FRAMES, "num_inference_steps": STEPS,
-        "max_sequence_length": TEXT, "generator": torch.Generator().manual_seed(0), "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0), "output_type": "latent",
     }  # fmt: skip
     return pipe(**{**arguments, **kwargs}).frames
 
@@ -82,9 +80,7 @@ def test_a_whole_edit_with_guidance_equals_the_compiled_model(checkpoint, folder
         actual = call(pipe, mask)
     assert relative(actual, expected) < 1e-5
     assert relative(expected, plain) > 1e-4, "the plan reuses steps, so an engine that computed all would show"
-    assert session.stats.steps == {
-        kind.name: 2 * plan.steps.count(kind) for kind in hetcache.StepKind
-    }
+    assert session.stats.steps == {kind.name: 2 * plan.steps.count(kind) for kind in hetcache.StepKind}
     assert session.stats.cache_bytes > 0
     assert relative(call(pipe, mask), plain) < 1e-5, "outside a session an engine is the plain model"
 
@@ -128,10 +124,10 @@ def sample_kwargs(manifest, seed=0):
 def test_wrong_calls_and_plans_are_refused(folder, plan):
     loaded = engine.load(folder)
     kwargs = sample_kwargs(loaded.manifest)
-    with pytest.raises(hetcache.HetCacheError, match="exported for the inputs .*timestep"):
+    with pytest.raises(hetcache.HetCacheError, match=r"exported for the inputs .*timestep"):
         loaded(hidden_states=kwargs["hidden_states"])
     short = {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"][:, :5]}
-    with pytest.raises(hetcache.HetCacheError, match=r"encoder_hidden_states \[1, 16, 64\].*\[1, 5, 64\]"):
+    with pytest.raises(hetcache.HetCacheError, match=r"encoder_hidden_states \[1, 512, 64\].*\[1, 5, 64\]"):
         loaded(**short)
     active = np.zeros(plan.num_tokens, dtype=bool)
     active[: plan.num_active + 1] = True
@@ -189,22 +185,47 @@ def test_a_damaged_manifest_is_one_clear_line(folder, tmp_path):
     assert dataclasses.replace(manifest) == manifest
 
 
-def test_edit_runs_from_an_engine(checkpoint, plan, mask, tmp_path, monkeypatch, capsys):
-    """The command's text length is the pipeline's own, so this takes an export of its own."""
-    export_model(str(checkpoint), plan, tmp_path / "engine", shape=CallShape(plan))
+def test_edit_runs_from_an_engine(checkpoint, folder, plan, mask, tmp_path, monkeypatch, capsys):
     video = np.random.default_rng(0).integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
     write_video(tmp_path / "in.mp4", video, fps=8)
     np.save(tmp_path / "mask.npy", mask)
+    short = dataclasses.replace(plan, steps=plan.steps[:4], timesteps=plan.timesteps[:0], distances=plan.distances[:0])
+    short.save(tmp_path / "short.hetplan")
     arguments = (
-        "edit", "--model", checkpoint, "--engine", tmp_path / "engine", "--video", tmp_path / "in.mp4",
-        "--mask", tmp_path / "mask.npy", "--prompt", "a cat", "--out", tmp_path / "out", *SMALL,
+        "edit", "--model", checkpoint, "--engine", folder, "--plan", tmp_path / "short.hetplan",
+        "--video", tmp_path / "in.mp4", "--mask", tmp_path / "mask.npy", "--prompt", "a cat",
+        "--out", tmp_path / "out", "--height", SIZE, "--width", SIZE, "--num-frames", FRAMES,
     )  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["hetcache", *map(str, arguments)])
-    cli.main()
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
     capsys.readouterr()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["steps"]["FULL"] + report["steps"]["PARTIAL"] + report["steps"]["REUSE"] == 2 * STEPS
+    assert report["steps"] == {"FULL": 2, "PARTIAL": 2, "REUSE": 4}
     assert report["psnr_generative_db"] > 10
+
+
+def test_bench_engine_times_every_form(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["hetcache", "bench", "engine", str(folder), "--rounds", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert list(result["forms"]) == ["plain", "full", "partial", "reuse"]
+    for form in result["forms"].values():
+        assert 0 < form["median_seconds"] <= form["p90_seconds"]
+        assert form["first_seconds"] > 0
+    steps, forms = result["steps"], result["forms"]
+    total = sum(count * forms[kind]["median_seconds"] for kind, count in steps.items())
+    assert result["plan_seconds"] == pytest.approx(total)
+    assert result["predicted_speedup"] == pytest.approx(sum(steps.values()) * forms["plain"]["median_seconds"] / total)
+    assert result["runs_on"].endswith("CPUExecutionProvider")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert f"polygraphy run {folder / 'partial.onnx'} --onnxrt --data-loader-script" in out
+    assert f"trtexec --onnx={folder / 'full.onnx'} --stronglyTyped --loadInputs='context_index':" in out
 
 
 def test_the_exported_package_has_no_hidden_state(folder):

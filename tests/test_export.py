@@ -226,9 +226,13 @@ def test_an_error_at_the_end_leaves_the_old_export(tmp_path):
     out = tmp_path / "out"
     with new_folder(out) as folder:
         (folder / "manifest.json").write_text("old")
-    with pytest.raises(RuntimeError), new_folder(out) as folder:
-        (folder / "manifest.json").write_text("new")
-        raise RuntimeError
+
+    def fail():
+        with new_folder(out) as folder:
+            (folder / "manifest.json").write_text("new")
+            raise RuntimeError
+
+    pytest.raises(RuntimeError, fail)
     assert (out / "manifest.json").read_text() == "old"
     with new_folder(out) as folder:
         (folder / "manifest.json").write_text("new")

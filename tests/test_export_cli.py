@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import exported
-import models
 import pytest
 
 from hetcache_compile.manifest import Manifest
@@ -13,7 +12,7 @@ from hetcache_compile.manifest import Manifest
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export import cli  # noqa: E402
+from hetcache_compile.export import cli
 
 
 @pytest.fixture
@@ -42,8 +41,8 @@ def test_export_with_engines_from_the_command_line(command, plan_file, tmp_path)
     pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
     out = tmp_path / "engine"
     status, text, err = command(
-        exported.checkpoint(), "--plan", plan_file, "--out", out, "--text-tokens", models.TEXT_TOKENS,
-        "--no-baseline", "--trt=rtx", "--compute-capability", "8.9", "12.0",
+        "exported:tiny_dit", "--plan", plan_file, "--out", out, "--no-baseline",
+        "--trt=rtx", "--compute-capability", "8.9", "12.0",
     )  # fmt: skip
     assert status == 0, err
     assert "built, not executed" in text
@@ -51,9 +50,13 @@ def test_export_with_engines_from_the_command_line(command, plan_file, tmp_path)
     manifest = Manifest.load(out)
     assert set(manifest.forms) == {"full", "partial", "reuse"}
     assert manifest.engines["rtx"].compute_capabilities == ("8.9", "12.0")
-    config = (out / "triton" / "partial" / "config.pbtxt").read_text()
-    assert 'state [ { input_name: "past_output.0" output_name: "present_output.0" data_type: TYPE_FP32' in config
-    assert 'input [ { name: "past_key_values.0.key" data_type: TYPE_FP32 dims: [ 1, 2, 78, 12 ] } ]' in config
+    state = (out / "triton" / "hetcache" / "config.pbtxt").read_text()
+    for entry in manifest.cache:
+        assert f'state [ {{ input_name: "{entry.input}" output_name: "{entry.output}" data_type: TYPE_FP32' in state
+    config = (out / "triton" / "hetcache_partial" / "config.pbtxt").read_text()
+    for name in (spec.name for spec in (*manifest.forms["partial"].inputs, *manifest.forms["partial"].outputs)):
+        assert config.count(f'"{name}"') == 1
+    assert config.count("{") == config.count("}")
 
 
 def test_help_suffices(command):

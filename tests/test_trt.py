@@ -15,7 +15,7 @@ pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("polygraphy", reason="needs the extra trt-rtx")
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
 
-from hetcache_compile.export import trt  # noqa: E402
+from hetcache_compile.export import trt
 
 
 def build(source, tmp_path, *capabilities):
@@ -60,7 +60,7 @@ def test_what_cannot_be_built_is_one_clear_line(tmp_path):
         trt.choose_kind("cuda")
     folder = tmp_path / "export"
     shutil.copytree(exported.export("fp32", 20), folder)
-    with pytest.raises(hetcache.HetCacheError, match="full.onnx cannot be built.*Turing") as caught:
+    with pytest.raises(hetcache.HetCacheError, match=r"full\.onnx cannot be built.*Turing") as caught:
         trt.build_engines(folder, manifest, trt.RTX, ["7.5"])
     assert "\n" not in str(caught.value)
 
