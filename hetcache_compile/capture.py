@@ -26,6 +26,7 @@ class Program:
     Attributes:
         module: takes one value for each placeholder, returns a flat tuple.
         state: parameter, buffer or constant behind a placeholder, by placeholder name.
+        targets: where the model holds it (`blocks.0.attn1.to_q.weight`), by placeholder name.
         inputs: names of the other placeholders, in the order of the flattened `(args, kwargs)`.
         in_spec: tree of `(args, kwargs)`.
         out_spec: tree of the model's own output.
@@ -33,6 +34,7 @@ class Program:
 
     module: GraphModule
     state: Mapping[str, torch.Tensor]
+    targets: Mapping[str, str]
     inputs: tuple[str, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
@@ -73,20 +75,22 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if changed:
         raise UnsupportedGraphError([Refusal(f"the call changes its own state: {', '.join(map(str, changed))}")])
     state: dict[str, torch.Tensor] = {}
+    targets: dict[str, str] = {}
     inputs: list[str] = []
     for spec in signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             inputs.append(spec.arg.name)
-        elif spec.target in exported.state_dict:
-            state[spec.arg.name] = exported.state_dict[spec.target]
-        else:
-            assert spec.target is not None
-            state[spec.arg.name] = exported.constants[spec.target]
+            continue
+        assert spec.target is not None
+        targets[spec.arg.name] = spec.target
+        tensors = exported.state_dict if spec.target in exported.state_dict else exported.constants
+        state[spec.arg.name] = tensors[spec.target]
     assert exported.call_spec.out_spec is not None
     assert exported.call_spec.in_spec is not None
     return Program(
         normalise(exported.graph_module),
         state,
+        targets,
         tuple(inputs),
         exported.call_spec.in_spec,
         exported.call_spec.out_spec,

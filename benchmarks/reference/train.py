@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,7 @@ def save_real_frames(file: Path) -> None:
     np.savez_compressed(file, **arrays)
 
 
-def training_batch(
-    stage: Stage, seed: int, step: int, real: RealClips, device: torch.device
-) -> Batch:
+def training_batch(stage: Stage, seed: int, step: int, real: RealClips, device: torch.device) -> Batch:
     """The clips of one step: procedural ones, some of them replaced by real ones."""
     generator = np.random.default_rng([seed, step])
     batch = render_batch(stage.batch, NUM_FRAMES, stage.size, generator, device)
@@ -211,7 +210,7 @@ def mask_psnr(model: nn.Module, codec: BlockTransformCodec, tokenizer: Any, devi
     x = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0)).to(device)
     u = torch.linspace(1, 0, 21)
     sigmas = (FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)).tolist()
-    for now, then in zip(sigmas, sigmas[1:], strict=False):
+    for now, then in pairwise(sigmas):
         with torch.autocast(device.type, torch.bfloat16):
             velocity = model(x, torch.full((len(x),), now, device=device), control, ids)
         x = x + (then - now) * velocity.float()
@@ -221,7 +220,9 @@ def mask_psnr(model: nn.Module, codec: BlockTransformCodec, tokenizer: Any, devi
 
 
 def _psnr_inside(video: torch.Tensor, batch: Batch) -> torch.Tensor:
-    error = ((video.clamp(-1, 1) - batch.video) ** 2 * batch.mask).sum((1, 2, 3, 4)) / (3 * batch.mask.sum((1, 2, 3, 4)))
+    error = ((video.clamp(-1, 1) - batch.video) ** 2 * batch.mask).sum((1, 2, 3, 4)) / (
+        3 * batch.mask.sum((1, 2, 3, 4))
+    )
     return 10 * torch.log10(4 / error)
 
 

@@ -73,9 +73,7 @@ def render_batch(
         video = mover.paint(video, draw.put(here.astype(np.float32)), size)
     video = relight(draw, video)
     mask = render_mask(draw, objects[0], frames, size, mask_share, mask_kinds)
-    captions = [
-        caption(draw, i, objects[0] if present[0, i] else None, textures[family[i]]) for i in range(count)
-    ]
+    captions = [caption(draw, i, objects[0] if present[0, i] else None, textures[family[i]]) for i in range(count)]
     return Batch(video.clamp(0, 1) * 2 - 1, mask, captions)
 
 
@@ -278,7 +276,9 @@ def relight(draw: Draw, video: torch.Tensor) -> torch.Tensor:
     t = over_time(frames, draw.device)
     x, y = pixel_grid(size, draw.device)
     angle = draw.uniform(0, 2 * math.pi, 1) + draw.uniform(-2, 2, 1) * t
-    side = (torch.cos(angle)[..., None, None] * x + torch.sin(angle)[..., None, None] * y) * draw.uniform(0, 0.2, 1, 1, 1)
+    side = (torch.cos(angle)[..., None, None] * x + torch.sin(angle)[..., None, None] * y) * draw.uniform(
+        0, 0.2, 1, 1, 1
+    )
     flicker = draw.uniform(0, 0.2, 1) * torch.sin(draw.uniform(0.5, 5, 1) * t + draw.uniform(0, 6.3, 1))
     return video * (1 + side + flicker[..., None, None])[:, None]
 
