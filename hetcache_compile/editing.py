@@ -101,9 +101,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: A
     try:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, **components
-        )
+        with quiet_logging(diffusers.utils.logging):  # it warns of any codec that is not Wan's own class
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
     except (OSError, ValueError, ImportError) as error:
         raise InputFileError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     parameters = inspect.signature(pipe.__call__).parameters
@@ -112,6 +111,17 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: A
         raise InputFileError(f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it edits no masked video")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def quiet_logging(logging: Any) -> Iterator[None]:
+    """Only errors from a library's own logging module."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) -> Plan:

@@ -40,6 +40,7 @@ def held_out(count: int) -> list[Clip]:
     """`count` procedural clips of texture families and seeds that training never saw.
 
     Masks of about 5, 20 and 50 % of the pixels take turns, of every kind, moving and still. The same clips each time.
+    A prompt says what belongs inside the mask: it names the object only where the object is masked half of the time.
     """
     return [procedural_clip(number) for number in range(count)]
 
@@ -52,7 +53,8 @@ def procedural_clip(number: int) -> Clip:
     batch = render_batch(
         1, NUM_FRAMES, SIZE, generator, textures=HELD_OUT_TEXTURES, mask_share=(share, share), mask_kinds=(kind,)
     )
-    return to_clip(f"{number:02d}-{kind}-{share:.0%}".replace("%", ""), batch)
+    clip = to_clip(f"{number:02d}-{kind}-{share:.0%}".replace("%", ""), batch)
+    return clip if float(batch.object_masked[0]) >= 0.5 else replace(clip, prompt="only pattern")
 
 
 def real_clip() -> Clip:
