@@ -97,6 +97,7 @@ def test_an_unknown_demo_edit_is_refused() -> None:
 
 def test_training_goes_on_where_it_was_stopped(train, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train, "STAGES", (train.Stage(16, 2, 2, 1e-3, False), train.Stage(32, 1, 2, 1e-3, True)))
+    monkeypatch.setattr(train, "CODEC_STAGE", train.Stage(32, 2, 0, 0.0, False))
     monkeypatch.setattr(train, "mask_psnr", lambda *_: {})
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     np.savez(tmp_path / "real.npz", clip=np.random.default_rng(0).integers(0, 256, (40, 3, 48, 64), np.uint8))

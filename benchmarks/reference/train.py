@@ -49,6 +49,7 @@ STAGES = (
     Stage(size=64, batch=128, steps=4_133, learning_rate=1e-3, decay=False),
     Stage(size=128, batch=32, steps=8_000, learning_rate=7e-4, decay=True),
 )
+CODEC_STAGE = Stage(size=128, batch=48, steps=0, learning_rate=0.0, decay=False)
 WARM_UP, EMA_DECAY, TEXT_DROPOUT, REAL_SHARE, CONTEXT_WEIGHT = 500, 0.999, 0.1, 0.125, 0.1
 
 
@@ -243,8 +244,7 @@ class Training:
         if state.exists():
             self.restore()
         else:
-            stage = Stage(128, 48, 0, 0.0, False)
-            self.codec.fit(training_batch(stage, seed, 10**9, real, device).video)
+            self.codec.fit(training_batch(CODEC_STAGE, seed, 10**9, real, device).video)
 
     def restore(self) -> None:
         """Go on from the last checkpoint."""

@@ -187,7 +187,8 @@ def noise_pictures(draw: Draw, channels: int, exponent: float) -> torch.Tensor:
     weight = (f[:, None] ** 2 + f[None, :] ** 2).clamp(min=1) ** (-exponent / 2)
     weight[0, 0] = 0
     noise = torch.fft.ifft2(torch.fft.fft2(white) * weight).real
-    return noise / noise.std(dim=(2, 3), keepdim=True)
+    scaled: torch.Tensor = noise / noise.std(dim=(2, 3), keepdim=True)
+    return scaled
 
 
 def lookup(pictures: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
