@@ -1,0 +1,8 @@
+"""A tiny entry for each transformer class of diffusers; `python -m tests.zoo` prints which run and are captured."""
+
+from __future__ import annotations
+
+from . import wan
+from .entry import Entry
+
+ENTRIES: tuple[Entry, ...] = (*wan.ENTRIES,)
