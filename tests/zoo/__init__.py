@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from . import wan
+from . import hunyuan, ltx, wan
 from .entry import Entry
 
-ENTRIES: tuple[Entry, ...] = (*wan.ENTRIES,)
+ENTRIES: tuple[Entry, ...] = (
+    *wan.ENTRIES,
+    *ltx.ENTRIES,
+    *hunyuan.ENTRIES,
+)
