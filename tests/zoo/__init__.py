@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from . import hunyuan, ltx, wan
+from . import flux, hunyuan, ltx, qwen, video, wan
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
     *wan.ENTRIES,
     *ltx.ENTRIES,
     *hunyuan.ENTRIES,
+    *video.ENTRIES,
+    *flux.ENTRIES,
+    *qwen.ENTRIES,
 )
