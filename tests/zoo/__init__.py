@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import flux, hunyuan, ltx, qwen, video, wan
+from . import flux, hunyuan, images, ltx, qwen, video, wan
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
@@ -12,4 +12,5 @@ ENTRIES: tuple[Entry, ...] = (
     *video.ENTRIES,
     *flux.ENTRIES,
     *qwen.ENTRIES,
+    *images.ENTRIES,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import warnings
@@ -47,6 +48,7 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 def main(names: list[str]) -> None:
     """Print the table, or the rows whose name contains one of `names`."""
     warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     print("| entry | runs | nodes captured | seconds | error |\n| --- | --- | --- | --- | --- |")
     for entry in ENTRIES:

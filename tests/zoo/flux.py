@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel, Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers import (
+    BriaFiboTransformer2DModel,
+    BriaTransformer2DModel,
+    ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    LongCatImageTransformer2DModel,
+    OvisImageTransformer2DModel,
+)
 
 from .entry import IMAGE, Draw, Entry, coordinates, seeded, tokens
 from .ltx import text_mask
@@ -60,6 +68,11 @@ def chroma(seed: int = 0) -> dict[str, Any]:
     return {**packed(seed), "attention_mask": valid}
 
 
+def bria_fibo(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed + 1)
+    return {**packed(seed), "timestep": draw.timestep(), "text_encoder_layers": [draw(1, TEXT, 17) for _ in range(2)]}
+
+
 def build_flux() -> FluxTransformer2DModel:
     return seeded(lambda: FluxTransformer2DModel(**CONFIG, pooled_projection_dim=17, guidance_embeds=True))
 
@@ -72,6 +85,22 @@ def build_flux2() -> Flux2Transformer2DModel:
 def build_chroma() -> ChromaTransformer2DModel:
     extra = {"approximator_num_channels": 64, "approximator_hidden_dim": 29, "approximator_layers": 2}
     return seeded(lambda: ChromaTransformer2DModel(**CONFIG, **extra))
+
+
+def build_bria() -> BriaTransformer2DModel:
+    return seeded(lambda: BriaTransformer2DModel(**CONFIG))
+
+
+def build_bria_fibo() -> BriaFiboTransformer2DModel:
+    return seeded(lambda: BriaFiboTransformer2DModel(**CONFIG, text_encoder_dim=17))
+
+
+def build_ovis() -> OvisImageTransformer2DModel:
+    return seeded(lambda: OvisImageTransformer2DModel(**CONFIG, out_channels=5))
+
+
+def build_longcat() -> LongCatImageTransformer2DModel:
+    return seeded(lambda: LongCatImageTransformer2DModel(**CONFIG))
 
 
 JOINT = "text before image tokens along one axis; positions of both are inputs, joined before the rotary table"
@@ -102,4 +131,15 @@ ENTRIES = (
         {**PACKED, "attention_mask": 1},
         note=JOINT + "; the mask, over both, becomes a square one: the outer product with itself",
     ),
+    Entry("BriaTransformer2DModel", build_bria, packed, IMAGE, PACKED, note=JOINT),
+    Entry(
+        "BriaFiboTransformer2DModel",
+        build_bria_fibo,
+        bria_fibo,
+        IMAGE,
+        PACKED,
+        note=JOINT + "; half of the text channels are replaced before each block",
+    ),
+    Entry("OvisImageTransformer2DModel", build_ovis, packed, IMAGE, PACKED, note=JOINT),
+    Entry("LongCatImageTransformer2DModel", build_longcat, packed, IMAGE, PACKED, note=JOINT),
 )
