@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import flux, hunyuan, images, ltx, qwen, video, wan
+from . import flux, hunyuan, images, ltx, packed, qwen, streams, video, wan
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
@@ -13,4 +13,6 @@ ENTRIES: tuple[Entry, ...] = (
     *flux.ENTRIES,
     *qwen.ENTRIES,
     *images.ENTRIES,
+    *packed.ENTRIES,
+    *streams.ENTRIES,
 )
