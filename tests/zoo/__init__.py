@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import flux, hunyuan, images, ltx, packed, qwen, streams, video, wan
+from . import flux, hunyuan, images, ltx, multimodal, packed, qwen, streams, video, wan
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
@@ -14,5 +14,6 @@ ENTRIES: tuple[Entry, ...] = (
     *qwen.ENTRIES,
     *images.ENTRIES,
     *packed.ENTRIES,
+    *multimodal.ENTRIES,
     *streams.ENTRIES,
 )
