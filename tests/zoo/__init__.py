@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import flux, hunyuan, images, ltx, multimodal, packed, qwen, streams, video, wan
+from . import flux, hunyuan, images, kandinsky, ltx, multimodal, packed, qwen, streams, video, wan
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
@@ -10,6 +10,7 @@ ENTRIES: tuple[Entry, ...] = (
     *ltx.ENTRIES,
     *hunyuan.ENTRIES,
     *video.ENTRIES,
+    *kandinsky.ENTRIES,
     *flux.ENTRIES,
     *qwen.ENTRIES,
     *images.ENTRIES,

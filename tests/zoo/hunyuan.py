@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import (
+    HunyuanImageTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.models.transformers import MotifVideoTransformer3DModel
 
-from .entry import VIDEO, Draw, Entry, latents, seeded
+from .entry import IMAGE, VIDEO, Draw, Entry, image, latents, seeded
 from .ltx import text_mask
 
 PATCH = (1, 2, 2)
@@ -80,6 +82,23 @@ def hunyuan_video15(seed: int = 0) -> dict[str, Any]:
     }
 
 
+def hunyuan_image(seed: int = 0) -> dict[str, Any]:
+    draw, kwargs = Draw(seed + 1), without_guidance(seed)
+    del kwargs["pooled_projections"]
+    return {**kwargs, "hidden_states": image(draw, 5, IMAGE)}
+
+
+def hunyuan_image_glyphs(seed: int = 0) -> dict[str, Any]:
+    glyphs = {"encoder_hidden_states_2": Draw(seed + 2)(1, 17, 19), "encoder_attention_mask_2": text_mask(17)}
+    return {**hunyuan_image(seed), **glyphs}
+
+
+def motif(seed: int = 0) -> dict[str, Any]:
+    draw, kwargs = Draw(seed + 1), without_guidance(seed)
+    del kwargs["guidance"], kwargs["pooled_projections"]
+    return {**kwargs, "image_embeds": draw(1, 7, 23)}
+
+
 def build_video(**variant: Any) -> HunyuanVideoTransformer3DModel:
     return seeded(lambda: HunyuanVideoTransformer3DModel(**{**CONFIG, **variant}))
 
@@ -94,6 +113,25 @@ def build_video15() -> HunyuanVideo15Transformer3DModel:
     config = {name: value for name, value in CONFIG.items() if name not in dropped}
     extra = {"patch_size": 1, "text_embed_2_dim": 19, "image_embed_dim": 23}
     return seeded(lambda: HunyuanVideo15Transformer3DModel(**config, **extra))
+
+
+def build_image(**variant: Any) -> HunyuanImageTransformer2DModel:
+    dropped = ("patch_size_t", "pooled_projection_dim", "patch_size", "rope_axes_dim")
+    config = {name: value for name, value in CONFIG.items() if name not in dropped}
+    return seeded(lambda: HunyuanImageTransformer2DModel(**config, rope_axes_dim=(6, 6), **variant))
+
+
+def build_motif() -> MotifVideoTransformer3DModel:
+    dropped = ("num_refiner_layers", "pooled_projection_dim", "num_single_layers")
+    config = {name: value for name, value in CONFIG.items() if name not in dropped}
+    extra = {
+        "num_single_layers": 2,
+        "num_decoder_layers": 1,
+        "image_embed_dim": 23,
+        "enable_text_cross_attention_dual": True,
+        "enable_text_cross_attention_single": True,
+    }
+    return seeded(lambda: MotifVideoTransformer3DModel(**config, **extra))
 
 
 JOINT = "text after video tokens along one axis; a key mask over both"
@@ -120,5 +158,21 @@ ENTRIES = (
         hunyuan_video15,
         VIDEO,
         note=JOINT + "; a branch on whether the image is all zero, and text reordered by boolean masks, are data",
+    ),
+    Entry("HunyuanImageTransformer2DModel", build_image, hunyuan_image, IMAGE, note=JOINT),
+    Entry(
+        "HunyuanImageTransformer2DModel (glyphs)",
+        lambda: build_image(text_embed_2_dim=19),
+        hunyuan_image_glyphs,
+        IMAGE,
+        note=JOINT + "; text is reordered by boolean masks, which are data",
+    ),
+    Entry(
+        "MotifVideoTransformer3DModel",
+        build_motif,
+        motif,
+        VIDEO,
+        note=JOINT + "; the video tokens also attend to the text alone; in the last blocks the embedded latents and "
+        "the encoded tokens, two token axes of one length, are joined along one axis",
     ),
 )
