@@ -1,0 +1,20 @@
+"""A tiny entry for each transformer class of diffusers; `python -m tests.zoo` prints which run and are captured."""
+
+from __future__ import annotations
+
+from . import flux, hunyuan, images, kandinsky, ltx, multimodal, packed, qwen, streams, video, wan
+from .entry import Entry
+
+ENTRIES: tuple[Entry, ...] = (
+    *wan.ENTRIES,
+    *ltx.ENTRIES,
+    *hunyuan.ENTRIES,
+    *video.ENTRIES,
+    *kandinsky.ENTRIES,
+    *flux.ENTRIES,
+    *qwen.ENTRIES,
+    *images.ENTRIES,
+    *packed.ENTRIES,
+    *multimodal.ENTRIES,
+    *streams.ENTRIES,
+)
