@@ -5,18 +5,19 @@ Composite operators (linear, norms, attention) stay whole: the passes read a gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .passes.normalise import normalise
-from .passes.refusal import Refusal, UnsupportedGraphError
+from .passes.refusal import Refusal, UnsupportedGraphError, module_path, source_line
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         UnsupportedGraphError: the call cannot be captured, or it changes a buffer.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(model):
             exported = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
             exported = exported.run_decompositions({})
     except Exception as error:
         reason = f"torch.export cannot capture it: {type(error).__name__}: {error}"
         raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
+    _check_sizes(exported.graph_module)
     signature = exported.graph_signature
     changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     if changed:
@@ -91,3 +93,44 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         exported.call_spec.in_spec,
         exported.call_spec.out_spec,
     )
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back the attributes that a call of `model` sets: a table made on fake tensors is of no use later."""
+    modules = list(model.modules())
+    helpers = [value for module in modules for value in vars(module).values() if type(value).__module__ != "builtins"]
+    plain = [
+        value for value in helpers if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor | nn.Module)
+    ]
+    before = [(holder, dict(vars(holder))) for holder in (*modules, *plain)]
+    try:
+        yield
+    finally:
+        for holder, attributes in before:
+            vars(holder).clear()
+            vars(holder).update(attributes)
+
+
+def _check_sizes(module: GraphModule) -> None:
+    """Raise `UnsupportedGraphError` for every operator whose result has a size that only the data knows."""
+    refusals = [
+        Refusal(
+            "the size of its result depends on the data",
+            op=str(node.target),
+            module=module_path(node),
+            source=source_line(node),
+            help="pass inputs that need no such choice, such as a mask of ones or none",
+        )
+        for node in module.graph.nodes
+        if _has_symbol(node) and not any(map(_has_symbol, node.all_input_nodes))
+    ]
+    if refusals:
+        raise UnsupportedGraphError(refusals)
+
+
+def _has_symbol(node: Node) -> bool:
+    """Whether a size, or the value itself, is a symbol; a graph with static inputs has no other symbols."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    sizes = [size for leaf in leaves for size in (leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,))]
+    return any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes)

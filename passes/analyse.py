@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 
 from torch.fx import GraphModule, Node
 
-from .axis import FREE, Attend, Accumulate, AxisState, Edit, Enter, Flow, Grid, Keep, Leave, Never, Parts, Tokens
+from .axis import FREE, Accumulate, Attend, AxisState, Edit, Enter, Flow, Grid, Keep, Leave, Never, Parts, Tokens
 from .inputs import GridMismatchError, TokenInputs, find_token_inputs, no_tokens, resolve_token_inputs
 from .patches import input_state, is_patchify
 from .query import Query
@@ -37,9 +36,7 @@ class Analysis:
         return [(node, edit) for node, edits in self.edits.items() for edit in edits if isinstance(edit, kind)]
 
 
-def analyse(
-    module: GraphModule, grid: tuple[int, int, int], token_inputs: TokenInputs | None = None
-) -> Analysis:
+def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: TokenInputs | None = None) -> Analysis:
     """Find the token axis of a normalised graph.
 
     Args:

@@ -37,7 +37,9 @@ def attention(q: Query) -> Flow | str | Never:
     if any(len(shape_of(operand)) != rank for operand in operands):
         return "its queries, keys and values differ in their number of dims"
     if any(isinstance(state, Tokens) and state.dim < rank - 2 for state in (query, key, value)):
-        return "each token has a mask of its own" if mask is not None else align(q, operands, rank, (rank - 2, rank - 1))
+        return (
+            "each token has a mask of its own" if mask is not None else align(q, operands, rank, (rank - 2, rank - 1))
+        )
     if any(isinstance(state, Tokens) and state.dim == rank - 1 for state in (query, key, value)):
         return "its features lie along the token axis"
     edits: list[Edit] = []

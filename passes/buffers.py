@@ -60,9 +60,7 @@ def write_in_place(form: Form, budgets: Budgets, num_tokens: int) -> Form:
     return Form(form.kind, GraphModule(form.module, graph), form.indices, entries, ())
 
 
-def _overwrite_active_rows(
-    graph: Graph, buffer: Node, entry: CacheEntry, active_index: Node, num_tokens: int
-) -> None:
+def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active_index: Node, num_tokens: int) -> None:
     """`cat([cached, fresh])` becomes: write the fresh rows where they belong, use the whole buffer."""
     for concat in list(buffer.users):
         rows = concat.args[0]
@@ -70,6 +68,7 @@ def _overwrite_active_rows(
         cached, fresh = rows
         assert concat.target is aten.cat.default
         assert cached is buffer
+        assert isinstance(fresh, Node)
 
         def call(op: Any, *args: Any, near: Node = concat, **kwargs: Any) -> Node:
             node = graph.call_function(op, args, kwargs)

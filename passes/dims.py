@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axis import FREE, AxisState, Enter, Flow, Grid, Leave, Parts, Place, Resize, Tokens
+from .axis import FREE, AxisState, Edit, Enter, Flow, Gather, Grid, Leave, Parts, Place, Resize, Tokens
 from .query import Query, align, grid_of, move_dims, works_along, wrap
 from .refusal import shape_of
 from .reshape import merge, move, split
@@ -62,7 +62,7 @@ def reshape(q: Query) -> Flow | str:
     """
     operand, state = q.first()
     old, new = shape_of(operand), q.shape
-    if 0 in old:
+    if 0 in old or not isinstance(state, Tokens | Grid):
         return Flow(FREE)
     if isinstance(state, Tokens):
         place = move(Place(state.dim, state.outer, state.inner), old, new)
@@ -74,7 +74,6 @@ def reshape(q: Query) -> Flow | str:
         if moved is None:
             return f"it mixes the token axis with other dims: {old} -> {new}"
         return Flow(grid_of([moved]), (Leave(operand, state),))  # case 2
-    assert isinstance(state, Grid)
     guesses = [g for guess in state.guesses if (g := _move_all(guess, old, new)) is not None]
     for guess in sorted(guesses, key=str):
         place = merge(guess, q.grid_sizes)
@@ -105,9 +104,7 @@ def repeat(q: Query) -> Flow | str:
     if isinstance(state, Tokens):
         dim = state.dim + shift
         return Flow(Tokens(dim, state.whole, times[dim] * state.outer, state.inner))
-    return works_along(
-        move_dims(state, lambda d: d + shift), {d for d, count in enumerate(times) if count != 1}, ""
-    )
+    return works_along(move_dims(state, lambda d: d + shift), {d for d, count in enumerate(times) if count != 1}, "")
 
 
 def repeat_interleave(q: Query) -> Flow | str:
@@ -146,10 +143,12 @@ def _join(q: Query, operands: list[Node], dim: int) -> Flow | str:
 
 
 def pad(q: Query) -> Flow | str:
-    """`constant_pad_nd`: rows before and after the tokens are whole rows."""
-    operand, state = q.first()
+    """`pad`: rows of a constant before and after the tokens are whole rows."""
+    _, state = q.first()
     amounts, rank = q.arg(1, "pad"), len(q.shape)
     padded = {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
+    if q.node.target is aten.pad.default and q.arg(2, "mode", "constant") != "constant":
+        return works_along(state, padded, "it repeats rows of the token axis")
     if not isinstance(state, Tokens) or state.dim not in padded:
         return works_along(state, padded, "")
     position = 2 * (rank - 1 - state.dim)
@@ -160,6 +159,15 @@ def pad(q: Query) -> Flow | str:
     whole = [first + before, *middle]
     whole[-1] += after
     return Flow(Tokens(state.dim, tuple(whole)))
+
+
+def stack_padded(q: Query) -> Flow | str:
+    """`pad_sequence(tensors, batch_first)`: where all have one length it stacks them."""
+    operands = [o for o in q.arg(0, "sequences") if isinstance(o, Node)]
+    if not q.arg(1, "batch_first", False) or len({shape_of(o) for o in operands}) > 1:
+        return "it stacks tensors of several lengths"
+    flow = align(q, operands, len(q.shape) - 1)
+    return flow if isinstance(flow, str) else Flow(move_dims(flow.state, lambda d: d + 1), flow.edits)
 
 
 def stack(q: Query) -> Flow | str:
@@ -256,11 +264,46 @@ def remove_dim(q: Query) -> Flow | str:
 
 
 def scatter_slice(q: Query) -> Flow | str:
-    """`slice_scatter(self, src, dim)`: both have every dim; only `dim` differs in size."""
-    operands = [a for a in q.node.args[:2] if isinstance(a, Node)]
-    rank = len(q.shape)
-    flow = align(q, operands, rank, own_dims=(wrap(q.arg(2, "dim", 0), rank),))
-    return "it cuts the token axis" if flow == "it works along the token axis" else flow
+    """`slice_scatter(self, src, dim, start, end)`: both have every dim; only `dim` differs in size."""
+    base, source = (a for a in q.node.args[:2] if isinstance(a, Node))
+    states = q.state(base), q.state(source)
+    dim = wrap(q.arg(2, "dim", 0), len(q.shape))
+    if not any(isinstance(state, Tokens) for state in states):
+        return Flow(states[0])
+    if any(isinstance(state, Tokens) and state.dim == dim for state in states):
+        return _scatter_rows(q, base, source, dim)
+    return align(q, [base, source], len(q.shape), own_dims=(dim,))
+
+
+def _scatter_rows(q: Query, base: Node, source: Node, dim: int) -> Flow | str:
+    """Rows of a token axis are overwritten, in whole runs: the parts before, in and behind must fit together."""
+    size = q.shape[dim]
+    start, end = (_position(q.arg(i, n), size, d) for i, n, d in ((3, "start", 0), (4, "end", size)))
+    outer, inner = q.state(base), q.state(source)
+    if q.arg(5, "step", 1) != 1:
+        return "it cuts the token axis"
+    if not isinstance(outer, Tokens):
+        assert isinstance(inner, Tokens)
+        whole = (start + inner.whole[0], *inner.whole[1:-1], inner.whole[-1] + size - end)
+        outer = Tokens(dim, whole, inner.outer, inner.inner)
+    taken = cut(outer, start, end, q.num_tokens) if outer.dim == dim and outer.folds == 1 else None
+    if taken is None or (isinstance(inner, Tokens) and inner != taken):
+        return "it cuts the token axis"
+    edits: list[Edit] = [
+        Resize(i, None, _rows_before(outer, p, q)) for i, p in ((3, start), (4, end)) if i < len(q.node.args)
+    ]
+    gathered = ((base, outer), (source, taken))
+    edits += [Gather(o, t) for o, t in gathered if isinstance(t, Tokens) and not isinstance(q.state(o), Tokens)]
+    return Flow(outer, tuple(edits))
+
+
+def outer_product(q: Query) -> Flow | str:
+    """`outer(a, b)` of two vectors."""
+    states = [q.state(a) for a in q.node.args[:2]]
+    tokens = [isinstance(state, Tokens) for state in states]
+    if all(tokens):
+        return "each token meets each other token"
+    return Flow(move_dims(states[0], lambda d: d) if tokens[0] else move_dims(states[1], lambda d: 1))
 
 
 def take(q: Query) -> Flow | str:
@@ -273,7 +316,7 @@ def take(q: Query) -> Flow | str:
 
 def take_at(q: Query) -> Flow | str:
     """`x[:, index]`: one whole index along one dim."""
-    operand, state = q.first()
+    _, state = q.first()
     indices = q.arg(1, "indices")
     used = [d for d, index in enumerate(indices) if index is not None]
     if len(used) != 1 or isinstance(q.state(indices[used[0]]), Tokens):
@@ -315,7 +358,10 @@ RULES: dict[Any, Any] = {
     aten.view_as_real.default: as_real,
     aten.cat.default: concatenate,
     aten.stack.default: stack,
+    aten.outer.default: outer_product,
+    aten.pad_sequence.default: stack_padded,
     aten.constant_pad_nd.default: pad,
+    aten.pad.default: pad,
     aten.split.Tensor: pieces,
     aten.split_with_sizes.default: pieces,
     aten.chunk.default: pieces,

@@ -128,13 +128,13 @@ def cache_layout(analysis: Analysis, budgets: Budgets) -> dict[tuple[Node, str],
 
 def _ends(analysis: Analysis) -> list[tuple[Leave | Keep, Group]]:
     """Where token tensors become whole: first those a reuse step reads, then those inside the model."""
-    ends = [
+    ends: list[tuple[Leave | Keep, Group]] = [
         (edit, "output" if node in analysis.after else "hidden")
         for node, edits in analysis.edits.items()
         for edit in edits
         if isinstance(edit, Leave | Keep)
     ]
-    return sorted(ends, key=lambda end: end[1] == "hidden")  # type: ignore[return-value]
+    return sorted(ends, key=lambda end: end[1] == "hidden")
 
 
 def _entry(

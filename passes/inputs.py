@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -27,14 +28,13 @@ def resolve_token_inputs(
     known: dict[Node, Tokens] = {}
     refusals = []
     for name, where in token_inputs.items():
-        node = next((node for node in placeholders if plain_name(node.name) == plain_name(name)), None)
-        if node is None:
+        # An input that is a list has a placeholder for each entry: `samples_0`, `samples_1`.
+        pattern = re.compile(re.escape(plain_name(name)) + r"(_\d+)*")
+        named = [node for node in placeholders if pattern.fullmatch(plain_name(node.name))]
+        if not named:
             names = ", ".join(node.name for node in placeholders)
-            refusals.append(
-                Refusal(f"token_inputs names {name!r}, which is no input", help=f"the inputs are {names}")
-            )
-        else:
-            known[node] = _declared(node, where, grid)
+            refusals.append(Refusal(f"token_inputs names {name!r}, which is no input", help=f"the inputs are {names}"))
+        known.update({node: _declared(node, where, grid) for node in named})
     return known, refusals
 
 
@@ -69,9 +69,7 @@ def find_token_inputs(placeholders: Sequence[Node], grid: tuple[int, int, int]) 
         UnsupportedGraphError: several inputs can be the tokens.
     """
     found = [
-        node
-        for node in placeholders
-        if len(shape_of(node)) == 3 and shape_of(node)[1] == prod(grid) and _is_data(node)
+        node for node in placeholders if len(shape_of(node)) == 3 and shape_of(node)[1] == prod(grid) and _is_data(node)
     ]
     if len(found) > 1:
         names = " and ".join(f"{node.name} {shape_of(node)}" for node in found)

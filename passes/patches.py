@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from math import prod
 from typing import Any
 
@@ -78,18 +78,15 @@ def is_patchify(node: Node) -> bool:
 
 
 def input_state(node: Node, grid: tuple[int, int, int]) -> AxisState:
-    """What the shape of an input allows: latents `[..., T, ..., H, W]` of whole patches, their frames anywhere."""
+    """What the shape of an input allows: latents of whole patches, W after H, and T anywhere before."""
     shape = shape_of(node)
     if len(shape) < 4 or prod(grid) == 1:
         return FREE
-    choices = []
-    for number, factor in enumerate(grid):
-        dims = range(len(shape) - 2) if number == 0 else [len(shape) - 3 + number]
-        if factor != 1:
-            choices.append(list(chain.from_iterable(_factors(shape, d, factor) for d in dims)))
-    guesses: list[tuple[Place, ...]] = [()]
-    for choice in choices:
-        guesses = [(*guess, place) for guess in guesses for place in choice]
+    guesses: set[tuple[Place, ...]] = set()
+    for height in range(1, len(shape) - 1):
+        frames = [list(_factors(shape, d, grid[0])) for d in range(height)]
+        choices = [list(chain(*frames)), *(list(_factors(shape, height + i, grid[1 + i]))[:1] for i in (0, 1))]
+        guesses |= set(product(*(choice for choice, size in zip(choices, grid, strict=True) if size != 1)))
     return grid_of(guesses)
 
 
@@ -98,8 +95,7 @@ def _factors(shape: tuple[int, ...], dim: int, factor: int) -> Iterator[Place]:
     rest, remainder = divmod(shape[dim], factor)
     if remainder == 0 and rest > 0:
         yield split(Place(dim), (factor, rest))[0]
-        if dim < len(shape) - 2:
-            yield split(Place(dim), (rest, factor))[1]
+        yield split(Place(dim), (rest, factor))[1]
 
 
 def _geometry(node: Node) -> tuple[list[int], list[int], list[int], list[int]]:

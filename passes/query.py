@@ -120,11 +120,10 @@ def align(q: Query, operands: list[Node], rank: int, own_dims: tuple[int, ...] =
 
 def _common_grid(states: Mapping[Node, AxisState], rank: int, own_dims: tuple[int, ...]) -> AxisState:
     """The guesses that all operands which are laid out on the grid agree on."""
-    grids = [
-        move_dims(state, lambda d, shift=rank - len(shape_of(o)): d + shift)  # type: ignore[misc]
-        for o, state in states.items()
-        if isinstance(state, Grid)
-    ]
-    guesses = [state.guesses for state in grids if isinstance(state, Grid)]
+    guesses = []
+    for operand, state in states.items():
+        shift = rank - len(shape_of(operand))
+        if isinstance(state, Grid):
+            guesses.append(frozenset(tuple(replace(p, dim=p.dim + shift) for p in guess) for guess in state.guesses))
     common = frozenset.intersection(*guesses) if guesses else frozenset()
     return grid_of(guess for guess in common if not any(place.dim in own_dims for place in guess))

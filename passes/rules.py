@@ -151,6 +151,7 @@ RULES: dict[Any, Rule] = {
     **dims.RULES,
     **attention.RULES,
     aten.dropout.default: dropout,
+    aten.native_dropout.default: dropout,
     aten.type_as.default: like_first,
     aten.empty_like.default: like_first,
     aten.zeros_like.default: like_first,
@@ -180,4 +181,3 @@ RULES: dict[Any, Rule] = {
     aten.roll.default: roll,
     aten.glu.default: along_dim,
 }
-

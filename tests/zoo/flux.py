@@ -128,7 +128,7 @@ ENTRIES = (
         build_chroma,
         chroma,
         IMAGE,
-        {**PACKED, "attention_mask": 1},
+        PACKED,
         note=JOINT + "; the mask, over both, becomes a square one: the outer product with itself",
     ),
     Entry("BriaTransformer2DModel", build_bria, packed, IMAGE, PACKED, note=JOINT),
