@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import flux, hunyuan, images, kandinsky, ltx, multimodal, packed, qwen, streams, video, wan
+from . import audio, blocks, flux, hunyuan, images, kandinsky, ltx, multimodal, packed, qwen, streams, video, wan
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
@@ -17,4 +17,6 @@ ENTRIES: tuple[Entry, ...] = (
     *packed.ENTRIES,
     *multimodal.ENTRIES,
     *streams.ENTRIES,
+    *audio.ENTRIES,
+    *blocks.ENTRIES,
 )
