@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import audio, blocks, flux, hunyuan, images, kandinsky, ltx, multimodal, packed, qwen, streams, video, wan
+from . import audio, blocks, flux, hunyuan, images, kandinsky, ltx, multimodal, omni, packed, qwen, streams, video, wan
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
@@ -16,6 +16,7 @@ ENTRIES: tuple[Entry, ...] = (
     *images.ENTRIES,
     *packed.ENTRIES,
     *multimodal.ENTRIES,
+    *omni.ENTRIES,
     *streams.ENTRIES,
     *audio.ENTRIES,
     *blocks.ENTRIES,
