@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from . import audio, blocks, flux, hunyuan, images, kandinsky, ltx, multimodal, omni, packed, qwen, streams, video, wan
+from . import (
+    audio,
+    blocks,
+    flux,
+    hunyuan,
+    images,
+    kandinsky,
+    ltx,
+    multimodal,
+    omni,
+    packed,
+    qwen,
+    sana_wm,
+    streams,
+    video,
+    wan,
+)
 from .entry import Entry
 
 ENTRIES: tuple[Entry, ...] = (
@@ -18,6 +34,7 @@ ENTRIES: tuple[Entry, ...] = (
     *multimodal.ENTRIES,
     *omni.ENTRIES,
     *streams.ENTRIES,
+    *sana_wm.ENTRIES,
     *audio.ENTRIES,
     *blocks.ENTRIES,
 )
