@@ -13,6 +13,7 @@ from . import (
     multimodal,
     omni,
     packed,
+    protein,
     qwen,
     sana_wm,
     streams,
@@ -21,20 +22,28 @@ from . import (
 )
 from .entry import Entry
 
-ENTRIES: tuple[Entry, ...] = (
-    *wan.ENTRIES,
-    *ltx.ENTRIES,
-    *hunyuan.ENTRIES,
-    *video.ENTRIES,
-    *kandinsky.ENTRIES,
-    *flux.ENTRIES,
-    *qwen.ENTRIES,
-    *images.ENTRIES,
-    *packed.ENTRIES,
-    *multimodal.ENTRIES,
-    *omni.ENTRIES,
-    *streams.ENTRIES,
-    *sana_wm.ENTRIES,
-    *audio.ENTRIES,
-    *blocks.ENTRIES,
+FAMILIES = (
+    wan,
+    ltx,
+    hunyuan,
+    video,
+    kandinsky,
+    flux,
+    qwen,
+    images,
+    packed,
+    multimodal,
+    omni,
+    streams,
+    sana_wm,
+    audio,
+    blocks,
+    protein,
 )
+ENTRIES: tuple[Entry, ...] = tuple(entry for family in FAMILIES for entry in family.ENTRIES)
+
+# Classes that diffusers exports beside the ones above, and why they have no entry.
+SKIPPED = {
+    "MiniMaxMusic3RVQDepthDecoder": "it predicts codes one after the other: nothing is denoised",
+    "PriorTransformer": "it denoises one image embedding: there is no grid of tokens",
+}
