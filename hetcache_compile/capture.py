@@ -5,8 +5,8 @@ Composite operators (linear, norms, attention) stay whole: the passes read a gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         UnsupportedGraphError: the call cannot be captured, or it changes a buffer.
     """
     try:
-        with torch.no_grad(), unchanged(model):
-            exported = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+        with torch.no_grad():
+            exported = torch.export.export(_sharing_weights(model), tuple(args), dict(kwargs), strict=False)
             exported = exported.run_decompositions({})
     except Exception as error:
         reason = f"torch.export cannot capture it: {type(error).__name__}: {error}"
@@ -95,21 +95,19 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     )
 
 
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back the attributes that a call of `model` sets: a table made on fake tensors is of no use later."""
-    modules = list(model.modules())
-    helpers = [value for module in modules for value in vars(module).values() if type(value).__module__ != "builtins"]
-    plain = [
-        value for value in helpers if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor | nn.Module)
-    ]
-    before = [(holder, dict(vars(holder))) for holder in (*modules, *plain)]
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of `model` with the same weights, or itself where it cannot be copied.
+
+    A model may keep tables from its first call, in an attribute or in a `functools.lru_cache`. Those of a captured
+    call hold no data, and would spoil later calls of the model itself.
+    """
+    if isinstance(model, GraphModule):  # keeps nothing
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        yield
-    finally:
-        for holder, attributes in before:
-            vars(holder).clear()
-            vars(holder).update(attributes)
+        return copy.deepcopy(model, shared)
+    except (TypeError, RuntimeError):
+        return model
 
 
 def _check_sizes(module: GraphModule) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .axis import FREE, Accumulate, Attend, Edit, Flow, Gather, Never, Tokens
-from .query import Query, align
+from .query import Query, align, move_dims
 from .refusal import shape_of
 
 aten = torch.ops.aten
@@ -113,6 +113,29 @@ def _vector_product(q: Query, left: Node, right: Node) -> Flow | str:
     return Flow(state if isinstance(state, Tokens) else FREE)
 
 
+def einsum(q: Query) -> Flow | str:
+    """`einsum(equation, operands)`: a letter names the token axis, or does not."""
+    letters, result = q.node.args[0].replace(" ", "").split("->")  # type: ignore[union-attr]
+    operands = list(zip(letters.split(","), q.node.args[1], strict=True))  # type: ignore[arg-type]
+    if len(operands) == 1:
+        word, state = operands[0][0], q.state(operands[0][1])
+        lost = {d for d, letter in enumerate(word) if letter not in result or word.count(letter) > 1}
+        if isinstance(state, Tokens) and state.dim in lost:
+            return "it contracts the token axis"
+        return Flow(move_dims(state, lambda d: None if d in lost else result.index(word[d])))
+    found = {(word[s.dim], s.at(0)) for word, o in operands if isinstance(s := q.state(o), Tokens)}
+    if not found:
+        return Flow(FREE)
+    if len(found) > 1:
+        return "its operands have different token axes"
+    letter, tokens = found.pop()
+    if letter not in result:
+        return "it contracts the token axis"
+    meets = [(o, word.index(letter)) for word, o in operands if letter in word and not isinstance(q.state(o), Tokens)]
+    gathers = [Gather(o, tokens.at(d)) for o, d in meets if shape_of(o)[d] != 1]
+    return Flow(tokens.at(result.index(letter)), tuple(gathers))
+
+
 def addmm(q: Query) -> Flow | str:
     """`bias + left @ right`, with a token-free right side; the bias is a vector, or has a row for each token."""
     bias, left, right = (operand for operand in q.node.args[:3] if isinstance(operand, Node))
@@ -132,4 +155,5 @@ RULES: dict[Any, Any] = {
     aten.mm.default: matmul,
     aten.bmm.default: matmul,
     aten.addmm.default: addmm,
+    aten.einsum.default: einsum,
 }

@@ -391,6 +391,11 @@ ACCEPTED: list[Call] = [
     call(aten.matmul.default, T("bhkn"), T("bhne")),
     call(aten.matmul.default, JOINT_COLUMNS, JOINT),
     call(aten.matmul.default, call(aten.matmul.default, T("bhkn"), T("bhne")), T("bhen")),
+    call(aten.einsum.default, "bnd->ndb", [T("bnd")]),
+    call(aten.einsum.default, "bnd -> bn", [T("bnd")]),
+    call(aten.einsum.default, "bnd,kd->bkn", [T("bnd"), T("kd")]),
+    call(aten.einsum.default, "nd,bnd->bn", [T("Nd"), T("bnd")]),
+    call(aten.einsum.default, "bnd,nd->dn", [T("bnd"), T("nd")]),
     call(aten.outer.default, T("n"), T("k")),
     call(aten.outer.default, T("k"), T("n")),
     # norms
@@ -642,6 +647,9 @@ REFUSED = [
     No(call(aten.matmul.default, T("dn"), T("Nk")), "contracts the token axis"),
     No(call(aten.matmul.default, T("n"), T("Nk")), "contracts the token axis"),
     No(call(aten.matmul.default, T("bhne"), T("bhen")), "each token meets each other token"),
+    No(call(aten.einsum.default, "bnd->bd", [T("bnd")]), "contracts the token axis"),
+    No(call(aten.einsum.default, "bnd,bnk->bdk", [T("bnd"), T("bnk")]), "contracts the token axis"),
+    No(call(aten.einsum.default, "bnd,bmd->bnm", [T("bnd"), T("bnd")]), "different token axes"),
     # convolutions
     No(call(aten.conv2d.default, T("bcnX"), T("dc22"), None, [2, 2]), "convolves over the token axis"),
     No(call(aten.conv3d.default, T("bntYX"), T("dN122"), None, *CONV), "convolves over the token axis"),
