@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,16 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         exported.call_spec.in_spec,
         exported.call_spec.out_spec,
     )
+
+
+def with_input_names(program: Program, names: Sequence[str]) -> Program:
+    """The program with its inputs named as in the graph it was captured from."""
+    by_name = {node.name: node for node in program.module.graph.nodes if node.op == "placeholder"}
+    for old, new in zip(program.inputs, names, strict=True):
+        by_name[old]._rename(new)
+        by_name[old].target = by_name[old].name
+    program.module.recompile()
+    return replace(program, inputs=tuple(by_name[old].name for old in program.inputs))
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:

@@ -86,7 +86,7 @@ def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active
 
 def _restore_columns(concat: Node) -> None:
     """Keys are in token order again, so the mask of an attention has its own columns again."""
-    for attention in concat.users:
+    for attention in list(concat.users):
         mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
         if isinstance(mask, Node) and mask.meta.get(MASK_COLUMNS):
             attention.replace_input_with(mask, mask.args[0])  # type: ignore[arg-type]

@@ -180,7 +180,7 @@ class FormWriter:
         return self.reads[entry]
 
     def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Node:
-        mode, device = _fake_mode(self.source), _device(self.source)
+        mode, device = fake_mode(self.source), _device(self.source)
         node = self.graph.placeholder(name)
         with mode:
             node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
@@ -422,7 +422,7 @@ def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) ->
             return result
 
     inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
-    with _fake_mode(module):
+    with fake_mode(module):
         Verify(module).run(*inputs, enable_io_processing=False)
 
 
@@ -447,7 +447,8 @@ def _with_rows(shape: tuple[int, ...], dim: int, rows: int) -> tuple[int, ...]:
     return (*shape[:dim], rows, *shape[dim + 1 :])
 
 
-def _fake_mode(module: GraphModule) -> FakeTensorMode:
+def fake_mode(module: GraphModule) -> FakeTensorMode:
+    """The mode of the fake tensors that the graph was captured on."""
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     mode = detect_fake_mode(values)
     assert mode is not None, "the graph was not captured on fake tensors"

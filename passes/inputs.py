@@ -40,7 +40,7 @@ def resolve_token_inputs(
 
 def plain_name(name: str) -> str:
     """An input's name without what Dynamo adds: `L_hidden_states_` is `hidden_states`."""
-    return name.removeprefix("L_").removeprefix("l_").rstrip("_")
+    return name.removeprefix("L_").removeprefix("l_").removeprefix("kwargs_").rstrip("_")
 
 
 def _declared(node: Node, where: int | tuple[int, int], grid: tuple[int, int, int]) -> Tokens:
@@ -85,8 +85,10 @@ def find_token_inputs(placeholders: Sequence[Node], grid: tuple[int, int, int]) 
 
 
 def _is_data(node: Node) -> bool:
+    """Whether a placeholder holds floating-point data; weights are named by `torch.export` or by Dynamo."""
     value = node.meta.get("val")
-    return bool(value is not None and value.dtype.is_floating_point)
+    is_weight = re.match(r"[pbc]_|.*_(parameters|buffers)_", node.name)
+    return bool(value is not None and value.dtype.is_floating_point and not is_weight)
 
 
 def no_tokens(module: GraphModule, grid: tuple[int, int, int]) -> list[Refusal]:
