@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .axis import FREE, Accumulate, Attend, Edit, Flow, Gather, Never, Tokens
-from .query import Query, align, move_dims
+from .query import Query, Rule, align, move_dims
 from .refusal import shape_of
 
 aten = torch.ops.aten
@@ -53,6 +53,31 @@ def attention(q: Query) -> Flow | str | Never:
             return "its keys fold the token axis with another"
         edits.append(Attend(operands[1], operands[2], key, mask if _has_size(mask, 1) else None))
     return Flow(query if isinstance(query, Tokens) else FREE, tuple(edits))
+
+
+def attention_along(rows: int) -> Rule:
+    """A rule for another attention operator, `op(query, key, value, ...)` without masks, such as flash-attn's.
+
+    Args:
+        rows: the dim of queries, keys and values that counts tokens, from the right: -3 for
+            `[batch, tokens, heads, features]`.
+    """
+
+    def rule(q: Query) -> Flow | str:
+        operands = [operand for operand in q.node.args[:3] if isinstance(operand, Node)]
+        query, key, value = (q.state(operand) for operand in operands)
+        states = [state for state in (query, key, value) if isinstance(state, Tokens)]
+        place = len(q.shape) + rows
+        if not states or any(state.dim != place for state in states):
+            return "it has tokens in other dims than its rows" if states else Flow(FREE)
+        edits: list[Edit] = []
+        if isinstance(key, Tokens) or isinstance(value, Tokens):
+            if key != value or not isinstance(key, Tokens) or key.folds != 1:
+                return "its keys and values carry the token axis in different ways"
+            edits.append(Attend(operands[1], operands[2], key))
+        return Flow(query if isinstance(query, Tokens) else FREE, tuple(edits))
+
+    return rule
 
 
 def _has_size(mask: Any, from_right: int) -> bool:

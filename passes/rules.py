@@ -181,3 +181,13 @@ RULES: dict[Any, Rule] = {
     aten.roll.default: roll,
     aten.glu.default: along_dim,
 }
+
+
+def register_attention(op: Any, rows: int) -> None:
+    """Teach the analysis another attention operator: see `attention.attention_along`.
+
+    Args:
+        op: an `OpOverload`, such as `torch.ops.flash_attn._flash_attn_forward.default`.
+        rows: the dim of queries, keys and values that counts tokens, from the right.
+    """
+    RULES[op] = attention.attention_along(rows)
