@@ -1,4 +1,4 @@
-"""The command line: `hetcache demo | plan | edit | bench`. Only this module prints and exits."""
+"""The command line: `hetcache demo | plan | edit | explain | bench`. Only this module prints and exits."""
 
 from __future__ import annotations
 
@@ -189,6 +189,56 @@ def make_plan(
         save_preview(made, preview)
     print(made.describe())
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(help="Local diffusers checkpoint, or package.module:function returning (model, kwargs, grid)."),
+    ],
+    height: Height = 480,
+    width: Width = 832,
+    num_frames: Frames = 81,
+    active: Annotated[float, typer.Option(help="Share of tokens that are active.", min=0.0, max=1.0)] = 0.25,
+    token_input: Annotated[
+        list[str] | None,
+        typer.Option(help="An input that holds packed tokens and their dim, such as hidden_states=1. Repeatable."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .html file.")] = None,
+) -> None:
+    """Show what the analysis finds in a model: where tokens are born and die, caches, FLOPs of each form."""
+    import numpy as np
+
+    from .calls import call_of_function, call_of_pipeline
+    from .explain import explain as explain_forms
+    from .explain import write_picture
+    from .forms import rewrite
+    from .plan import Plan
+
+    if ":" in model and not Path(model).exists():
+        call = call_of_function(model)
+    else:
+        check_size(height, width, num_frames)
+        call = call_of_pipeline(Path(model), height, width, num_frames)
+    number = int(np.prod(call.grid))
+    plan = Plan.from_token_mask(np.arange(number) < max(1, round(active * number)), call.grid)
+    forms = rewrite(call.model, plan, call.args, call.kwargs, token_inputs=_token_inputs(token_input or []))
+    explanation = explain_forms(forms)
+    print(explanation)
+    if picture is not None:
+        write_picture(explanation, picture)
+        print(f"wrote {picture}")
+
+
+def _token_inputs(given: list[str]) -> dict[str, int] | None:
+    parsed = {}
+    for text in given:
+        name, _, dim = text.partition("=")
+        if not dim.lstrip("-").isdigit():
+            raise PlanError(f"--token-input takes NAME=DIM, got {text}")
+        parsed[name] = int(dim)
+    return parsed or None
 
 
 def _edit(
