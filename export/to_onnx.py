@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -86,9 +87,8 @@ def as_exported_program(lowered: Lowered) -> ExportedProgram:
         else:
             inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
             arguments.append(node.meta["val"])
-    results = graph.output_node().args[0]
-    assert isinstance(results, tuple | list)
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]  # type: ignore[union-attr]
+    results: Any = graph.output_node().args[0]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
     call = ModuleCallSignature(
         inputs=[spec.arg for spec in inputs if spec.kind is InputKind.USER_INPUT],
         outputs=[spec.arg for spec in outputs],
@@ -98,7 +98,7 @@ def as_exported_program(lowered: Lowered) -> ExportedProgram:
     return ExportedProgram(
         GraphModule(torch.nn.Module(), graph),
         graph,
-        ExportGraphSignature(inputs, outputs),  # type: ignore[arg-type]
+        ExportGraphSignature(inputs, outputs),
         state,
         {},
         [ModuleCallEntry("", call)],

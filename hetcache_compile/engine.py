@@ -52,7 +52,7 @@ def load(folder: str | PathLike[str], provider: str = "ort-cpu") -> Engine:
     return Engine(manifest, runner, Plan.load(Path(folder) / manifest.plan.file))
 
 
-class Engine(nn.Module, CacheMixin):
+class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
     """The exported model. Call it like the diffusers model that it was made from.
 
     `plan` is the one it was exported with; a session may use any plan with the same grid and budgets.

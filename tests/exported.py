@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from hetcache_compile import Plan
-from hetcache_compile.export.exporter import CallShape, ExportOptions, export_model
-from hetcache_compile.export.source import Source, load_source
+from hetcache_compile.export.exporter import ExportOptions, export_model
+from hetcache_compile.export.source import CallShape, Source, load_source
 from hetcache_compile.export.verify import verify_with_ort
 
 ACTIVE = 27
@@ -67,6 +67,6 @@ def _export(dtype: str, opset: int, dynamic: bool) -> Path:
     out = Path(tempfile.mkdtemp(prefix="hetcache-test-")) / "export"
     checked = dtype == "fp32"
     options = ExportOptions(dtype, opset, baseline=checked, dynamic_active=(20, ACTIVE, 40) if dynamic else None)
-    finish = [lambda *arguments: verify_with_ort(*arguments, lambda *_: None)] if checked else []
+    finish = [verify_with_ort] if checked else []
     export_model(str(checkpoint()), plan_of(), out, options, shape=shape(), finish=finish)
     return out

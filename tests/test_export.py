@@ -24,8 +24,8 @@ onnx = pytest.importorskip("onnx", reason="needs the extra ort")
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export.exporter import CallShape, ExportOptions, export_model, new_folder  # noqa: E402
-from hetcache_compile.export.source import load_source  # noqa: E402
+from hetcache_compile.export.exporter import ExportOptions, export_model, new_folder  # noqa: E402
+from hetcache_compile.export.source import CallShape, load_source  # noqa: E402
 from hetcache_compile.export.verify import relative_errors  # noqa: E402
 
 FORMS = [("fp32", 20, False), ("fp32", 23, True)]
@@ -232,7 +232,8 @@ def test_an_error_at_the_end_leaves_the_old_export(tmp_path):
             (folder / "manifest.json").write_text("new")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert (out / "manifest.json").read_text() == "old"
     with new_folder(out) as folder:
         (folder / "manifest.json").write_text("new")
