@@ -175,6 +175,9 @@ def main() -> None:
     except HetCacheError as error:
         print(f"hetcache-export: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"hetcache-export: {error}", file=sys.stderr)
+        sys.exit(2)
     except MemoryError:
         print("hetcache-export: not enough memory; export with --dtype fp16 or --no-baseline", file=sys.stderr)
         sys.exit(2)

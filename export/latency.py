@@ -126,7 +126,7 @@ def summarise(engine: Engine, timed: Mapping[str, Timed], folder: Path, provider
     total = sum(count * seconds[kind] for kind, count in steps.items())
     flops = {kind: form.flops for kind, form in manifest.forms.items()}
     return {
-        "command": f"hetcache bench engine {folder} --provider {provider} --rounds {len(timed['full'].seconds)}",
+        "command": f"hetcache bench engine {folder.name} --provider {provider} --rounds {len(timed['full'].seconds)}",
         "runs_on": engine.runner.name,
         "processor": processor_name(engine.device.type),
         "threads": torch.get_num_threads(),

@@ -37,6 +37,7 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from ..errors import ExportError
 from ..manifest import FormSpec
 from .lower import Lowered
 
@@ -45,11 +46,19 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def to_onnx(lowered: Lowered, spec: FormSpec, opset: int, metadata: Mapping[str, str]) -> ir.Model:
-    """The ONNX model of a form. Its weights are the form's own tensors: nothing is copied."""
-    with _quiet():
-        program = torch.onnx.export(
-            as_exported_program(lowered), dynamo=True, opset_version=opset, optimize=False, verbose=False
-        )
+    """The ONNX model of a form. Its weights are the form's own tensors: nothing is copied.
+
+    Raises:
+        ExportError: an operator has no form in ONNX.
+    """
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                as_exported_program(lowered), dynamo=True, opset_version=opset, optimize=False, verbose=False
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise ExportError(f"torch.onnx cannot express the {lowered.kind} form: {str(cause).splitlines()[0]}") from error
     assert program is not None
     model = program.model
     set_named_dims(model, spec)

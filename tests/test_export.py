@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,21 @@ def test_shipped_samples_run_in_polygraphy():
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "sample" in done.stdout
+
+
+def test_polygraphy_compares_torch_with_onnxruntime(tmp_path):
+    pytest.importorskip("polygraphy", reason="needs the extra trt-rtx")
+    from hetcache_compile.export.compare import compare
+
+    folder = tmp_path / "export"
+    shutil.copytree(exported.export("fp32", 20), folder)
+    model = str(exported.checkpoint())
+    assert compare(folder, model) == {"full": True, "partial": True, "reuse": True}
+    stored = Manifest.load(folder).weights.tensors["proj_out.bias"]
+    with (folder / "weights.bin").open("r+b") as weights:
+        weights.seek(stored.offset)
+        weights.write(np.full(3, 9.0, dtype=np.float32).tobytes())
+    assert compare(folder, model) == {"full": False, "partial": False, "reuse": True}
 
 
 def test_a_factory_is_a_model_too(tmp_path):
