@@ -69,7 +69,7 @@ def main() -> None:
         progress=progress,
     )  # fmt: skip
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/export_size.py --dtype {args.dtype}" + " --trt" * args.trt,
         "versions": versions(),
         "processor": processor_name("cpu"),
         "model": {"class": manifest.model.class_name, **CONFIG},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -60,7 +61,8 @@ def export(
     sample_inputs/, triton/ and engines/. It appears when everything has been written and checked.
     """
     from ..plan import Plan
-    from .exporter import CallShape, ExportOptions, export_model
+    from .exporter import ExportOptions, export_model
+    from .source import CallShape
 
     known_plan = Plan.load(plan)
     options = ExportOptions(dtype, _opset(opset), baseline, _sizes(dynamic_active))
@@ -92,7 +94,7 @@ def _finishers(trt: str, verify: str, dtype: str, capabilities: list[str], progr
 
     steps: list[Any] = [lambda folder, manifest, *_: write_triton(folder, manifest)]
     if _verifies(verify, dtype):
-        steps.append(lambda *arguments: verify_with_ort(*arguments, progress))
+        steps.append(functools.partial(verify_with_ort, progress=progress))
     if capabilities and trt == "none":
         raise ExportError("--compute-capability needs --trt=rtx")
     if trt != "none":
@@ -171,6 +173,9 @@ def main() -> None:
     try:
         app(spread_options(sys.argv[1:]))
     except HetCacheError as error:
+        print(f"hetcache-export: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
         print(f"hetcache-export: {error}", file=sys.stderr)
         sys.exit(2)
     except MemoryError:

@@ -96,7 +96,7 @@ def tensorrt_function(folder: Path, manifest: Manifest, provider: str, kind: str
         sizes = {name: getattr(manifest.plan, name) for name in manifest.dynamic_dims}
         outputs = {
             spec.name: torch.empty(
-                [sizes.get(size, size) for size in spec.shape],  # type: ignore[call-overload]
+                [size if isinstance(size, int) else sizes[size] for size in spec.shape],
                 dtype=getattr(torch, spec.dtype), device=runner.device,
             )
             for spec in manifest.forms[kind].outputs

@@ -143,11 +143,10 @@ def describe(source: Source, forms: Forms, options: ExportOptions) -> tuple[dict
         others, other_specs = lower_forms(forms, by_kind, options)
         for kind, form in lowered.items():
             dynamic.free_sizes(form, others[kind])
-            io = (
-                dynamic.named_dims(getattr(specs[kind], side), getattr(other_specs[kind], side), dims)
-                for side in ("inputs", "outputs")
-            )
-            specs[kind] = replace(specs[kind], **dict(zip(("inputs", "outputs"), io, strict=True)))
+            mine, other = specs[kind], other_specs[kind]
+            inputs = dynamic.named_dims(mine.inputs, other.inputs, dims)
+            outputs = dynamic.named_dims(mine.outputs, other.outputs, dims)
+            specs[kind] = replace(mine, inputs=inputs, outputs=outputs)
         cache = dynamic.named_cache(cache, tuple(map(cache_spec, by_kind["full"].writes)), dims)
     plan = forms.plan
     steps = "".join(kind.letter for kind in plan.steps)

@@ -52,28 +52,33 @@ def bench_engine(folder: Path, provider: str, rounds: int, progress: Progress) -
     """
     engine = load(folder, provider)
     timed = prepare(engine, folder)
-    wait = torch.cuda.synchronize if engine.device.type == "cuda" else lambda: None
     for form in timed.values():
         start = time.perf_counter()
         form.run()
-        wait()
+        wait(engine.device)
         form.first_seconds = time.perf_counter() - start
         for _ in range(2):
             form.run()
-        wait()
+        wait(engine.device)
         if isinstance(engine.runner, TensorRTRunner):
             capture(form)
     for number in range(rounds):
         progress("timing", number, rounds)
         for form in timed.values():
-            wait()
+            wait(engine.device)
             start = time.perf_counter()
             form.run()
             form.enqueue_seconds.append(time.perf_counter() - start)
-            wait()
+            wait(engine.device)
             form.seconds.append(time.perf_counter() - start)
     progress("timing", rounds, rounds)
     return summarise(engine, timed, folder, provider)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def prepare(engine: Engine, folder: Path) -> dict[str, Timed]:
@@ -121,7 +126,7 @@ def summarise(engine: Engine, timed: Mapping[str, Timed], folder: Path, provider
     total = sum(count * seconds[kind] for kind, count in steps.items())
     flops = {kind: form.flops for kind, form in manifest.forms.items()}
     return {
-        "command": f"hetcache bench engine {folder} --provider {provider} --rounds {len(timed['full'].seconds)}",
+        "command": f"hetcache bench engine {folder.name} --provider {provider} --rounds {len(timed['full'].seconds)}",
         "runs_on": engine.runner.name,
         "processor": processor_name(engine.device.type),
         "threads": torch.get_num_threads(),
@@ -194,7 +199,7 @@ def plot(result: Mapping[str, Any], path: str) -> None:
 
 def table_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table: a header and a row for each form."""
-    rows = [("form", "median ms", "p90 ms", "enqueue ms", "first ms", "time/full", "FLOPs/full")]
+    rows: list[tuple[str, ...]] = [("form", "median ms", "p90 ms", "enqueue ms", "first ms", "time/full", "FLOPs/full")]
     for kind, form in result["forms"].items():
         names = ("median_seconds", "p90_seconds", "enqueue_seconds", "first_seconds")
         milliseconds = [f"{1000 * form[name]:.2f}" for name in names]

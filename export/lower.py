@@ -151,7 +151,10 @@ def spell_out_attention(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
-        query, key, value, mask, _, causal, *_ = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
+        defaults: tuple[Any, ...] = (None, 0.0, False)
+        arguments: tuple[Any, ...] = (*node.args, *defaults[len(node.args) - 3 :])
+        query, key, value, mask, _, causal, *_ = arguments
+        assert isinstance(query, Node)
         if mask is not None or causal or node.kwargs.get("enable_gqa"):
             continue
         scale = node.kwargs.get("scale")

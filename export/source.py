@@ -98,7 +98,16 @@ def call_factory(name: str, plan: Plan, dtype: torch.dtype) -> tuple[nn.Module, 
     model, kwargs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise ExportError(f"{name} must return a torch.nn.Module, it returned {type(model).__name__}")
-    return model.to(dtype), kwargs
+    return cast_like_diffusers(model, dtype), kwargs
+
+
+def cast_like_diffusers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast weights as `from_pretrained` does: modules that a diffusers class keeps in float32 stay in it."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    return model
 
 
 def sample_call(model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -36,6 +37,7 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from ..errors import ExportError
 from ..manifest import FormSpec
 from .lower import Lowered
 
@@ -44,11 +46,19 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def to_onnx(lowered: Lowered, spec: FormSpec, opset: int, metadata: Mapping[str, str]) -> ir.Model:
-    """The ONNX model of a form. Its weights are the form's own tensors: nothing is copied."""
-    with _quiet():
-        program = torch.onnx.export(
-            as_exported_program(lowered), dynamo=True, opset_version=opset, optimize=False, verbose=False
-        )
+    """The ONNX model of a form. Its weights are the form's own tensors: nothing is copied.
+
+    Raises:
+        ExportError: an operator has no form in ONNX.
+    """
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                as_exported_program(lowered), dynamo=True, opset_version=opset, optimize=False, verbose=False
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise ExportError(f"torch.onnx cannot express the {lowered.kind} form: {str(cause).splitlines()[0]}") from error
     assert program is not None
     model = program.model
     set_named_dims(model, spec)
@@ -86,9 +96,8 @@ def as_exported_program(lowered: Lowered) -> ExportedProgram:
         else:
             inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
             arguments.append(node.meta["val"])
-    results = graph.output_node().args[0]
-    assert isinstance(results, tuple | list)
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]  # type: ignore[union-attr]
+    results: Any = graph.output_node().args[0]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
     call = ModuleCallSignature(
         inputs=[spec.arg for spec in inputs if spec.kind is InputKind.USER_INPUT],
         outputs=[spec.arg for spec in outputs],
@@ -98,7 +107,7 @@ def as_exported_program(lowered: Lowered) -> ExportedProgram:
     return ExportedProgram(
         GraphModule(torch.nn.Module(), graph),
         graph,
-        ExportGraphSignature(inputs, outputs),  # type: ignore[arg-type]
+        ExportGraphSignature(inputs, outputs),
         state,
         {},
         [ModuleCallEntry("", call)],

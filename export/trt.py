@@ -192,7 +192,7 @@ def sizes_at(shape: Sequence[int | str], manifest: Manifest, bound: str) -> tupl
 
 
 def _dtype_name(dtype: Any) -> str:
-    return TENSORRT_TYPES.get(dtype.name, dtype.name.lower())
+    return TENSORRT_TYPES.get(dtype.name, str(dtype.name).lower())
 
 
 @dataclass(frozen=True)

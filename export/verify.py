@@ -27,7 +27,11 @@ CHAIN = (StepKind.FULL, StepKind.PARTIAL, StepKind.PARTIAL, StepKind.REUSE)
 
 
 def verify_with_ort(
-    folder: Path, manifest: Manifest, source: Source, forms: Forms, progress: Callable[[str, int, int], None]
+    folder: Path,
+    manifest: Manifest,
+    source: Source,
+    forms: Forms,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Manifest:
     """Run every form on onnxruntime's CPU and in torch, on the same inputs and caches; keep the caches as samples.
 

@@ -1,7 +1,9 @@
 """Exported engines as a drop-in `transformer` of a diffusers pipeline.
 
-    pipe.transformer = hetcache.engine.load("out/engine", provider="ort-cpu")
-    with hetcache.session(plan):
+    from hetcache_compile import engine
+
+    pipe.transformer = engine.load("out/engine", provider="ort-cpu")
+    with hetcache.session(pipe.transformer.plan):
         frames = pipe(...).frames
 
 Inside a session each call runs the form that the plan names, on the branch's own buffers; outside one it is the

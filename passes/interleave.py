@@ -50,8 +50,8 @@ def _parts(last: Node) -> list[Node] | None:
 
 def _write_of(node: Node) -> tuple[Node, int, int, int]:
     """Source, dim, start and step of a `slice_scatter` that runs to the end; step 0 if it does not."""
-    defaults = (None, None, 0, None, None, 1)
-    args = (*node.args, *defaults[len(node.args) :])
+    defaults: tuple[Any, ...] = (None, None, 0, None, None, 1)
+    args: tuple[Any, ...] = (*node.args, *defaults[len(node.args) :])
     source, dim, start, end, step = args[1], args[2] or 0, args[3] or 0, args[4], args[5]
     dim = dim + len(shape_of(node)) if dim < 0 else dim
     to_the_end = end is None or end >= shape_of(node)[dim]
@@ -79,10 +79,13 @@ def _interleave(module: GraphModule, last: Node, parts: list[Node]) -> None:
 
     def plain(part: Node) -> Node:
         """`copy(view, source)` is the source in the view's type: the values of the view do not matter."""
-        if part.target is not aten.copy.default or shape_of(part.args[0]) != shape_of(part.args[1]):
+        if part.target is not aten.copy.default:
             return part
-        source = part.args[1]
+        view, source = part.args
+        assert isinstance(view, Node)
         assert isinstance(source, Node)
+        if shape_of(view) != shape_of(source):
+            return part
         return source if _dtype(source) == _dtype(part) else call(aten.to.dtype, source, _dtype(part))
 
     stacked = call(aten.stack.default, [plain(part) for part in parts], dim + 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import numpy as np
 import torch
 
 from hetcache_compile import Plan
-from hetcache_compile.export.exporter import CallShape, ExportOptions, export_model
-from hetcache_compile.export.source import Source, load_source
+from hetcache_compile.export.exporter import ExportOptions, export_model
+from hetcache_compile.export.source import CallShape, Source, load_source
 from hetcache_compile.export.verify import verify_with_ort
 
 ACTIVE = 27
@@ -38,10 +40,17 @@ def tiny_dit(plan: Plan) -> tuple[torch.nn.Module, dict[str, Any]]:
     return models.TinyDiT(), models.tiny_call(0)
 
 
+def root() -> Path:
+    """A folder that all workers of a test run share; pytest removes it in time."""
+    folder = Path(os.environ["HETCACHE_TEST_EXPORTS"])
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @functools.cache
 def checkpoint() -> Path:
     """A model folder with the same model."""
-    folder = Path(tempfile.mkdtemp(prefix="hetcache-test-"))
+    folder = Path(tempfile.mkdtemp(dir=root()))
     model, _ = tiny_vace(plan_of())
     model.save_pretrained(folder)
     return folder
@@ -58,15 +67,18 @@ def source(dtype: str = "fp32", seed: int = 0) -> Source:
 
 
 def export(dtype: str, opset: int, dynamic: bool = False) -> Path:
-    """The export folder for these options; fp32 ones are checked and have a baseline."""
-    return _export(dtype, opset, dynamic)
+    """The export folder for these options; fp32 ones are checked, and that of opset 20 has a baseline.
 
-
-@functools.cache
-def _export(dtype: str, opset: int, dynamic: bool) -> Path:
-    out = Path(tempfile.mkdtemp(prefix="hetcache-test-")) / "export"
-    checked = dtype == "fp32"
-    options = ExportOptions(dtype, opset, baseline=checked, dynamic_active=(20, ACTIVE, 40) if dynamic else None)
-    finish = [lambda *arguments: verify_with_ort(*arguments, lambda *_: None)] if checked else []
-    export_model(str(checkpoint()), plan_of(), out, options, shape=shape(), finish=finish)
+    All workers of a test run share it: the first one that needs it makes it.
+    """
+    out = root() / f"{dtype}-{opset}{'-dynamic' * dynamic}"
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            options = ExportOptions(
+                dtype, opset, baseline=(dtype, opset) == ("fp32", 20),
+                dynamic_active=(20, ACTIVE, 40) if dynamic else None,
+            )  # fmt: skip
+            finish = [verify_with_ort] if dtype == "fp32" else []
+            export_model(str(checkpoint()), plan_of(), out, options, shape=shape(), finish=finish)
     return out
