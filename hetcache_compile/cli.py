@@ -30,7 +30,7 @@ from .cli_common import (
     torch_device,
     torch_dtype,
 )  # fmt: skip
-from .errors import HetCacheError
+from .errors import HetCacheError, PlanError
 
 app = typer.Typer(
     help="Token-partitioned caching for diffusion transformers, as a compiler pass.",
