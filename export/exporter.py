@@ -17,7 +17,7 @@ import torch
 
 from .. import __version__
 from ..errors import ExportError, MissingExtraError
-from ..forms import Forms, rewrite
+from ..forms import Forms, rewrite, write_form
 from ..manifest import (
     MANIFEST_FILE,
     CacheSpec,
@@ -27,7 +27,7 @@ from ..manifest import (
     TensorSpec,
     WeightsSpec,
 )
-from ..passes.forms import FORMS, CacheEntry, Form
+from ..passes.forms import CacheEntry, Form
 from . import dynamic
 from .flops import count_flops
 from .lower import FIRST_FUSED_OPSET, Lowered, lower
@@ -139,7 +139,10 @@ def describe(source: Source, forms: Forms, options: ExportOptions) -> tuple[dict
     if options.dynamic_active:
         dims = dynamic.dynamic_dims(forms.plan, options.dynamic_active)
         budgets = dynamic.second_budgets(forms.plan.budgets, dims)
-        by_kind = {kind: FORMS[kind](forms.program.module, forms.analysis, budgets) for kind in forms.by_kind}
+        by_kind = {
+            kind: write_form(kind, forms.program, forms.analysis, budgets, forms.plan.extrapolation)
+            for kind in forms.by_kind
+        }
         others, other_specs = lower_forms(forms, by_kind, options)
         for kind, form in lowered.items():
             dynamic.free_sizes(form, others[kind])

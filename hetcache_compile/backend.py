@@ -17,9 +17,10 @@ from torch.fx import GraphModule
 
 from .capture import Program, capture, with_input_names
 from .errors import NonFiniteError, UnsupportedGraphError
+from .forms import form_key, write_form
 from .passes.analyse import Analysis, analyse
 from .passes.buffers import write_in_place
-from .passes.forms import FORMS, Budgets, Form
+from .passes.forms import Form
 from .passes.inputs import TokenInputs
 from .plan import Plan
 from .schedule import StepKind
@@ -78,7 +79,7 @@ class Specialised:
 
     program: Program
     analyses: dict[Hashable, Analysis] = field(default_factory=dict)
-    forms: dict[tuple[Hashable, Budgets, str], tuple[Form, Compiled]] = field(default_factory=dict)
+    forms: dict[tuple[Hashable, str], tuple[Form, Compiled]] = field(default_factory=dict)
 
 
 class CompiledGraph:
@@ -134,6 +135,8 @@ class CompiledGraph:
         compile_seconds = time.perf_counter() - start
         # While a FULL step writes the buffers they hold no valid cache: an error must not leave half of one.
         if kind is StepKind.FULL:
+            if cache_key not in branch.filled:
+                forget(form, buffers)
             branch.filled.discard(cache_key)
         watch = Stopwatch(device_of(inputs))
         indices = [session.index(name, device_of(inputs)) for name in form.indices]
@@ -162,9 +165,9 @@ class CompiledGraph:
         self, known: Specialised, analysis: Analysis, plan: Plan, kind: StepKind, inputs: Sequence[Any]
     ) -> tuple[Form, Compiled]:
         """The compiled form for these budgets, with its cache in place."""
-        key = (plan.grid, plan.budgets, kind.form)
+        key = (form_key(plan), kind.form)
         if key not in known.forms:
-            form = FORMS[kind.form](known.program.module, analysis, plan.budgets)
+            form = write_form(kind.form, known.program, analysis, plan.budgets, plan.extrapolation)
             form = write_in_place(form, plan.budgets, plan.num_tokens)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
@@ -181,6 +184,13 @@ def buffers_for(form: Form, branch: Branch, cache_key: Hashable, device: torch.d
         if entry.input_name not in buffers:
             buffers[entry.input_name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
     return [buffers[entry.input_name] for entry in form.reads]
+
+
+def forget(form: Form, buffers: Sequence[torch.Tensor]) -> None:
+    """Nothing was computed yet: entries that say so."""
+    for entry, buffer in zip(form.reads, buffers, strict=True):
+        if entry.initial is not None:
+            buffer.fill_(entry.initial)
 
 
 def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ import torch
 from .backend import hetcache_backend
 from .editing import EditRequest, Progress, Run, compiled, make_plan, run_pipeline, run_planned, warm_up
 from .errors import InputFileError, PlanError
+from .forms import form_key
 from .media import Clip, Frames
 from .metrics import BAND, Comparison, check_extra, compare
 from .plan import Plan, atomically
@@ -40,6 +41,7 @@ class Method:
     name: str
     schedule: str | None = None
     steps: int | None = None
+    extrapolation: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Settings:
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:
-    """The methods of a list such as `balanced,FRRP,teacache:0.1,steps:20`. `full` always comes first.
+    """The methods of a list such as `balanced,FRRP+o1,teacache:0.1,steps:20`. `full` always comes first.
+
+    `+o1` and `+o2` extrapolate at that order.
 
     Raises:
         PlanError: neither a schedule nor `steps:N`.
@@ -80,8 +84,11 @@ def _method(name: str) -> Method:
         if not re.fullmatch("[1-9][0-9]*", argument):
             raise PlanError(f"steps needs a number of steps, as in steps:20, got {name!r}")
         return Method(name, steps=int(argument))
-    make_schedule(name, 2, np.zeros(2))
-    return Method(name, schedule=name)
+    schedule, _, order = name.partition("+o")
+    if order not in ("", "0", "1", "2"):
+        raise PlanError(f"the order of extrapolation is 0, 1 or 2, as in FRRP+o1, got {name!r}")
+    make_schedule(schedule, 2, np.zeros(2))
+    return Method(name, schedule=schedule, extrapolation=int(order or 0))
 
 
 def bench_quality(
@@ -147,7 +154,7 @@ class Bench:
             max_sequence_length=self.settings.max_sequence_length,
             seed=self.settings.seed,
         )
-        plan = self.plan(request, method.schedule) if method.schedule else None
+        plan = self.plan(request, method) if method.schedule else None
         self.warm_up(request, None)
         if plan is not None:
             self.warm_up(request, plan)
@@ -164,17 +171,22 @@ class Bench:
 
     def warm_up(self, request: EditRequest, plan: Plan | None) -> None:
         """Compile what is not compiled yet."""
-        needs = {(plan.budgets, kind) for kind in plan.steps} if plan else {None}
+        needs = {(form_key(plan), kind) for kind in plan.steps} if plan else {None}
         if not needs <= self._warm:
             warm_up(self.pipe, request, plan, self.progress)
             self._warm |= needs
 
-    def plan(self, request: EditRequest, schedule: str) -> Plan:
+    def plan(self, request: EditRequest, method: Method) -> Plan:
         """A plan whose budgets are those of the mask's size group."""
-        partition = {"margin": self.settings.margin, "context_ratio": self.settings.context_ratio}
-        num_tokens = make_plan(self.pipe, request, schedule, **partition).num_tokens
+        assert method.schedule is not None
+        partition: dict[str, Any] = {
+            "margin": self.settings.margin,
+            "context_ratio": self.settings.context_ratio,
+            "extrapolation": method.extrapolation,
+        }
+        num_tokens = make_plan(self.pipe, request, method.schedule, **partition).num_tokens
         multiple = -(-num_tokens // self.settings.levels)
-        return make_plan(self.pipe, request, schedule, multiple=multiple, **partition)
+        return make_plan(self.pipe, request, method.schedule, multiple=multiple, **partition)
 
 
 def figures(frames: Frames, reference: Frames | None, clip: Clip, settings: Settings) -> Comparison | None:

@@ -14,7 +14,8 @@ from .capture import Program, capture
 from .errors import SessionError
 from .passes.analyse import Analysis, analyse
 from .passes.buffers import buffer_entry
-from .passes.forms import FORMS, CacheEntry, Form
+from .passes.extrapolate import extrapolate
+from .passes.forms import FORMS, Budgets, CacheEntry, Form
 from .passes.inputs import TokenInputs
 from .plan import Plan
 
@@ -53,10 +54,9 @@ class Forms:
 
     def for_plan(self, plan: Plan) -> Forms:
         """The same forms for another mask with the same grid and budgets."""
-        if (plan.grid, plan.budgets) != (self.plan.grid, self.plan.budgets):
+        if form_key(plan) != form_key(self.plan):
             raise SessionError(
-                f"these forms are for grid {self.plan.grid} and {self.plan.budgets}, "
-                f"the plan has {plan.grid} and {plan.budgets}"
+                f"these forms are for grid, budgets and extrapolation {form_key(self.plan)}, the plan has {form_key(plan)}"
             )
         return Forms(self.program, self.analysis, plan, self.by_kind)
 
@@ -78,6 +78,8 @@ class Forms:
         inputs = self.program.flat_inputs(args, kwargs)
         device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
         indices = [torch.as_tensor(getattr(self.plan, name), device=device) for name in form.indices]
+        if kind == "full":
+            cache = {e.input_name: e.empty(device) for e in form.reads} | cache
         missing = [entry.input_name for entry in form.reads if entry.input_name not in cache]
         if missing:
             raise SessionError(f"the cache lacks {', '.join(missing)}: pass what a full step returned")
@@ -85,6 +87,16 @@ class Forms:
         num_outputs = len(results) - len(form.writes)
         written = {e.input_name: t for e, t in zip(form.writes, results[num_outputs:], strict=True)}
         return pytree.tree_unflatten(results[:num_outputs], self.program.out_spec), {**cache, **written}
+
+
+def form_key(plan: Plan) -> tuple[Any, ...]:
+    """All that the forms know of a plan: plans that agree in it share their forms."""
+    return plan.grid, plan.budgets, plan.extrapolation
+
+
+def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets, extrapolation: int) -> Form:
+    """One form of a program, functional: every pass that makes it, in order."""
+    return extrapolate(FORMS[kind](program.module, analysis, budgets), extrapolation)
 
 
 def rewrite(
@@ -111,5 +123,5 @@ def rewrite(
     """
     program = capture(getattr(model, "_orig_mod", model), args, kwargs or {})
     analysis = analyse(program.module, plan.grid, token_inputs)
-    by_kind = {kind: write(program.module, analysis, plan.budgets) for kind, write in FORMS.items()}
+    by_kind = {kind: write_form(kind, program, analysis, plan.budgets, plan.extrapolation) for kind in FORMS}
     return Forms(program, analysis, plan, by_kind)

@@ -20,6 +20,7 @@ from safetensors.torch import safe_open, save_file
 
 from .errors import MaskError, PlanError, PlanFileError
 from .partition import Grid, TokenKind, check_grid, choose_active, choose_context, classify, to_token_grid
+from .passes.extrapolate import MAX_ORDER
 from .passes.forms import Budgets
 from .schedule import Schedule, StepKind, make_schedule, time_distances
 
@@ -40,6 +41,7 @@ class Plan:
         timesteps: float64 `[S]`, the scheduler's, or empty if the plan was made without one.
         distances: float64 `[S]` of `time_distances`, or empty.
         schedule: how `steps` was asked for.
+        extrapolation: order at which outputs that a step does not compute are predicted (see `passes.extrapolate`).
     """
 
     grid: Grid
@@ -50,6 +52,7 @@ class Plan:
     timesteps: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     distances: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     schedule: str = "list"
+    extrapolation: int = 0
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -65,6 +68,8 @@ class Plan:
             raise PlanError("token indices must be sorted")
         if self.token_kind.shape != (self.num_tokens,) or self.token_kind.max() > max(TokenKind):
             raise PlanError(f"token_kind must hold a kind for each of the {self.num_tokens} tokens")
+        if self.extrapolation not in range(MAX_ORDER + 1):
+            raise PlanError(f"extrapolation must be 0 to {MAX_ORDER}, got {self.extrapolation}")
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
         if any(array.shape not in ((0,), (len(self.steps),)) for array in (self.timesteps, self.distances)):
@@ -108,6 +113,7 @@ class Plan:
         temporal_factor: int = 4,
         temporal_patch: int = 1,
         reference_frames: int = 0,
+        extrapolation: int = 0,
     ) -> Plan:
         """A plan from a mask in pixels or on the token grid.
 
@@ -124,6 +130,7 @@ class Plan:
             temporal_factor: pixel frames per latent frame after the first.
             temporal_patch: latent frames per token frame.
             reference_frames: latent frames of reference images, in front.
+            extrapolation: order at which outputs that a step does not compute are predicted.
 
         Raises:
             MaskError: the mask is empty or does not fit the grid.
@@ -143,7 +150,7 @@ class Plan:
         )
         context = choose_context(active, distance, cached_ratio=cached_ratio)
         steps = make_schedule(schedule, num_inference_steps)
-        return cls(grid, active, context, kind, steps, schedule=_schedule_name(schedule))
+        return cls(grid, active, context, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation)
 
     @classmethod
     def from_token_mask(
@@ -153,6 +160,7 @@ class Plan:
         *,
         num_inference_steps: int = 50,
         schedule: Schedule = "balanced",
+        extrapolation: int = 0,
     ) -> Plan:
         """A plan in which exactly the tokens `active` (bool `[N]`) are active and all others are context.
 
@@ -170,7 +178,7 @@ class Plan:
         kind = np.where(array, TokenKind.GENERATIVE, TokenKind.CONTEXT).astype(np.uint8)
         steps = make_schedule(schedule, num_inference_steps)
         indices = np.flatnonzero(array), np.flatnonzero(~array)
-        return cls(grid, *indices, kind, steps, schedule=_schedule_name(schedule))
+        return cls(grid, *indices, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation)
 
     def with_schedule(self, schedule: Schedule) -> Plan:
         """The same partition with other step kinds."""
@@ -189,12 +197,13 @@ class Plan:
         return (
             f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
             f"C = {self.num_context} cached\n"
-            f"{len(self.steps)} steps ({self.schedule}): {''.join(kind.letter for kind in self.steps)}"
+            f"{len(self.steps)} steps ({self.schedule}, extrapolation {self.extrapolation}): "
+            f"{''.join(kind.letter for kind in self.steps)}"
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file with a JSON header, atomically."""
-        header = {"grid": list(self.grid), "schedule": self.schedule}
+        header = {"grid": list(self.grid), "schedule": self.schedule, "extrapolation": self.extrapolation}
         arrays = {
             name: torch.from_numpy(np.array([int(s) for s in self.steps], dtype=np.uint8))
             if name == "steps"
@@ -224,7 +233,10 @@ class Plan:
                 header = json.loads(metadata["plan"])
                 arrays = {name: file.get_tensor(name).numpy() for name in ARRAYS}
             steps = tuple(StepKind(int(step)) for step in arrays.pop("steps"))
-            return cls(grid=tuple(header["grid"]), steps=steps, schedule=str(header["schedule"]), **arrays)
+            return cls(
+                grid=tuple(header["grid"]), steps=steps, schedule=str(header["schedule"]),
+                extrapolation=int(header.get("extrapolation", 0)), **arrays,
+            )  # fmt: skip
         except PlanFileError:
             raise
         except FileNotFoundError as error:
@@ -257,7 +269,8 @@ def plan_for(
         num_inference_steps: as passed to the pipeline.
         num_reference_images: how many reference images the call has.
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
-        partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple` of `Plan.from_mask`.
+        partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation` of
+            `Plan.from_mask`.
 
     Raises:
         PlanError: the size is no multiple of what the model needs, or the pipeline lacks a part.

@@ -49,6 +49,7 @@ class CacheEntry:
     `rows` says what its dim `dim` counts: the C context tokens (keys and values), all rows of a token axis, or
     nothing that has to do with tokens (a sum over the context, a whole tensor). `module` is the module path it
     comes from. `group` says what it is for: the attentions, the output, or hidden states that are needed whole.
+    `initial` is what it must hold before the first step, where that matters.
     """
 
     name: str
@@ -59,6 +60,7 @@ class CacheEntry:
     module: str
     tokens: Tokens
     group: Group = "key_values"
+    initial: float | None = None
 
     @property
     def input_name(self) -> str:
@@ -69,6 +71,10 @@ class CacheEntry:
     def output_name(self) -> str:
         """Its name where a form writes it: `present.3.key`."""
         return f"present.{self.name}" if self.group == "key_values" else f"present_{self.group}.{self.name}"
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """Memory for it, holding what it must hold before the first step."""
+        return torch.full(self.shape, self.initial or 0.0, dtype=self.dtype, device=device)
 
     @property
     def num_bytes(self) -> int:
