@@ -22,7 +22,7 @@ from diffusers import WanVACETransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hetcache_compile as hetcache
-from hetcache_compile.backend import inner_backend
+from hetcache_compile.backend import hetcache_backend, inner_backend
 from hetcache_compile.passes.buffers import write_in_place
 from hetcache_compile.report import processor_name
 from hetcache_compile.timing import Stopwatch
@@ -83,7 +83,7 @@ def prepare(forms, kind: str, kwargs: dict, inner):
 
 def measure_cache(model, kwargs: dict, forms) -> dict[str, int]:
     """What a session really holds, against what the plan says; and what a second edit adds to it."""
-    compiled = torch.compile(model, backend="hetcache", options={"inner": "eager"})
+    compiled = torch.compile(model, backend=hetcache_backend, options={"inner": "eager"})
     plan = forms.plan.with_schedule("FPRPR")
     with hetcache.session(plan) as session:
         sizes = []

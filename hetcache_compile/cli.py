@@ -1,21 +1,35 @@
-"""The command line: `hetcache demo | plan | edit`. Only this module prints and exits."""
+"""The command line: `hetcache demo | plan | edit | explain | bench`. Only this module prints and exits."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .cli_bench import bench
+from .cli_common import (
+    ContextRatio,
+    Device,
+    Frames,
+    Height,
+    Inner,
+    Margin,
+    Schedule,
+    Steps,
+    Width,
+    check_size,
+    console,
+    progress_bars,
+    torch_device,
+    torch_dtype,
+)  # fmt: skip
 from .errors import HetCacheError, PlanError
 
 app = typer.Typer(
@@ -25,56 +39,39 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(stderr=True)
-
-Schedule = Annotated[
-    str,
-    typer.Option(help="full, quality, balanced, fast, teacache:THRESHOLD, or a cycle of F, P and R such as FRRP."),
-]
-Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask, in tokens.")]
-ContextRatio = Annotated[
-    float, typer.Option(help="Share of context tokens that PARTIAL steps compute.", min=0.0, max=1.0)
-]
-Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
-Frames = Annotated[int, typer.Option(help="Frames to edit: one more than a multiple of 4.", min=1)]
-Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
-Width = Annotated[int, typer.Option(help="Width in pixels.", min=1)]
-Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+app.add_typer(bench, name="bench")
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
-    steps: Steps = 20,
-    num_frames: Frames = 33,
-    size: Annotated[int, typer.Option(help="Height and width in pixels.", min=16)] = 256,
+    edit: Annotated[str, typer.Option(help="remove: take the object away; replace: put in another.")] = "remove",
+    steps: Steps = 50,
     schedule: Schedule = "balanced",
     margin: Margin = 1.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     inner: Inner = "inductor",
     device: Device = "auto",
-    eager: Annotated[bool, typer.Option(help="Time the uncompiled model too.")] = True,
+    eager: Annotated[bool, typer.Option(help="Time the uncompiled model too.")] = False,
 ) -> None:
-    """Edit a real clip with a small WanVACE made on the spot, uncached and cached, and compare.
+    """Edit a clip with the reference model that is in the package, uncached and cached, and compare.
 
-    The weights are random: the pictures mean nothing, the times do. Writes OUT/report.html, report.json,
-    side_by_side.mp4, edit.mp4, plan.png, edit.hetplan, and the checkpoint in OUT/model.
+    Writes OUT/report.html, report.json, side_by_side.mp4, edit.mp4, plan.png and edit.hetplan.
     """
-    from .demo import PROMPT, START, demo_clip, moving_mask, save_random_checkpoint
-    from .editing import EditRequest, load_pipeline
-    from .media import read_video
+    from . import reference
+    from .editing import EditRequest
 
-    with console.status("making a small WanVACE checkpoint"):
-        _check_size(size, size, num_frames)
-        video = read_video(demo_clip(), num_frames, size, size, START)
-        save_random_checkpoint(out / "model")
-        pipe = load_pipeline(out / "model", _dtype("float32"), _device(device))
+    clip = reference.demo_clip(edit)
+    with console.status("loading the reference model"):
+        pipe = reference.load(torch_dtype(dtype), torch_device(device))
+    assert clip.truth is not None
     request = EditRequest(
-        video=video,
-        mask=moving_mask(num_frames, size, size),
-        prompt=PROMPT,
+        video=clip.truth,
+        mask=clip.mask,
+        prompt=clip.prompt,
         num_inference_steps=steps,
-        max_sequence_length=64,
+        guidance_scale=reference.GUIDANCE_SCALE,
+        max_sequence_length=reference.MAX_TEXT_LENGTH,
     )
     _edit(pipe, request, out, schedule, inner, baseline=True, eager=eager, margin=margin)
 
@@ -98,6 +95,9 @@ def edit(
     schedule: Schedule = "balanced",
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
+    keep_masked: Annotated[
+        bool, typer.Option(help="Let the model see what the video has inside the mask; else it sees grey there.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     inner: Inner = "inductor",
     device: Device = "auto",
@@ -116,7 +116,7 @@ def edit(
     from .media import read_mask, read_video
     from .plan import Plan
 
-    _check_size(height, width, num_frames)
+    check_size(height, width, num_frames)
     known_plan = Plan.load(plan) if plan else None
     frames = read_video(video, num_frames, height, width, start_frame)
     pixels = read_mask(mask, num_frames, height, width)
@@ -125,7 +125,7 @@ def edit(
             pipe = load_engine_pipeline(model, load(engine, provider))
             known_plan = known_plan or pipe.transformer.plan
         else:
-            pipe = load_pipeline(model, _dtype(dtype), _device(device))
+            pipe = load_pipeline(model, torch_dtype(dtype), torch_device(device))
     request = EditRequest(
         video=frames,
         mask=pixels,
@@ -134,43 +134,12 @@ def edit(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
+        keep_masked=keep_masked,
     )
     _edit(
         pipe, request, out, schedule, inner,
         baseline=baseline, eager=eager, plan=known_plan, margin=margin, context_ratio=context_ratio,
     )  # fmt: skip
-
-
-bench = typer.Typer(help="Measure.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("engine")
-def bench_engine(
-    folder: Annotated[Path, typer.Argument(help="What hetcache-export wrote.")],
-    provider: Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.")] = "ort-cpu",
-    rounds: Annotated[int, typer.Option(help="How often each form is timed.", min=1)] = 20,
-    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("out/bench"),
-) -> None:
-    """Time the forms of an exported engine, and predict what its plan gains over the unmodified model.
-
-    Prints the same measurement as trtexec and polygraphy commands for a machine of your own.
-    """
-    from .export import latency
-    from .manifest import Manifest
-
-    manifest = Manifest.load(folder)
-    with _progress() as progress:
-        result = latency.bench_engine(folder, provider, rounds, progress)
-    latency.write_bench(out, result)
-    header, *rows = latency.table_rows(result)
-    table = Table(*header, box=None)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    for line in (*latency.conclusions(result), *latency.equivalent_commands(folder, manifest)):
-        print(line)
-    print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")
 
 
 @app.command("plan")
@@ -200,12 +169,12 @@ def make_plan(
     from .plan import Plan, plan_for
     from .preview import save_preview
 
-    _check_size(height, width, num_frames)
+    check_size(height, width, num_frames)
     pixels = read_mask(mask, num_frames, height, width)
     partition: dict[str, Any] = {"margin": margin, "context_ratio": context_ratio}
     if model is not None:
         with console.status(f"loading {model}"):
-            pipe = load_pipeline(model, _dtype("float32"), "cpu")
+            pipe = load_pipeline(model, torch_dtype("float32"), "cpu")
         made = plan_for(
             pipe, mask=pixels, height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
             num_reference_images=reference_images, schedule=schedule, **partition,
@@ -222,6 +191,56 @@ def make_plan(
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
 
 
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(help="Local diffusers checkpoint, or package.module:function returning (model, kwargs, grid)."),
+    ],
+    height: Height = 480,
+    width: Width = 832,
+    num_frames: Frames = 81,
+    active: Annotated[float, typer.Option(help="Share of tokens that are active.", min=0.0, max=1.0)] = 0.25,
+    token_input: Annotated[
+        list[str] | None,
+        typer.Option(help="An input that holds packed tokens and their dim, such as hidden_states=1. Repeatable."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .html file.")] = None,
+) -> None:
+    """Show what the analysis finds in a model: where tokens are born and die, caches, FLOPs of each form."""
+    import numpy as np
+
+    from .calls import call_of_function, call_of_pipeline
+    from .explain import explain as explain_forms
+    from .explain import write_picture
+    from .forms import rewrite
+    from .plan import Plan
+
+    if ":" in model and not Path(model).exists():
+        call = call_of_function(model)
+    else:
+        check_size(height, width, num_frames)
+        call = call_of_pipeline(Path(model), height, width, num_frames)
+    number = int(np.prod(call.grid))
+    plan = Plan.from_token_mask(np.arange(number) < max(1, round(active * number)), call.grid)
+    forms = rewrite(call.model, plan, call.args, call.kwargs, token_inputs=_token_inputs(token_input or []))
+    explanation = explain_forms(forms)
+    print(explanation)
+    if picture is not None:
+        write_picture(explanation, picture)
+        print(f"wrote {picture}")
+
+
+def _token_inputs(given: list[str]) -> dict[str, int] | None:
+    parsed = {}
+    for text in given:
+        name, _, dim = text.partition("=")
+        if not dim.lstrip("-").isdigit():
+            raise PlanError(f"--token-input takes NAME=DIM, got {text}")
+        parsed[name] = int(dim)
+    return parsed or None
+
+
 def _edit(
     pipe: Any, request: Any, out: Path, schedule: str, inner: str, *, baseline: bool, eager: bool,
     plan: Any = None, **partition: Any,
@@ -235,10 +254,10 @@ def _edit(
     if plan is not None:
         request = replace(request, num_inference_steps=len(plan.steps))
     console.print(made.describe(), highlight=False)
-    with _progress() as progress:
+    with progress_bars() as progress:
         if isinstance(pipe.transformer, Engine):
-            cached = editing.run_engine(pipe, request, made, progress)
-            uncached = editing.run_plain(pipe, request, progress) if baseline else None
+            cached = editing.run_planned(pipe, request, made, "hetcache", progress)
+            uncached = editing.run_pipeline(pipe, request, "uncached", progress) if baseline else None
         else:
             cached = editing.run_hetcache(pipe, request, made, inner, progress)
             uncached = editing.run_compiled(pipe, request, inner, progress) if baseline else None
@@ -252,43 +271,6 @@ def _edit(
     if (warning := busy_machine_warning(report)) is not None:
         console.print(f"warning: {warning}", style="yellow")
     print(f"wrote {out / 'report.html'}")
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar for each stage."""
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, step: int, steps: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=steps)
-            bars.update(tasks[stage], completed=step)
-
-        yield update
-
-
-def _check_size(height: int, width: int, num_frames: int) -> None:
-    for name, value in (("height", height), ("width", width)):
-        if value % 16:
-            raise PlanError(f"{name} must be a multiple of 16, got {value}")
-    if num_frames % 4 != 1:
-        raise PlanError(f"the number of frames must be one more than a multiple of 4, got {num_frames}")
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise PlanError(f"dtype must be float32, bfloat16 or float16, got {name}")
-    return getattr(torch, name)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def main() -> None:

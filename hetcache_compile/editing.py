@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .backend import hetcache_backend
 from .engine import Engine
 from .errors import InputFileError
-from .media import Frames, to_frames, to_pictures
+from .media import GREY, Frames, to_frames, to_pictures
 from .plan import Plan, plan_for
 from .schedule import StepKind
 from .session import Stats, session
@@ -29,7 +29,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What to edit, and how: the arguments of one pipeline call."""
+    """What to edit, and how: the arguments of one pipeline call.
+
+    The model sees grey inside the mask, which tells WanVACE to inpaint; with `keep_masked` it sees the video there.
+    """
 
     video: Frames
     mask: NDArray[np.bool_]
@@ -39,6 +42,12 @@ class EditRequest:
     guidance_scale: float = 5.0
     max_sequence_length: int = 512
     seed: int = 0
+    keep_masked: bool = False
+
+    @property
+    def visible_video(self) -> Frames:
+        """What the model gets to see."""
+        return self.video if self.keep_masked else np.where(self.mask[..., None], GREY, self.video)
 
     @property
     def size(self) -> dict[str, int]:
@@ -85,14 +94,15 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: A
     import diffusers
     import transformers
 
+    from .reference import codec  # noqa: F401  diffusers loads custom classes only from modules imported before
+
     if not (folder / "model_index.json").is_file():
         raise InputFileError(f"{folder} is no diffusers checkpoint: it has no model_index.json")
     try:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, **components
-        )
+        with quiet_logging(diffusers.utils.logging):  # it warns of any codec that is not Wan's own class
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
     except (OSError, ValueError, ImportError) as error:
         raise InputFileError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     parameters = inspect.signature(pipe.__call__).parameters
@@ -101,6 +111,17 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: A
         raise InputFileError(f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it edits no masked video")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def quiet_logging(logging: Any) -> Iterator[None]:
+    """Only errors from a library's own logging module."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) -> Plan:
@@ -117,28 +138,47 @@ def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) 
 
 def run_eager(pipe: Any, request: EditRequest, progress: Progress) -> Run:
     """The pipeline as it is, for its time only."""
-    return _run(pipe, request, "eager", progress, decode=False)
+    return run_pipeline(pipe, request, "eager", progress, decode=False)
 
 
 def run_compiled(pipe: Any, request: EditRequest, inner: str, progress: Progress) -> Run:
     """The same model compiled without us: the uncached result."""
-    with _compiled(pipe, backend=inner):
-        _run(pipe, _short(request, 1), "compiling the plain model", progress, decode=False)
-        return _run(pipe, request, "uncached", progress, decode=True)
+    with compiled(pipe, backend=inner):
+        warm_up(pipe, request, None, progress)
+        return run_pipeline(pipe, request, "uncached", progress)
 
 
 def run_hetcache(pipe: Any, request: EditRequest, plan: Plan, inner: str, progress: Progress) -> Run:
     """The model compiled with `hetcache_backend`, following the plan."""
-    with _compiled(pipe, backend=hetcache_backend, options={"inner": inner}):
-        # One step of each kind that the plan has, so that no compilation is timed.
-        kinds = tuple(kind for kind in StepKind if kind in plan.steps)
-        nothing = plan.timesteps[:0]
-        with session(replace(plan, steps=kinds, timesteps=nothing, distances=nothing)) as warm_up:
-            _run(pipe, _short(request, len(kinds)), "compiling the forms", progress, decode=False)
-        with session(plan) as opened:
-            run = _run(pipe, request, "hetcache", progress, decode=True)
-        opened.stats.compile_seconds += warm_up.stats.compile_seconds
-        return replace(run, stats=opened.stats)
+    with compiled(pipe, backend=hetcache_backend, options={"inner": inner}):
+        compile_seconds = warm_up(pipe, request, plan, progress)
+        run = run_planned(pipe, request, plan, "hetcache", progress)
+        assert run.stats is not None
+        run.stats.compile_seconds += compile_seconds
+        return run
+
+
+def warm_up(pipe: Any, request: EditRequest, plan: Plan | None, progress: Progress) -> float:
+    """Compile what a compiled pipeline will need, so that no compilation is timed.
+
+    One step of each kind that the plan has, or of the plain model where there is no plan. Returns the seconds that
+    making the plan's forms took.
+    """
+    if plan is None:
+        run_pipeline(pipe, _short(request, 1), "compiling the plain model", progress, decode=False)
+        return 0.0
+    kinds = tuple(kind for kind in StepKind if kind in plan.steps)
+    nothing = plan.timesteps[:0]
+    with session(replace(plan, steps=kinds, timesteps=nothing, distances=nothing)) as opened:
+        run_pipeline(pipe, _short(request, len(kinds)), "compiling the forms", progress, decode=False)
+    return opened.stats.compile_seconds
+
+
+def run_planned(pipe: Any, request: EditRequest, plan: Plan, stage: str, progress: Progress) -> Run:
+    """One edit that follows the plan, on a pipeline compiled with `hetcache_backend`."""
+    with session(plan) as opened:
+        run = run_pipeline(pipe, request, stage, progress)
+    return replace(run, stats=opened.stats)
 
 
 def load_engine_pipeline(folder: Path, engine: Engine) -> Any:
@@ -148,19 +188,9 @@ def load_engine_pipeline(folder: Path, engine: Engine) -> Any:
     return pipe
 
 
-def run_engine(pipe: Any, request: EditRequest, plan: Plan, progress: Progress) -> Run:
-    """An engine pipeline, following the plan."""
-    with session(plan) as opened:
-        run = _run(pipe, request, "hetcache", progress, decode=True)
-    return replace(run, stats=opened.stats)
+def run_pipeline(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool = True) -> Run:
+    """One edit with the pipeline as it stands; without `decode` for its time only."""
 
-
-def run_plain(pipe: Any, request: EditRequest, progress: Progress) -> Run:
-    """The pipeline as it is: the uncached result."""
-    return _run(pipe, request, "uncached", progress, decode=True)
-
-
-def _run(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool) -> Run:
     def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         progress(stage, step + 1, request.num_inference_steps)
         return tensors
@@ -169,7 +199,7 @@ def _run(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, dec
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
-        "video": to_pictures(request.video),
+        "video": to_pictures(request.visible_video),
         "mask": to_pictures(request.mask),
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
@@ -185,7 +215,7 @@ def _run(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, dec
 
 
 @contextmanager
-def _compiled(pipe: Any, **options: Any) -> Iterator[None]:
+def compiled(pipe: Any, **options: Any) -> Iterator[None]:
     """The pipeline with its transformers compiled; they are put back afterwards."""
     names = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
     plain = {name: getattr(pipe, name) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,27 @@ from .plan import atomically
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 Frames = NDArray[np.uint8]
+GREY = np.uint8(128)
+"""What masked pixels are filled with: 0 on the scale from -1 to 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A video to edit, with what is known about the result.
+
+    Attributes:
+        name: unlike that of any other clip in a set.
+        video: uint8 `[T, H, W, 3]`, as the pipeline gets it.
+        mask: bool `[T, H, W]`, true where to generate.
+        prompt: what to generate there.
+        truth: what the result should be, as `video`; None where nobody knows.
+    """
+
+    name: str
+    video: Frames
+    mask: NDArray[np.bool_]
+    prompt: str
+    truth: Frames | None = None
 
 
 def read_video(path: Path, num_frames: int, height: int, width: int, start: int = 0) -> Frames:

@@ -262,7 +262,9 @@ def plan_for(
     Raises:
         PlanError: the size is no multiple of what the model needs, or the pipeline lacks a part.
     """
-    model = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    # Not `or`: the truth of a compiled module is its length, and most have none.
+    models = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    model = next((model for model in models if model is not None), None)
     if model is None or not hasattr(pipe, "vae_scale_factor_temporal"):
         raise PlanError(f"{type(pipe).__name__} is no video pipeline with a transformer")
     model = getattr(model, "_orig_mod", model)

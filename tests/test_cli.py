@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import hetcache_compile as hetcache
 from hetcache_compile import cli
 from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
-from hetcache_compile.media import write_video
+from hetcache_compile.editing import load_pipeline
+from hetcache_compile.media import Clip, read_video, write_video
 
 FRAMES, SIZE = 5, 64
 
@@ -46,7 +49,7 @@ SMALL = ("--height", SIZE, "--width", SIZE, "--num-frames", FRAMES)
 
 
 def test_every_command_has_help(hetcache_command):
-    for command in ((), ("demo",), ("plan",), ("edit",)):
+    for command in ((), ("demo",), ("plan",), ("edit",), ("bench",), ("bench", "quality")):
         status, out, _ = hetcache_command(*command, "--help")
         assert status == 0
         assert "Usage" in out
@@ -101,6 +104,44 @@ def test_edit_takes_files_and_a_plan_and_writes_the_report(hetcache_command, mas
     assert "REUSE" in out
 
 
+@pytest.mark.parametrize("source", ["files", "reference"])
+def test_bench_quality_measures_a_clip_of_ones_own_or_the_held_out_ones(
+    source, hetcache_command, mask_file, tmp_path, monkeypatch
+):
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    video = read_video(demo_clip(), FRAMES, SIZE, SIZE)
+    if source == "files":
+        write_video(tmp_path / "in.mp4", video)
+        arguments = (
+            "--model", tmp_path / "model", "--dtype", "float32", "--video", tmp_path / "in.mp4", "--mask", mask_file,
+            "--truth", tmp_path / "in.mp4", "--prompt", "a cat", *SMALL,
+        )  # fmt: skip
+    else:
+        clips = [Clip("in", video, np.load(mask_file), "a cat", video), Clip("b", video, np.load(mask_file), "a dog")]
+        reference = SimpleNamespace(
+            held_out=lambda num_clips: clips[:num_clips],
+            load=lambda: load_pipeline(tmp_path / "model", torch.float32, "cpu"),
+        )
+        monkeypatch.setitem(sys.modules, "hetcache_compile.reference", reference)
+        arguments = ("--clips", 1)
+    status, out, err = hetcache_command(
+        "bench", "quality", *arguments, "--methods", "FR,steps:1", "--steps", 3, "--inner", "eager",
+        "--max-sequence-length", 16, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    result = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert list(result["cells"]) == ["in"]
+    assert list(result["cells"]["in"]) == list(result["summary"]) == ["full", "FR", "steps:1"]
+    assert result["cells"]["in"]["FR"]["calls"] == {"FULL": 4, "PARTIAL": 0, "REUSE": 2}
+    assert result["cells"]["in"]["FR"]["quality"]["generative"]["psnr_db"] > 0
+    assert result["command"].startswith("hetcache bench quality")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "quality.json", "quality.md", "quality.png", "in.mp4", "frames",
+    }  # fmt: skip
+    assert "steps:1" in out
+    assert "…" not in out
+
+
 def bad_inputs(tmp_path, mask_file):
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "wide.npy", moving_mask(FRAMES, SIZE, 2 * SIZE))
@@ -123,6 +164,8 @@ def bad_inputs(tmp_path, mask_file):
         "odd height": ((*plan, *here, "--height", 65), "height must be a multiple of 16"),
         "broken plan": ((*edit, *clip, *here, "--model", tmp_path, "--plan", tmp_path / "broken.hetplan"), "plan"),
         "no checkpoint": ((*edit, *clip, *here, "--model", tmp_path / "empty"), "no model_index.json"),
+        "unknown method": (("bench", "quality", "--methods", "warp"), "unknown schedule 'warp'"),
+        "video without mask": (("bench", "quality", "--video", "a.mp4"), "--video and --mask go together"),
         "short video": ((*edit, *clip, *here, "--model", tmp_path, "--num-frames", 401), "holds"),
     }
 
@@ -132,6 +175,7 @@ def bad_inputs(tmp_path, mask_file):
     [
         "no mask file", "mask of another size", "empty mask", "mask with one dim", "broken video", "empty folder",
         "unknown schedule", "teacache without a model", "odd height", "broken plan", "no checkpoint", "short video",
+        "unknown method", "video without mask",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_status_2(case, hetcache_command, mask_file, tmp_path):

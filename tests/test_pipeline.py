@@ -155,6 +155,12 @@ def test_plan_for_reads_the_pipeline_and_leaves_it_alone(pipe, mask):
         plan_of(pipe, mask[:, :32])
 
 
+def test_plan_for_takes_a_compiled_pipeline(pipe, mask):
+    plan = plan_of(pipe, mask)
+    compile_with_hetcache(pipe)
+    assert np.array_equal(plan_of(pipe, mask).active_index, plan.active_index)
+
+
 def test_a_plan_for_another_size_is_an_error(pipe, mask):
     wide = np.concatenate([mask, mask], axis=2)
     plan = plan_of(pipe, wide, width=2 * SIZE)
