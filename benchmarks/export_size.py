@@ -1,6 +1,6 @@
 """Export the real Wan2.1-VACE-1.3B architecture with random weights, and say what it takes.
 
-    python benchmarks/export_size.py --out /tmp/engine        # writes benchmarks/results/export_size.json
+    python benchmarks/export_size.py --out out/engine        # writes benchmarks/results/export_size.json
 
 Nothing is computed, so the token grid is the real one of 33 frames at 480 x 832.
 """

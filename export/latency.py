@@ -191,8 +191,8 @@ def plot(result: Mapping[str, Any], path: str) -> None:
             yerr=[[0], [max(0.0, form["p90_seconds"] / form["median_seconds"] - 1) * form["time_ratio"]]],
             fmt="o", label=f"{kind}, {1000 * form['median_seconds']:.1f} ms",
         )  # fmt: skip
-    axes.set(xlabel="FLOPs / full", ylabel="time / full", title=f"{result['model']}, {result['runs_on']}")
-    axes.legend()
+    axes.set(xlabel="FLOPs / full", ylabel="time / full", title=f"{result['model']}\n{result['runs_on']}")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
