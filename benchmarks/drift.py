@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from drift_measures import attention_measures, key_mass, mean_by_kind, prediction_errors, relative_error
+from drift_measures import attention_measures, extrapolate, key_mass, mean_by_kind, prediction_errors, relative_error
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
@@ -40,6 +40,7 @@ LAGS = (1, 2, 4, 8)
 QUANTITIES = ("input", "key", "value", "output")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 TOP = 0.1
+PREDICTED, GAPS = ("key", "value"), (1, 2, 4)
 DIGITS = 3
 
 
@@ -49,15 +50,19 @@ class Recorder(TorchFunctionMode):
     Attributes:
         change: float64 `[quantities, blocks, lags, S, kinds]`, mean relative change of a token since `lag` steps ago;
             NaN where there is no such step.
+        line: float64 `[key and value, blocks, gaps, S, kinds]`, mean relative error of a token's state on the straight
+            line in sigma through those of `gap` and 2 `gap` steps ago.
         mass: float32 `[S, blocks, N]`, `key_mass` of the generative queries.
         outputs: `S` tensors `[N, features]`, what the model predicts for each token.
     """
 
-    def __init__(self, kind: NDArray[np.uint8], blocks: list[str], steps: int) -> None:
+    def __init__(self, kind: NDArray[np.uint8], blocks: list[str], sigmas: NDArray[np.float64]) -> None:
         super().__init__()
-        self.kind, self.blocks = kind, blocks
+        self.kind, self.blocks, self.sigmas = kind, blocks, sigmas.tolist()
+        steps = len(sigmas)
         self.generative = torch.from_numpy(np.flatnonzero(kind == TokenKind.GENERATIVE))
         self.change = np.full((len(QUANTITIES), len(blocks), len(LAGS), steps, len(TokenKind)), np.nan)
+        self.line = np.full((len(PREDICTED), len(blocks), len(GAPS), steps, len(TokenKind)), np.nan)
         self.mass = np.zeros((steps, len(blocks), kind.size), dtype=np.float32)
         self.outputs: list[torch.Tensor] = []
         self.past: dict[tuple[str, str], deque[torch.Tensor]] = defaultdict(lambda: deque(maxlen=max(LAGS)))
@@ -77,11 +82,17 @@ class Recorder(TorchFunctionMode):
     def see(self, quantity: str, block: str, now: torch.Tensor) -> None:
         """Compare `[N, features]` with the same of earlier steps."""
         now = now.float().clone()
-        past = self.past[quantity, block]
+        past, step, b = self.past[quantity, block], len(self.outputs), self.blocks.index(block)
         for i, lag in enumerate(LAGS):
             if len(past) >= lag:
-                at = QUANTITIES.index(quantity), self.blocks.index(block), i, len(self.outputs)
-                self.change[at] = mean_by_kind(relative_error(past[-lag], now), self.kind)
+                error = relative_error(past[-lag], now)
+                self.change[QUANTITIES.index(quantity), b, i, step] = mean_by_kind(error, self.kind)
+        for i, gap in enumerate(GAPS if quantity in PREDICTED else ()):
+            if len(past) >= 2 * gap:
+                times = [self.sigmas[step - gap], self.sigmas[step - 2 * gap]]
+                guess = extrapolate([past[-gap], past[-2 * gap]], times, self.sigmas[step])
+                error = relative_error(guess, now)
+                self.line[PREDICTED.index(quantity), b, i, step] = mean_by_kind(error, self.kind)
         past.append(now)
 
 
@@ -137,6 +148,7 @@ class Part:
     distance: NDArray[np.float64]
     sigmas: NDArray[np.float64]
     change: NDArray[np.float64]
+    line: NDArray[np.float64]
     mass: NDArray[np.float32]
     outputs: NDArray[np.float32]
 
@@ -153,12 +165,12 @@ def record(pipe: Any, clip: Clip, steps: int) -> Part:
     )
     plan = make_plan(pipe, request, "full")
     _, distance = classify(plan.tokens_of(TokenKind.GENERATIVE), margin=0)
-    recorder = Recorder(plan.token_kind, list(named_blocks(pipe.transformer)), steps)
+    sigmas = plan.timesteps / pipe.scheduler.config.num_train_timesteps
+    recorder = Recorder(plan.token_kind, list(named_blocks(pipe.transformer)), sigmas)
     with recording(pipe.transformer, recorder):
         run_pipeline(pipe, request, clip.name, lambda *_: None, decode=False)
-    sigmas = pipe.scheduler.sigmas[:-1].double().numpy()
     outputs = torch.stack(recorder.outputs).numpy()
-    return Part(plan.token_kind, distance, sigmas, recorder.change, recorder.mass, outputs)
+    return Part(plan.token_kind, distance, sigmas, recorder.change, recorder.line, recorder.mass, outputs)
 
 
 def recorded(pipe: Any, clip: Clip, steps: int, digest: str) -> Part:
@@ -177,7 +189,8 @@ def measure(part: Part) -> dict[str, NDArray[np.float64]]:
     """Every array of the result, for one clip."""
     return {
         "change": part.change,
-        "prediction": prediction_errors(part.outputs, part.sigmas, part.kind, LAGS),
+        "line": part.line,
+        **prediction_errors(part.outputs, part.sigmas, part.kind, LAGS),
         **attention_measures(part.mass, part.kind, part.distance, SHARES, TOP, LAGS),
     }
 
@@ -194,6 +207,7 @@ def summarise(parts: dict[str, Part], clips: dict[str, Clip]) -> dict[str, Any]:
                 "masked": rounded(clips[name].mask.mean()),
                 "tokens": np.bincount(parts[name].kind, minlength=len(TokenKind)).tolist(),
                 "change": rounded(known_mean(of["change"], (1, 3))),
+                "line": rounded(known_mean(of["line"], (1, 3))),
                 "prediction": rounded(known_mean(of["prediction"], 3)),
                 "mass": rounded(known_mean(of["mass"], (0, 1))),
                 "shared_curve": rounded(known_mean(of["shared_curve"], 0)),
@@ -240,6 +254,8 @@ def main() -> None:
             "quantities": QUANTITIES,
             "blocks": list(named_blocks(pipe.transformer)),
             "lags": LAGS,
+            "predicted": PREDICTED,
+            "gaps": GAPS,
             "kinds": [kind.name.lower() for kind in TokenKind],
             "shares": SHARES,
             "top": TOP,

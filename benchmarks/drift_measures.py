@@ -123,28 +123,38 @@ def extrapolate(values: Sequence[torch.Tensor], times: Sequence[float], at: floa
     return result
 
 
-def prediction_errors(outputs: NDArray[np.float32], sigmas: Floats, kind: Kinds, gaps: Sequence[int]) -> Floats:
-    """The relative error of predicting a step's outputs from steps that lie `gap`, 2 `gap`, 3 `gap` before it.
+def prediction_errors(
+    outputs: NDArray[np.float32], sigmas: Floats, kind: Kinds, gaps: Sequence[int]
+) -> dict[str, Floats]:
+    """What predicting a step's outputs from steps that lie `gap`, 2 `gap`, 3 `gap` before it costs.
+
+    Order k uses k + 1 steps. NaN where there are too few.
 
     Args:
-        outputs: `[S, N, features]`.
-        sigmas: `[S]`.
+        outputs: `[S, N, features]`, velocities.
+        sigmas: `[S]`, the scheduler's, without the 0 at the end.
         kind: `[N]`.
         gaps: steps between two that were computed, and from the last to the one predicted.
 
     Returns:
-        `[2, gaps, orders, S, kinds]`: order k uses k + 1 steps; time is sigma in the first half, the step's number in
-        the second. NaN where there are too few steps.
+        prediction: `[2, gaps, orders, S, kinds]`, mean relative error of a token's output; time is sigma in the first
+            half, the step's number in the second.
+        latent_error: `[gaps, orders, S, kinds]`, the root mean square error that the prediction along sigma adds to
+            the latents in the scheduler's step, in units of the latents.
     """
     tensors = [torch.from_numpy(output) for output in outputs]
-    errors = np.full((2, len(gaps), len(ORDERS), len(tensors), len(TokenKind)), np.nan)
+    lengths = -np.diff(sigmas, append=0.0)
+    shape = (len(gaps), len(ORDERS), len(tensors), len(TokenKind))
+    relative, latent = np.full((2, *shape), np.nan), np.full(shape, np.nan)
     for t, times in enumerate((sigmas, np.arange(len(sigmas), dtype=np.float64))):
         for g, gap in enumerate(gaps):
             for order in ORDERS:
                 for step in range((order + 1) * gap, len(tensors)):
                     known = [step - gap * (i + 1) for i in range(order + 1)]
-                    guess = extrapolate(
-                        [tensors[i] for i in known], [float(times[i]) for i in known], float(times[step])
-                    )
-                    errors[t, g, order, step] = mean_by_kind(relative_error(guess, tensors[step]), kind)
-    return errors
+                    past, past_times = [tensors[i] for i in known], [float(times[i]) for i in known]
+                    guess = extrapolate(past, past_times, float(times[step]))
+                    relative[t, g, order, step] = mean_by_kind(relative_error(guess, tensors[step]), kind)
+                    if t == 0:
+                        square = (guess - tensors[step]).square().mean(dim=1)
+                        latent[g, order, step] = lengths[step] * np.sqrt(mean_by_kind(square, kind))
+    return {"prediction": relative, "latent_error": latent}

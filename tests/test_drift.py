@@ -50,7 +50,7 @@ def test_attention_that_does_not_move():
     mass = np.random.default_rng(1).random((1, 1, KIND.size)).repeat(3, axis=0).astype(np.float32)
     mass /= mass.sum(axis=-1, keepdims=True)
     result = attention(mass)
-    np.testing.assert_allclose(result["mass"][0, 0], [mass[0, 0, KIND == k].sum() for k in range(3)], rtol=1e-6)
+    np.testing.assert_allclose(result["mass"][0, 0], [mass[0, 0, k == KIND].sum() for k in range(3)], rtol=1e-6)
     np.testing.assert_array_equal(result["overlap"][:, 0], [[np.nan, 1, 1]] * 2)
     np.testing.assert_array_equal(result["overlap"][:, 1], [[np.nan, np.nan, 1]] * 2)
     np.testing.assert_allclose(result["stale"][0, 1:], result["shared_curve"][1:, 0])
@@ -93,13 +93,16 @@ def test_extrapolation_is_exact_up_to_its_degree(order):
 def test_prediction_runs_along_sigma_with_its_gap():
     sigmas = np.array([1.0, 0.95, 0.85, 0.7, 0.5, 0.2, 0.05])
     outputs = np.tile((3 + sigmas**2).astype(np.float32)[:, None, None], (1, KIND.size, 2))
-    errors = measures.prediction_errors(outputs, sigmas, KIND, [1, 2])
+    result = measures.prediction_errors(outputs, sigmas, KIND, [1, 2])
+    errors = result["prediction"]
     assert np.isnan(errors[:, 1, 2, :6]).all()
     assert errors[0, 0, 2, 3:].max() < 1e-5
     assert errors[0, 1, 2, 6].max() < 1e-5
     assert errors[1, 0, 2, 5].min() > 1e-3
     repeated = abs(outputs[4, 0, 0] - outputs[6, 0, 0]) / outputs[6, 0, 0]
     np.testing.assert_allclose(errors[0, 1, 0, 6], repeated, rtol=1e-5)
+    moved = 0.05 * abs(outputs[4, 0, 0] - outputs[6, 0, 0])
+    np.testing.assert_allclose(result["latent_error"][1, 0, 6], moved, rtol=1e-5)
 
 
 def test_tokens_of_an_output():
@@ -111,7 +114,7 @@ def test_tokens_of_an_output():
 def test_recorder_sees_every_block_and_moves_with_the_inputs():
     model = models.vace()
     kind = np.array([token % 3 for token in range(models.NUM_TOKENS)], dtype=np.uint8)
-    recorder = drift.Recorder(kind, list(drift.named_blocks(model)), steps=3)
+    recorder = drift.Recorder(kind, list(drift.named_blocks(model)), np.array([1.0, 0.7, 0.4]))
     expected = []
     with drift.recording(model, recorder):
         for seed in (0, 0, 1):
@@ -121,6 +124,7 @@ def test_recorder_sees_every_block_and_moves_with_the_inputs():
     assert (lag[1][:, :, 1] == 0).all()
     assert (lag[1][:, :, 2] > 0.01).all()
     np.testing.assert_array_equal(lag[2][:, :, 2], lag[1][:, :, 2])
+    np.testing.assert_allclose(recorder.line[:, :, 0, 2], lag[1][1:3, :, 2], rtol=1e-5)
     np.testing.assert_allclose(recorder.mass.sum(axis=-1), 1, rtol=1e-5)
     assert torch.equal(recorder.outputs[2], models.to_tokens(expected[2])[0])
     assert torch.equal(model(**models.call(model, seed=1))[0], expected[2])
