@@ -10,6 +10,7 @@ are missing. Nothing here is timed, so the machine may be busy.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from hetcache_compile.media import Clip
 from hetcache_compile.partition import TokenKind, classify
 from hetcache_compile.plan import atomically
 from hetcache_compile.report import provenance
+from hetcache_compile.schedule import time_distances
 
 ROOT = Path(__file__).parent.parent
 RESULT, PARTS = ROOT / "benchmarks" / "results" / "drift.json", ROOT / "out" / "drift"
@@ -196,25 +198,28 @@ def measure(part: Part) -> dict[str, NDArray[np.float64]]:
 
 
 def summarise(parts: dict[str, Part], clips: dict[str, Clip]) -> dict[str, Any]:
-    """Means over the clips, and each clip's own means over steps and blocks."""
+    """Means over the clips, and each clip's own medians over steps of means over blocks."""
     measures = {name: measure(part) for name, part in parts.items()}
     names = next(iter(measures.values()))
     return {
         "sigmas": rounded(next(iter(parts.values())).sigmas),
         "mean": {name: rounded(known_mean([of[name] for of in measures.values()], 0)) for name in names},
-        "clips": {
-            name: {
-                "masked": rounded(clips[name].mask.mean()),
-                "tokens": np.bincount(parts[name].kind, minlength=len(TokenKind)).tolist(),
-                "change": rounded(known_mean(of["change"], (1, 3))),
-                "line": rounded(known_mean(of["line"], (1, 3))),
-                "prediction": rounded(known_mean(of["prediction"], 3)),
-                "mass": rounded(known_mean(of["mass"], (0, 1))),
-                "shared_curve": rounded(known_mean(of["shared_curve"], 0)),
-                "overlap": rounded(known_mean(of["overlap"], (1, 2))),
-            }
-            for name, of in measures.items()
-        },
+        "clips": {name: clip_summary(clips[name], parts[name], of) for name, of in measures.items()},
+    }
+
+
+def clip_summary(clip: Clip, part: Part, of: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """One clip in few figures, to see how much clips differ. The last steps are far from the others: so medians."""
+    return {
+        "masked": rounded(clip.mask.mean()),
+        "tokens": np.bincount(part.kind, minlength=len(TokenKind)).tolist(),
+        "change": rounded(np.nanmedian(known_mean(of["change"], 1), axis=2)),
+        "line": rounded(np.nanmedian(known_mean(of["line"], 1), axis=2)),
+        "prediction": rounded(np.nanmedian(of["prediction"][0], axis=2)),
+        "mass": rounded(known_mean(of["mass"], (0, 1))),
+        "shared_curve": rounded(known_mean(of["shared_curve"], 0)),
+        "nearest_curve": rounded(known_mean(of["nearest_curve"], 0)),
+        "overlap": rounded(known_mean(of["overlap"], 2)),
     }
 
 
@@ -247,9 +252,12 @@ def main() -> None:
     for name, clip in clips.items():
         parts[name] = recorded(pipe, clip, options.steps, digest)
         print(name, "done", flush=True)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(options.steps)
     result = {
         **provenance("cpu"),
         "weights": digest,
+        "distances": rounded(time_distances(pipe.transformer, scheduler.timesteps)),
         "axes": {
             "quantities": QUANTITIES,
             "blocks": list(named_blocks(pipe.transformer)),
@@ -262,7 +270,7 @@ def main() -> None:
         },
         **summarise(parts, clips),
     }
-    atomically(RESULT, lambda temporary: Path(temporary).write_text(json.dumps(result) + "\n"))
+    atomically(RESULT, lambda temporary: Path(temporary).write_text(json.dumps(result, separators=(",", ":")) + "\n"))
 
 
 if __name__ == "__main__":
