@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import drift
 import drift_measures as measures
+import drift_page
 import models
 import numpy as np
 import pytest
@@ -135,3 +138,15 @@ def test_means_leave_out_what_is_not_known():
     array = np.array([[1, np.nan, np.nan], [3, 5, np.nan]])
     np.testing.assert_array_equal(drift.known_mean(array, 0), [2, 5, np.nan])
     assert drift.rounded(np.array([[0.012345, np.nan]])) == [[0.0123, None]]
+
+
+def test_figures_of_the_page_are_those_of_the_result():
+    page = (drift_page.DOCS / "drift.md").read_text()
+    assert drift_page.fill(page, drift_page.figures(drift_page.Study(json.loads(drift.RESULT.read_text())))) == page
+
+
+def test_page_refuses_a_marker_without_a_figure():
+    page = "a <!-- v:known -->old<!-- / --> and"
+    assert drift_page.fill(page, {"known": "new"}) == "a <!-- v:known -->new<!-- / --> and"
+    with pytest.raises(AssertionError, match="known"):
+        drift_page.fill(page, {"other": "new"})
