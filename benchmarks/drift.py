@@ -1,6 +1,6 @@
 """How far the uncached reference model moves from step to step, and what its generative tokens attend to.
 
-    python benchmarks/drift.py --clips 6 --real     # writes benchmarks/results/drift.json
+    python benchmarks/drift.py --clips 6 --real    # writes benchmarks/results/drift.json
     python benchmarks/drift_page.py                 # plots in docs/, and the figures of docs/drift.md
 
 What is recorded of each clip is kept in out/drift as it is done; a run that was cut short goes on with the clips that
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -177,8 +178,8 @@ def record(pipe: Any, clip: Clip, steps: int) -> Part:
 
 def recorded(pipe: Any, clip: Clip, steps: int, digest: str) -> Part:
     """The clip's part, from the disk if an earlier run of the same clip, model and steps left it there."""
-    name = f"{clip.name}-{steps}-{describe_clip(clip)['digest']}-{digest}.npz"
-    path = PARTS / name
+    described = json.dumps([describe_clip(clip), steps, digest])
+    path = PARTS / f"{clip.name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}.npz"
     if path.exists():
         with np.load(path) as file:
             return Part(**file)
