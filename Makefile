@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench drift clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ build/typings:
 bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into README.md
 	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5
 	$(BIN)/python benchmarks/tables.py
+
+drift: .venv/ready   ## what changes between steps of the reference model, into docs/drift.md (about 15 minutes)
+	$(BIN)/python benchmarks/drift.py --clips 6 --real
+	$(BIN)/python benchmarks/drift_page.py
 
 clean:
 	rm -rf .venv build out .mypy_cache .ruff_cache .pytest_cache *.egg-info
