@@ -56,7 +56,8 @@ class Forms:
         """The same forms for another mask with the same grid and budgets."""
         if form_key(plan) != form_key(self.plan):
             raise SessionError(
-                f"these forms are for grid, budgets and extrapolation {form_key(self.plan)}, the plan has {form_key(plan)}"
+                f"these forms are for grid, budgets and extrapolation {form_key(self.plan)}, "
+                f"the plan has {form_key(plan)}"
             )
         return Forms(self.program, self.analysis, plan, self.by_kind)
 

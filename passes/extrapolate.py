@@ -13,8 +13,8 @@ partial    inactive rows are predicted; then as in full
 reuse      the output is predicted; nothing is written
 =========  ==========================================================================
 
-A step at the time of the last one (a second-order solver, a test on frozen inputs) replaces it instead. Predicted
-rows lie on the polynomial of the points they came from, so at orders 0 and 1 predicting from them again gives the same curve.
+A step at the time of the last one (a second-order solver, a test on frozen inputs) replaces it instead. Rows that a
+partial step predicted lie on the polynomial they came from, so predicting from them again follows the same curve.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
             newer = [before.inputs[entry], *histories[entry][:-1]]
             for past, old, new in zip(history_of(entry, order), histories[entry], newer, strict=True):
                 writes[past] = call(aten.where.self, repeated, old, new)
-        pushed = call(
-            aten.cat.default, [call(aten.view.default, now, [1]), call(aten.slice.Tensor, times, 0, 0, order)]
-        )
+        earlier = call(aten.slice.Tensor, times, 0, 0, order)
+        pushed = call(aten.cat.default, [call(aten.view.default, now, [1]), earlier])
         writes[_times_entry(outputs[0], order)] = call(aten.where.self, repeated, times, pushed)
     return before.finish(writes)
 
@@ -175,11 +174,6 @@ def _time(graph: Graph, inputs: list[Node], name: str | None) -> Node:
     found = [node for node in inputs if (name is None and "timestep" in node.name) or node.name == name]
     if len(found) != 1:
         names = ", ".join(node.name for node in inputs if not node.name.startswith("p_"))
-        raise UnsupportedGraphError(
-            [
-                Refusal(
-                    "extrapolation needs the time of a step, and no input is called timestep", help=f"inputs: {names}"
-                )
-            ]
-        )
+        reason = "extrapolation needs the time of a step, and no input is called timestep"
+        raise UnsupportedGraphError([Refusal(reason, help=f"the inputs are {names}")])
     return found[0]
