@@ -84,6 +84,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
     import diffusers
     import transformers
 
+    from .reference import codec  # noqa: F401  diffusers loads custom classes only from modules imported before
+
     if not (folder / "model_index.json").is_file():
         raise InputFileError(f"{folder} is no diffusers checkpoint: it has no model_index.json")
     try:

@@ -1,2 +1,72 @@
-"""A small trained WanVACE in the box."""
-NUM_FRAMES, MAX_TEXT_LENGTH = 17, 16
+"""A small trained WanVACE in the box: every claim about speed and quality can be checked offline, in minutes.
+
+`load()` gives diffusers' own `WanVACEPipeline`; `held_out(n)` the clips that it was never trained on. The model card
+(`MODEL_CARD.md` beside this file) says how it was trained and what it can and cannot do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..media import Clip, read_video
+from .clips import HELD_OUT_TEXTURES, Batch, render_batch
+from .codec import BlockTransformCodec  # noqa: F401  diffusers loads it only where it was imported before
+
+FOLDER = Path(__file__).parent / "weights"
+"""A diffusers checkpoint: `from_pretrained(FOLDER)` works once this module is imported."""
+NUM_FRAMES, SIZE = 17, 128
+"""What the model was trained for: 17 frames of 128 x 128 pixels, 2,304 tokens."""
+MAX_TEXT_LENGTH = 16
+"""Text tokens; pass it as `max_sequence_length`. Cross-attention was never trained on longer padding."""
+GUIDANCE_SCALE = 2.0
+REAL_CLIP, REAL_START = "bikes.mp4", 142
+MASK_SHARES = (0.05, 0.2, 0.5)
+
+
+def load(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The reference model in diffusers' `WanVACEPipeline`."""
+    from ..editing import load_pipeline
+
+    return load_pipeline(FOLDER, dtype, device)
+
+
+def held_out(count: int) -> list[Clip]:
+    """`count` procedural clips of texture families and seeds that training never saw.
+
+    Masks of about 5, 20 and 50 % of the pixels take turns, of every kind, moving and still. The same clips each time.
+    """
+    return [procedural_clip(number) for number in range(count)]
+
+
+def procedural_clip(number: int) -> Clip:
+    """Held-out clip `number`."""
+    share = MASK_SHARES[number % len(MASK_SHARES)]
+    kind = ("box", "ellipse", "brush", "border")[number // len(MASK_SHARES) % 4]
+    generator = np.random.default_rng([2**31, number])
+    batch = render_batch(
+        1, NUM_FRAMES, SIZE, generator, textures=HELD_OUT_TEXTURES, mask_share=(share, share), mask_kinds=(kind,)
+    )
+    return to_clip(f"{number:02d}-{kind}-{share:.0%}".replace("%", ""), batch)
+
+
+def real_clip() -> Clip:
+    """A real street scene that was kept out of training, with a moving mask. It comes with the extra `demo`."""
+    from ..demo import demo_clip, moving_mask
+
+    video = read_video(demo_clip().parent / REAL_CLIP, NUM_FRAMES, SIZE, SIZE, REAL_START)
+    return masked_clip("bikes", video, moving_mask(NUM_FRAMES, SIZE, SIZE), "real video")
+
+
+def to_clip(name: str, batch: Batch) -> Clip:
+    """The first clip of a rendered batch."""
+    frames = ((batch.video[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
+    return masked_clip(name, frames, batch.mask[0, 0].numpy() > 0.5, batch.captions[0])
+
+
+def masked_clip(name: str, video: Any, mask: Any, prompt: str) -> Clip:
+    """A clip whose input is grey inside the mask, as WanVACE expects, and whose truth is the whole video."""
+    return Clip(name, np.where(mask[..., None], np.uint8(128), video), mask, prompt, video)
