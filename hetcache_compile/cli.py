@@ -32,7 +32,17 @@ console = Console(stderr=True)
 
 Schedule = Annotated[
     str,
-    typer.Option(help="full, quality, balanced, fast, teacache:THRESHOLD, or a cycle of F, P and R such as FRRP."),
+    typer.Option(
+        help="full, quality, balanced, fast, teacache:THRESHOLD, optimal:BUDGET (with --calibration), "
+        "or a cycle of F, P and R such as FRRP."
+    ),
+]
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="For optimal schedules: a file of `hetcache calibrate`, or `reference` for the one shipped.",
+    ),
 ]
 Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask, in tokens.")]
 ContextRatio = Annotated[
@@ -99,6 +109,7 @@ def edit(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="A plan from `hetcache plan`, in place of the options.")] = None,
     schedule: Schedule = "balanced",
+    calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
@@ -114,6 +125,7 @@ def edit(
 
     _check_size(height, width, num_frames)
     known_plan = Plan.load(plan) if plan else None
+    known_calibration = _load_calibration(calibration)
     frames = read_video(video, num_frames, height, width, start_frame)
     pixels = read_mask(mask, num_frames, height, width)
     with console.status(f"loading {model}"):
@@ -129,7 +141,8 @@ def edit(
     )
     _edit(
         pipe, request, out, schedule, inner,
-        baseline=baseline, eager=eager, plan=known_plan, margin=margin, context_ratio=context_ratio,
+        baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration, margin=margin,
+        context_ratio=context_ratio,
     )  # fmt: skip
 
 
@@ -148,6 +161,10 @@ def make_plan(
     steps: Steps = 50,
     reference_images: Annotated[int, typer.Option(help="How many reference images the edit has.", min=0)] = 0,
     schedule: Schedule = "balanced",
+    budget: Annotated[
+        str | None, typer.Option(help="The best schedule under 3x, a time factor, or 2%, an error bound.")
+    ] = None,
+    calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
 ) -> None:
@@ -161,8 +178,11 @@ def make_plan(
     from .preview import save_preview
 
     _check_size(height, width, num_frames)
+    if budget is not None:
+        schedule = f"optimal:{budget}"
+    known = _load_calibration(calibration)
     pixels = read_mask(mask, num_frames, height, width)
-    partition: dict[str, Any] = {"margin": margin, "context_ratio": context_ratio}
+    partition: dict[str, Any] = {"margin": margin, "context_ratio": context_ratio, "calibration": known}
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, _dtype("float32"), "cpu")
@@ -179,7 +199,64 @@ def make_plan(
     if preview is not None:
         save_preview(made, preview)
     print(made.describe())
+    if known is not None:
+        print(_expectation(known, made))
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="A local checkpoint, or `reference` for the one shipped.")] = "reference",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; a run cut short goes on there.")] = Path(
+        "model.hetcal"
+    ),
+    clips: Annotated[int, typer.Option(help="How many procedural clips to edit.", min=1)] = 6,
+    video: Annotated[Path | None, typer.Option(help="A video to edit, in place of procedural clips.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask of --video.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to generate inside the mask of --video.")] = "",
+    height: Height = 128,
+    width: Width = 128,
+    num_frames: Frames = 17,
+    steps: Steps = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 5.0,
+    max_sequence_length: Annotated[int, typer.Option(help="Text tokens.", min=1)] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    margin: Margin = 2.0,
+    context_ratio: ContextRatio = 0.05,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    inner: Inner = "inductor",
+    device: Device = "auto",
+) -> None:
+    """Measure what PARTIAL and REUSE steps cost and save, for `hetcache plan --budget`.
+
+    Runs the uncached model on a few clips, and times each kind of step on this machine. Procedural clips are square:
+    of --height.
+    """
+    from .bench_quality import weights_digest
+    from .calibrate import calibrate as measure
+    from .editing import load_pipeline
+    from .report import processor_name
+
+    _check_size(height, width, num_frames)
+    edits = (
+        _reference().calibration_clips(clips, num_frames, height)
+        if video is None and mask is None
+        else [_clip(video, mask, None, prompt, num_frames, height, width)]
+    )
+    with console.status(f"loading {model}"):
+        folder = _reference().FOLDER if model == "reference" else Path(model)
+        pipe = load_pipeline(folder, _dtype(dtype), _device(device))
+    settings = {
+        "model": model, "weights": weights_digest(pipe), "dtype": dtype, "processor": processor_name(_device(device)),
+    }  # fmt: skip
+    with _progress() as progress:
+        measured = measure(
+            pipe, edits, out, progress, num_inference_steps=steps, guidance_scale=guidance_scale,
+            max_sequence_length=max_sequence_length, seed=seed, inner=inner, settings=settings, margin=margin,
+            context_ratio=context_ratio,
+        )  # fmt: skip
+    print(measured.describe())
+    print(f"wrote {out}")
 
 
 @bench.command("quality")
@@ -254,6 +331,29 @@ def _clip(
     size = (num_frames, height, width)
     expected = read_video(truth, *size) if truth else None
     return Clip(video.stem, read_video(video, *size), read_mask(mask, *size), prompt, expected)
+
+
+def _load_calibration(name: str | None) -> Any:
+    """The calibration file of this name, or the one that is shipped with the reference model."""
+    from .calibration import Calibration
+
+    if name is None:
+        return None
+    return Calibration.load(_reference().CALIBRATION if name == "reference" else name)
+
+
+def _expectation(calibration: Any, plan: Any) -> str:
+    """What the calibration expects of a plan, and of the presets beside it."""
+    from .optimal import expect
+    from .schedule import PRESETS, make_schedule
+
+    timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
+    named = {plan.schedule: plan.steps} | {name: make_schedule(name, len(plan.steps)) for name in PRESETS}
+    share = plan.num_active / plan.num_tokens
+    width = max(map(len, named))
+    return "\n".join(
+        f"{name:{width}}  {expect(calibration, steps, timesteps, share).describe()}" for name, steps in named.items()
+    )
 
 
 def _reference() -> Any:
