@@ -33,6 +33,8 @@ from .partition import TokenKind
 from .schedule import StepKind
 
 LONGEST_RUN = 12
+ROUNDING = 1 + 1e-9
+"""A budget that is met exactly is met, whatever the order of a sum."""
 ACTIVE = (TokenKind.GENERATIVE, TokenKind.MARGIN)
 Computed = tuple[int, ...]
 """The last computed steps, oldest first."""
@@ -155,13 +157,13 @@ def shortest(
     """The schedule of least error in the time, or of least time with the error, that `budget` allows.
 
     It is optimal for `errors` among all schedules that start FULL and have at most `longest_run` REUSE steps in a row.
-    Ties go to the cheaper and then to the more exact one.
+    Of schedules with the same error the cheapest is taken, of those with the same time the most exact.
 
     Raises:
         PlanError: no schedule keeps the budget.
     """
     seconds = num_steps * costs.full / budget.factor if budget.factor is not None else np.inf
-    seconds *= 1 + 1e-12  # a budget of 1x is met by FULL steps only, whatever the rounding
+    seconds *= ROUNDING
     most = [
         min(num_steps, int(seconds // cost)) if cost > 0 and np.isfinite(seconds) else num_steps
         for cost in (costs.full, costs.partial)
@@ -172,7 +174,7 @@ def shortest(
     cost = np.asarray(costs.of(num_full, num_partial, num_steps))
     allowed = np.isfinite(table) & (cost <= seconds)
     if budget.error is not None:
-        allowed &= table <= budget.error
+        allowed &= table <= budget.error * ROUNDING
     if not allowed.any():
         raise PlanError(
             f"no schedule of {num_steps} steps is {budget.factor:g}x faster than FULL steps: ask for less"
@@ -180,10 +182,9 @@ def shortest(
             else f"no schedule of {num_steps} steps keeps the error below {budget.error:.2%}: ask for more"
         )
     cells = np.argwhere(allowed)
-    by_error = [(table[*cell], cost[*cell]) for cell in cells]
-    keys = by_error if budget.error is None else [(seconds, error) for error, seconds in by_error]
-    best = min(range(len(cells)), key=keys.__getitem__)
-    return _trace(tables, arrivals, num_steps, (int(cells[best][0]), int(cells[best][1])))
+    keys = (cost[allowed], table[allowed]) if budget.error is None else (table[allowed], cost[allowed])
+    best = cells[np.lexsort(keys)[0]]
+    return _trace(tables, arrivals, num_steps, (int(best[0]), int(best[1])))
 
 
 Tables = dict[State, Array]
