@@ -68,7 +68,7 @@ def calibrate(
     settings: Mapping[str, Any] | None = None,
     **partition: Any,
 ) -> Calibration:
-    """Measure, and write `out` after each clip: a run that is cut short goes on where it was.
+    """Measure, and write `out` after the step times and after each clip: a run that is cut short goes on where it was.
 
     Args:
         pipe: a pipeline that edits masked video with one transformer; it is left as it was.
@@ -109,6 +109,12 @@ def calibrate(
         )
         for clip in clips
     }  # fmt: skip
+    # Times first: a calibration that is cut short after its first clip can be used as it is.
+    if requests and (calibration.costs is None or calibration.costs.inner != inner):
+        request = next(iter(requests.values()))
+        costs = measure_costs(pipe, request, make_plan(pipe, request, "full", **partition), shares, inner, progress)
+        calibration = replace(calibration, costs=costs)
+        calibration.save(out)
     for number, (name, request) in enumerate(requests.items()):
         progress("clips", number, len(requests))
         if name not in calibration.clips:
@@ -116,11 +122,6 @@ def calibrate(
             calibration = calibration.add(name, *measure_clip(pipe, request, plan, calibration, progress))
             calibration.save(out)
     progress("clips", len(requests), len(requests))
-    if calibration.costs is None and requests:
-        request = next(iter(requests.values()))
-        costs = measure_costs(pipe, request, make_plan(pipe, request, "full", **partition), shares, inner, progress)
-        calibration = calibration.replaced(costs=costs)
-        calibration.save(out)
     return calibration
 
 
@@ -142,6 +143,7 @@ def _open(out: Path, settings: dict[str, Any], timesteps: Array) -> Calibration:
     return Calibration(timesteps, empty[0], sources, offsets, empty[1], settings=settings)
 
 
+@torch.no_grad()
 def measure_clip(
     pipe: Any, request: EditRequest, plan: Plan, layout: Calibration, progress: Progress
 ) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]]]:
@@ -225,9 +227,9 @@ def inner_products(velocities: Sequence[torch.Tensor], masks: Sequence[torch.Ten
     products = []
     for mask in masks:
         rows = torch.stack([velocity[..., mask].flatten() for velocity in velocities])
-        parts = (part.double() for part in rows.split(CHUNK, dim=1))
-        products.append(sum((part @ part.T for part in parts), torch.zeros(len(rows), len(rows)).double()).cpu())
-    return torch.stack(products).numpy()
+        parts = (rows[:, start : start + CHUNK].double() for start in range(0, max(rows.shape[1], 1), CHUNK))
+        products.append(torch.stack([part @ part.T for part in parts]).sum(dim=0).cpu().numpy())
+    return np.stack(products)
 
 
 def measure_costs(
@@ -247,4 +249,4 @@ def measure_costs(
             found.append(replace(run, stats=opened.stats).median_seconds)
     partial = np.array([seconds["PARTIAL"] for seconds in found])
     full, reuse = (median(seconds[kind] for seconds in found) for kind in ("FULL", "REUSE"))
-    return Costs(full, reuse, np.array(sorted(shares), dtype=np.float64), partial)
+    return Costs(full, reuse, np.array(sorted(shares), dtype=np.float64), partial, inner)

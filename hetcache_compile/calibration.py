@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class Costs:
         reuse: of a REUSE step.
         shares: float64 `[P]`, increasing: the M / N that PARTIAL steps were timed at.
         partial: float64 `[P]`: their seconds.
+        inner: the torch.compile backend of the forms.
     """
 
     full: float
     reuse: float
     shares: Array
     partial: Array
+    inner: str = "inductor"
 
     def partial_at(self, share: float) -> float:
         """Seconds of a PARTIAL step at M / N = `share`: between what was timed, with N / N as a FULL step."""
@@ -125,16 +127,13 @@ class Calibration:
         counts = self.counts + present
         # A running mean over the clips that have the kind.
         share = np.where(present, 1 / np.maximum(counts, 1), 0.0)[:, None, None]
-        return self.replaced(
+        return replace(
+            self,
             gram=self.gram + share * (gram - self.gram),
             partial=self.partial + share * (partial - self.partial),
             counts=counts,
             clips=(*self.clips, name),
         )
-
-    def replaced(self, **changes: Any) -> Calibration:
-        """A copy with some attributes changed."""
-        return Calibration(**{**{entry.name: getattr(self, entry.name) for entry in fields(self)}, **changes})
 
     def timesteps_for(self, num_steps: int) -> Array:
         """Timesteps `[num_steps]` of the same noise schedule at another number of steps, ends at 0 alike."""
@@ -142,11 +141,11 @@ class Calibration:
             return self.timesteps
         places = np.arange(num_steps) / num_steps
         known = np.arange(self.num_steps + 1) / self.num_steps
-        return np.interp(places, known, [*self.timesteps, 0.0])
+        return np.asarray(np.interp(places, known, [*self.timesteps, 0.0]))
 
     def positions(self, timesteps: Array) -> Array:
         """Where timesteps `[T]` lie among the calibrated steps: fractional step numbers, 0 to S - 1."""
-        return np.interp(-timesteps, -self.timesteps, np.arange(self.num_steps))
+        return np.asarray(np.interp(-timesteps, -self.timesteps, np.arange(self.num_steps)))
 
     def gram_at(self, timesteps: Array) -> Array:
         """`[3, T, T]`: inner products of velocities that are interpolated linearly over the timesteps."""
@@ -155,7 +154,8 @@ class Calibration:
         weights = np.zeros((place.size, self.num_steps))
         weights[np.arange(place.size), low] = 1 - (place - low)
         weights[np.arange(place.size), low + 1] = place - low
-        return np.einsum("as,kst,bt->kab", weights, self.gram, weights)
+        products: Array = weights @ self.gram @ weights.T
+        return products
 
     def reuse_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of repeating a velocity. NaN for absent kinds."""
@@ -163,7 +163,7 @@ class Calibration:
         energy = np.diagonal(gram, axis1=1, axis2=2)
         squared = energy[:, :, None] + energy[:, None, :] - 2 * gram
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.sqrt(np.maximum(squared, 0) / energy[:, None, :])
+            return np.asarray(np.sqrt(np.maximum(squared, 0) / energy[:, None, :]))
 
     def partial_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of a PARTIAL step on the FULL cache of the source.
@@ -220,7 +220,7 @@ class Calibration:
         header: dict[str, Any] = {"clips": list(self.clips), "settings": self.settings, "costs": None}
         if self.costs is not None:
             arrays |= {"cost_shares": self.costs.shares, "cost_partial": self.costs.partial}
-            header["costs"] = {"full": self.costs.full, "reuse": self.costs.reuse}
+            header["costs"] = {"full": self.costs.full, "reuse": self.costs.reuse, "inner": self.costs.inner}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "calibration": json.dumps(header)}
         atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -247,7 +247,8 @@ class Calibration:
                 costs = None
                 if header["costs"] is not None:
                     shares, partial = (file.get_tensor(f"cost_{name}").numpy() for name in ("shares", "partial"))
-                    costs = Costs(float(header["costs"]["full"]), float(header["costs"]["reuse"]), shares, partial)
+                    times = header["costs"]
+                    costs = Costs(float(times["full"]), float(times["reuse"]), shares, partial, str(times["inner"]))
             return cls(**arrays, clips=tuple(header["clips"]), costs=costs, settings=dict(header["settings"]))
         except FileNotFoundError as error:
             raise CalibrationError(f"no calibration at {path}") from error

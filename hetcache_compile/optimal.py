@@ -140,7 +140,7 @@ class StepCosts:
     partial: float
     reuse: float
 
-    def of(self, num_full: int | Array, num_partial: int | Array, num_steps: int) -> float | Array:
+    def of(self, num_full: int, num_partial: int, num_steps: int) -> float:
         """Seconds of a schedule."""
         return num_full * self.full + num_partial * self.partial + (num_steps - num_full - num_partial) * self.reuse
 
@@ -170,8 +170,7 @@ def shortest(
     ]
     tables, arrivals = _fill(errors, num_steps, order, longest_run, (most[0] + 1, most[1] + 1))
     table = tables.get(END, np.full((most[0] + 1, most[1] + 1), np.inf))
-    num_full, num_partial = np.indices(table.shape)
-    cost = np.asarray(costs.of(num_full, num_partial, num_steps))
+    cost = np.array([[costs.of(f, p, num_steps) for p in range(table.shape[1])] for f in range(table.shape[0])])
     allowed = np.isfinite(table) & (cost <= seconds)
     if budget.error is not None:
         allowed &= table <= budget.error * ROUNDING
@@ -259,7 +258,8 @@ def _trace(tables: Tables, arrivals: Arrivals, num_steps: int, cell: tuple[int, 
 
 def total_error(errors: ErrorModel, steps: Sequence[StepKind], order: int = 0) -> float:
     """The error of a schedule, step by step."""
-    full, computed, total = 0, (0,), 0.0
+    full, total = 0, 0.0
+    computed: Computed = (0,)
     for step, kind in enumerate(steps):
         if kind is StepKind.PARTIAL:
             total += errors.partial(full, step)
@@ -310,8 +310,7 @@ def expect(
     costs = step_costs(calibration, share)
     error = total_error(RecordedErrors(calibration, timesteps, order), steps, order)
     counts = (steps.count(StepKind.FULL), steps.count(StepKind.PARTIAL))
-    seconds = float(costs.of(*counts, len(steps)))
-    return Expectation(tuple(steps), error, seconds, float(costs.full * len(steps)))
+    return Expectation(tuple(steps), error, costs.of(*counts, len(steps)), costs.full * len(steps))
 
 
 def optimal_schedule(

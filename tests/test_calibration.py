@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,8 +55,8 @@ def calibrated(pipe, tmp_path_factory):
 
 def emptied(measured):
     """The layout of a calibration, without its clips."""
-    return measured.replaced(
-        gram=0 * measured.gram, partial=0 * measured.partial, counts=0 * measured.counts, clips=(), costs=None
+    return replace(
+        measured, gram=0 * measured.gram, partial=0 * measured.partial, counts=0 * measured.counts, clips=(), costs=None
     )
 
 
@@ -116,8 +117,8 @@ def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkey
         calibrate(pipe, [clip(1), clip(2)], out, stop, **SETTINGS)
     half = Calibration.load(out)
     assert half.clips == ("clip 1",)
-    assert half.costs is None
-    assert "not measured yet" in half.describe()
+    assert half.costs.full == expected.costs.full
+    assert "not measured yet" in replace(half, costs=None).describe()
     stages = []
     measured = calibrate(pipe, [clip(1), clip(2)], out, lambda *state: stages.append(state), **SETTINGS)
     assert [state[:2] for state in stages].count(("uncached", 0)) == 1
@@ -238,7 +239,7 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
     assert status == 0, err
     assert "1 clips, 5 steps" in out
     # Times as small as these are noise: fixed ones make the budget one that can be kept.
-    known = Calibration.load(calibration).replaced(costs=Costs(1.0, 0.01, np.array([0.5]), np.array([0.5])))
+    known = replace(Calibration.load(calibration), costs=Costs(1.0, 0.01, np.array([0.5]), np.array([0.5])))
     known.save(calibration)
     plan = ("plan", "--mask", mask, "--num-frames", FRAMES, "--height", SIZE, "--width", SIZE, "--steps", 8)
     path = tmp_path / "a.hetplan"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -125,7 +126,7 @@ def calibration_of(timesteps, share=0.25, degree=3):
             partial[:, a, b] = share**2 * ((v[:, source] - v[:, known.target(source, offset)]) ** 2).sum(axis=1)
     gram = np.einsum("ksd,ktd->kst", v, v)
     known = known.add("a", gram, partial, np.array([True, True, True]))
-    return known.replaced(costs=Costs(2.0, 0.02, np.array([0.25, 0.5]), np.array([0.6, 1.1]))), v
+    return replace(known, costs=Costs(2.0, 0.02, np.array([0.25, 0.5]), np.array([0.6, 1.1]))), v
 
 
 def relative(estimate, truth):
@@ -196,7 +197,7 @@ def test_a_plan_follows_the_calibration():
 def test_kinds_that_no_clip_has_do_not_count():
     known, _ = calibration_of(np.linspace(1000, 30, STEPS))
     present = np.array([True, False, True])
-    empty = known.replaced(gram=0 * known.gram, partial=0 * known.partial, counts=0 * known.counts, clips=())
+    empty = replace(known, gram=0 * known.gram, partial=0 * known.partial, counts=0 * known.counts, clips=())
     shown = present[:, None, None]
     alone = empty.add("a", known.gram * shown, known.partial * shown, present)
     errors, all_kinds = RecordedErrors(alone, alone.timesteps), RecordedErrors(known, known.timesteps)
@@ -205,7 +206,7 @@ def test_kinds_that_no_clip_has_do_not_count():
     with pytest.raises(CalibrationError, match="no clip"):
         RecordedErrors(empty, empty.timesteps)
     with pytest.raises(CalibrationError, match="no step costs"):
-        optimal_schedule(known.replaced(costs=None), "2x", known.timesteps, 0.5)
+        replace(optimal_schedule(known, costs=None), "2x", known.timesteps, 0.5)
 
 
 def test_costs_between_what_was_timed():
