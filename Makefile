@@ -8,7 +8,7 @@ BIN := .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,quality,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,quality,ort,trt-rtx,dev]"
 	touch $@
 
 demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo
@@ -26,7 +26,7 @@ check: .venv/ready build/typings   ## style and types
 .PHONY: build/typings
 build/typings:
 	rm -rf $@ && mkdir -p $@/hetcache_compile
-	ln -s $(addprefix $(CURDIR)/,$(wildcard hetcache_compile/*.py) passes export) $@/hetcache_compile/
+	ln -s $(addprefix $(CURDIR)/,$(wildcard hetcache_compile/*.py) hetcache_compile/reference passes export) $@/hetcache_compile/
 
 bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into README.md
 	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5

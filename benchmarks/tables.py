@@ -1,7 +1,7 @@
-"""Put the tables of `benchmarks/results/*.json` into README.md, between their markers.
+"""Put the tables of `benchmarks/results/*.json` into the pages that show them, between their markers.
 
-python benchmarks/tables.py           # rewrites README.md
-python benchmarks/tables.py --check   # exits 1 if README.md is out of date
+python benchmarks/tables.py           # rewrites the pages
+python benchmarks/tables.py --check   # exits 1 if a page is out of date
 """
 
 from __future__ import annotations
@@ -33,21 +33,49 @@ def steps_table(result: dict) -> str:
     return "\n".join(rows)
 
 
-TABLES = {"steps": steps_table}
+def reference_table(result: dict) -> str:
+    methods = ("sampler", "mean_fill", "telea")
+    groups: dict[str, list[dict]] = {}
+    for name, clip in result["clips"].items():
+        procedural = name[0].isdigit()
+        groups.setdefault(f"masks of {name.split('-')[-1]} %" if procedural else f"real clip ({name})", []).append(clip)
+        if procedural:
+            groups.setdefault("all procedural clips", []).append(clip)
+    rows = ["| clips | reference model | mean-colour fill | Telea per frame |", "| --- | --- | --- | --- |"]
+    for label in sorted(groups, key=lambda label: (label[0] == "r", label[0] == "a", len(label), label)):
+        clips = groups[label]
+        figures = [sum(clip["psnr_db"][method] for clip in clips) / len(clips) for method in methods]
+        rows.append(f"| {label} ({len(clips)}) | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |")
+    settings = result["settings"]
+    rows.append("")
+    rows.append(
+        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}, {settings['dtype']}, "
+        f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/reference/evaluate.py`."
+    )
+    return "\n".join(rows)
+
+
+PAGES = {
+    "steps": (steps_table, "README.md"),
+    "reference": (reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
+}
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in TABLES.items():
+    out_of_date = False
+    for name, (table, page) in PAGES.items():
+        path = ROOT / page
+        text = path.read_text()
         result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         found = re.search(pattern, text, re.DOTALL)
-        assert found, f"README.md has no markers for {name}"
-        text = text[: found.start()] + found[1] + table(result) + found[2] + text[found.end() :]
+        assert found, f"{page} has no markers for {name}"
+        new = text[: found.start()] + found[1] + table(result) + "\n" + found[2] + text[found.end() :]
+        out_of_date |= new != text
+        if "--check" not in sys.argv:
+            path.write_text(new)
     if "--check" in sys.argv:
-        sys.exit(text != readme.read_text())
-    readme.write_text(text)
+        sys.exit(out_of_date)
 
 
 if __name__ == "__main__":

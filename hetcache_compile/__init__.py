@@ -26,6 +26,7 @@ from .errors import (
 )
 from .forms import Forms, rewrite
 from .partition import TokenKind
+from .passes.rules import register_attention
 from .plan import Plan, plan_for
 from .schedule import PRESETS, StepKind
 from .session import Session, session
@@ -54,6 +55,7 @@ __all__ = [
     "UnsupportedGraphError",
     "hetcache_backend",
     "plan_for",
+    "register_attention",
     "rewrite",
     "session",
 ]

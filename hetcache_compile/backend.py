@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .capture import Program, capture
+from .capture import Program, capture, with_input_names
 from .errors import NonFiniteError, UnsupportedGraphError
 from .passes.analyse import Analysis, analyse
 from .passes.buffers import write_in_place
 from .passes.forms import FORMS, Budgets, Form
+from .passes.inputs import TokenInputs
 from .plan import Plan
 from .schedule import StepKind
 from .session import Branch, Session, current_session
 from .timing import Stopwatch
 
 Compiled = Callable[..., Any]
-OPTIONS = ("inner", "inner_options")
+OPTIONS = ("inner", "inner_options", "token_inputs")
 
 
 def hetcache_backend(
@@ -38,7 +39,8 @@ def hetcache_backend(
         graph: the graph that Dynamo captured.
         example_inputs: its inputs.
         options: of `torch.compile`. `inner`: the backend that compiles each form, a name or a callable
-            (default `"inductor"`). `inner_options`: passed on to it.
+            (default `"inductor"`). `inner_options`: passed on to it. `token_inputs`: as in `rewrite`, for a model
+            that takes packed tokens, where it is not clear which input holds them.
 
     Outside a session the compiled model is what `inner` makes of the graph. Inside one, a graph that cannot be
     rewritten runs like that too, after one warning with the reasons. A session is for inference: its outputs
@@ -49,7 +51,7 @@ def hetcache_backend(
     if unknown:
         raise ValueError(f"unknown options {unknown}: hetcache_backend takes {', '.join(OPTIONS)}")
     inner = inner_backend(options.get("inner", "inductor"), options.get("inner_options"))
-    compiled = CompiledGraph(graph, inner)
+    compiled = CompiledGraph(graph, inner, options.get("token_inputs"))
     if current_session() is None:
         compiled.plain = inner(graph, list(example_inputs))
     return compiled
@@ -82,8 +84,8 @@ class Specialised:
 class CompiledGraph:
     """What Dynamo calls in place of the graph it captured."""
 
-    def __init__(self, graph: GraphModule, inner: Compiled) -> None:
-        self.graph, self.inner = graph, inner
+    def __init__(self, graph: GraphModule, inner: Compiled, token_inputs: TokenInputs | None = None) -> None:
+        self.graph, self.inner, self.token_inputs = graph, inner, token_inputs
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self._static_plain: dict[Hashable, Compiled] = {}
@@ -145,13 +147,15 @@ class CompiledGraph:
         """The program for inputs of these shapes."""
         key = signature_of(inputs)
         if key not in self._specialised:
-            self._specialised[key] = Specialised(capture(self.graph, tuple(inputs), {}))
+            names = [node.name for node in self.graph.graph.nodes if node.op == "placeholder"]
+            program = with_input_names(capture(self.graph, tuple(inputs), {}), names)
+            self._specialised[key] = Specialised(program)
         return self._specialised[key]
 
     def analyse(self, known: Specialised, plan: Plan) -> Analysis:
         """The analysis for the plan's grid."""
         if plan.grid not in known.analyses:
-            known.analyses[plan.grid] = analyse(known.program.module, plan.grid)
+            known.analyses[plan.grid] = analyse(known.program.module, plan.grid, self.token_inputs)
         return known.analyses[plan.grid]
 
     def form(

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from .backend import hetcache_backend
+from .engine import Engine
 from .errors import InputFileError
-from .media import Frames, to_frames, to_pictures
+from .media import GREY, Frames, to_frames, to_pictures
 from .plan import Plan, plan_for
 from .schedule import StepKind
 from .session import Stats, session
@@ -28,7 +29,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What to edit, and how: the arguments of one pipeline call."""
+    """What to edit, and how: the arguments of one pipeline call.
+
+    The model sees grey inside the mask, which tells WanVACE to inpaint; with `keep_masked` it sees the video there.
+    """
 
     video: Frames
     mask: NDArray[np.bool_]
@@ -38,6 +42,12 @@ class EditRequest:
     guidance_scale: float = 5.0
     max_sequence_length: int = 512
     seed: int = 0
+    keep_masked: bool = False
+
+    @property
+    def visible_video(self) -> Frames:
+        """What the model gets to see."""
+        return self.video if self.keep_masked else np.where(self.mask[..., None], GREY, self.video)
 
     @property
     def size(self) -> dict[str, int]:
@@ -75,8 +85,8 @@ class Run:
         return {kind.name: median(by_kind[kind.name]) for kind in StepKind if kind.name in by_kind}
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A local diffusers checkpoint that edits masked video.
+def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: Any) -> Any:
+    """A local diffusers checkpoint that edits masked video. `components` replace its own, as in `from_pretrained`.
 
     Raises:
         InputFileError: no checkpoint there, or its pipeline takes no video and mask.
@@ -91,7 +101,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
     try:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        with quiet_logging(diffusers.utils.logging):  # it warns of any codec that is not Wan's own class
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
     except (OSError, ValueError, ImportError) as error:
         raise InputFileError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     parameters = inspect.signature(pipe.__call__).parameters
@@ -100,6 +111,17 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
         raise InputFileError(f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it edits no masked video")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def quiet_logging(logging: Any) -> Iterator[None]:
+    """Only errors from a library's own logging module."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) -> Plan:
@@ -158,6 +180,13 @@ def run_planned(pipe: Any, request: EditRequest, plan: Plan, stage: str, progres
     return replace(run, stats=opened.stats)
 
 
+def load_engine_pipeline(folder: Path, engine: Engine) -> Any:
+    """A checkpoint whose transformer is an engine; the weights of its own transformer are not read."""
+    pipe = load_pipeline(folder, engine.dtype, engine.device.type, transformer=None)
+    pipe.transformer = engine
+    return pipe
+
+
 def run_pipeline(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool = True) -> Run:
     """One edit with the pipeline as it stands; without `decode` for its time only."""
 
@@ -169,7 +198,7 @@ def run_pipeline(pipe: Any, request: EditRequest, stage: str, progress: Progress
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
-        "video": to_pictures(request.video),
+        "video": to_pictures(request.visible_video),
         "mask": to_pictures(request.mask),
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
@@ -208,7 +237,7 @@ def _timed_calls(pipe: Any) -> Iterator[list[Stopwatch]]:
     for name in ("transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         if model is not None:
-            device = next(model.parameters()).device
+            device = model.device
             handles += [
                 model.register_forward_pre_hook(lambda *_, d=device: started.append(Stopwatch(d))),
                 model.register_forward_hook(lambda *_: watches.append(started.pop().stop())),

@@ -7,6 +7,8 @@ from .passes.refusal import HetCacheError, Refusal, UnsupportedGraphError
 
 __all__ = [
     "CalibrationError",
+    "EngineError",
+    "ExportError",
     "GridMismatchError",
     "HetCacheError",
     "InputFileError",
@@ -49,5 +51,16 @@ class InputFileError(HetCacheError, ValueError):
     """A video, mask or model folder cannot be read."""
 
 
+class EngineError(HetCacheError, RuntimeError):
+    """An export folder or an engine cannot be loaded or run."""
+
+
 class MissingExtraError(HetCacheError, ImportError):
-    """Something was asked for that needs an optional extra of this package."""
+    """A package is missing that one of the extras installs."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'hetcache-compile[{extra}]'")
+
+
+class ExportError(HetCacheError, RuntimeError):
+    """The model cannot be exported, or an engine cannot be built."""

@@ -15,6 +15,7 @@ from .errors import SessionError
 from .passes.analyse import Analysis, analyse
 from .passes.buffers import buffer_entry
 from .passes.forms import FORMS, CacheEntry, Form
+from .passes.inputs import TokenInputs
 from .plan import Plan
 
 Cache = dict[str, torch.Tensor]
@@ -92,7 +93,7 @@ def rewrite(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    token_inputs: Mapping[str, int] | None = None,
+    token_inputs: TokenInputs | None = None,
 ) -> Forms:
     """Rewrite one call of `model` into its full, partial and reuse forms.
 
@@ -101,7 +102,8 @@ def rewrite(
         plan: grid, indices and budgets.
         args: positional arguments of a sample call; shapes and Python values become static.
         kwargs: keyword arguments of it.
-        token_inputs: tensor inputs that hold packed tokens already, with the dim of their token axis.
+        token_inputs: tensor inputs that hold packed tokens already, with the dim of their token axis, or
+            `(dim, first token row)` where the dim holds other rows too. Found by itself where it is clear.
 
     Raises:
         UnsupportedGraphError: with every reason why the graph cannot be rewritten.

@@ -17,6 +17,8 @@ from .plan import atomically
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 Frames = NDArray[np.uint8]
+GREY = np.uint8(128)
+"""What masked pixels are filled with: 0 on the scale from -1 to 1."""
 
 
 @dataclass(frozen=True, eq=False)

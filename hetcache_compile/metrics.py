@@ -187,6 +187,4 @@ def _quality_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingExtraError(
-            f"quality measures need {error.name}: install the extra `quality` (pip install 'hetcache-compile[quality]')"
-        ) from error
+        raise MissingExtraError(error.name or name, "quality") from error

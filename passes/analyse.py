@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 
 from torch.fx import GraphModule, Node
 
-from .axis import FREE, Attend, AxisState, Edit, Enter, Flow, Grid, Leave, Tokens
-from .query import Query, wrap
-from .refusal import HetCacheError, Refusal, UnsupportedGraphError, module_path, refuse, shape_of
-from .rules import RULES, is_patchify
+from .axis import FREE, Accumulate, Attend, AxisState, Edit, Enter, Flow, Grid, Keep, Leave, Never, Parts, Tokens
+from .inputs import GridMismatchError, TokenInputs, find_token_inputs, no_tokens, resolve_token_inputs
+from .patches import input_state, is_patchify
+from .query import Query
+from .refusal import Refusal, UnsupportedGraphError, module_path, refuse, shape_of
+from .rules import RULES
+
+__all__ = ["Analysis", "GridMismatchError", "analyse", "attention_modules"]
 
 
 @dataclass(frozen=True)
@@ -23,45 +26,36 @@ class Analysis:
     edits: Mapping[Node, tuple[Edit, ...]]
     token_sources: tuple[str, ...] = field(default=())
     """Placeholders whose data becomes tokens: the latents, and control latents where there are any."""
+    after: frozenset[Node] = frozenset()
+    """Nodes that a step computes which computes no token: what comes after the last tokens."""
+    whole: Mapping[Node, Refusal] = field(default_factory=dict)
+    """Nodes that look across tokens and are computed whole, on operands that are merged from the cache."""
 
     def of_type(self, kind: type[Edit]) -> list[tuple[Node, Edit]]:
         """Every edit of one kind with its node, in graph order."""
         return [(node, edit) for node, edits in self.edits.items() for edit in edits if isinstance(edit, kind)]
 
 
-class GridMismatchError(HetCacheError, ValueError):
-    """No patch embedding makes the plan's token grid, or a token input has another number of tokens."""
-
-
-def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Mapping[str, int] | None = None) -> Analysis:
+def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: TokenInputs | None = None) -> Analysis:
     """Find the token axis of a normalised graph.
 
     Args:
         module: functional ATen graph with static shapes in `meta["val"]`.
         grid: the token grid (T', H', W'); N = T'·H'·W' tokens.
-        token_inputs: placeholders that hold packed tokens, with the dim of their token axis.
+        token_inputs: inputs that hold packed tokens, with the dim of their token axis, or `(dim, first row)` where
+            other rows follow or come before. Without it, packed tokens are found where only one input can be them.
 
     Raises:
         UnsupportedGraphError: with every operator that has no rule, or whose rule says no.
         GridMismatchError: the model makes another grid than `grid`.
     """
-    states: dict[Node, AxisState] = {}
-    edits: dict[Node, tuple[Edit, ...]] = {}
-    placeholders = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    refusals = [
-        Refusal(f"token_inputs names {name!r}, which is no input", help=f"the inputs are {', '.join(placeholders)}")
-        for name in token_inputs or {}
-        if name not in placeholders
-    ]
-    for node in module.graph.nodes:
-        flow = _flow(node, states, grid, token_inputs or {})
-        if isinstance(flow, Refusal):
-            refusals.append(flow)
-            flow = Flow(FREE)  # go on, so that one run shows every reason
-        states[node] = flow.state
-        if flow.edits:
-            edits[node] = flow.edits
-    analysis = Analysis(grid, states, edits, _token_sources(module, edits))
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    known, refusals = resolve_token_inputs(placeholders, token_inputs or {}, grid)
+    analysis, more = _walk(module, grid, known)
+    if not token_inputs and not analysis.of_type(Enter) and not more:
+        known = find_token_inputs(placeholders, grid)
+        analysis, more = _walk(module, grid, known)
+    refusals += more
     if not refusals:
         refusals = _nothing_to_cache(module, analysis)
     if refusals:
@@ -69,42 +63,97 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Mappi
     return analysis
 
 
+def _walk(
+    module: GraphModule, grid: tuple[int, int, int], token_inputs: Mapping[Node, Tokens]
+) -> tuple[Analysis, list[Refusal]]:
+    """The analysis of every node, and the refusals among them."""
+    states: dict[Node, AxisState] = {}
+    edits: dict[Node, tuple[Edit, ...]] = {}
+    whole: dict[Node, Refusal] = {}
+    refusals: list[Refusal] = []
+    for node in module.graph.nodes:
+        flow = _flow(node, states, grid, token_inputs, whole)
+        if isinstance(flow, Refusal):
+            refusals.append(flow)
+            flow = Flow(FREE)  # go on, so that one run shows every reason
+        states[node] = flow.state
+        if flow.edits:
+            edits[node] = flow.edits
+    after, kept = after_tokens(module, states, edits)
+    for node, operands in kept.items():
+        edits[node] = (*edits.get(node, ()), *map(Keep, operands))
+    return Analysis(grid, states, edits, _token_sources(module, edits), after, whole), refusals
+
+
 def _flow(
-    node: Node, states: dict[Node, AxisState], grid: tuple[int, int, int], token_inputs: Mapping[str, int]
+    node: Node,
+    states: dict[Node, AxisState],
+    grid: tuple[int, int, int],
+    token_inputs: Mapping[Node, Tokens],
+    whole: dict[Node, Refusal],
 ) -> Flow | Refusal:
     """The flow of one node, or why there is none."""
     if node.op == "placeholder":
-        return _input_flow(node, grid, token_inputs)
-    carries_tokens = any(isinstance(states[operand], Tokens) for operand in node.all_input_nodes)
+        if node in token_inputs:
+            return Flow(token_inputs[node], (Enter(token_inputs[node]),))
+        return Flow(FREE if token_inputs else input_state(node, grid))
+    operands = node.all_input_nodes
+    leaves = [Leave(o, s) for o in dict.fromkeys(operands) if isinstance(s := states[o], Tokens)]
     if node.op == "output":
-        leaves = [Leave(o, s.dim) for o in node.all_input_nodes if isinstance(s := states[o], Tokens)]
         return Flow(FREE, tuple(leaves))
+    carries_tokens = bool(leaves) or any(_has_token_parts(states[o]) for o in operands)
     rule = RULES.get(node.target)
     if node.op != "call_function" or rule is None:
         if not carries_tokens:
             return Flow(FREE)
         return refuse(node, states, "no rule for this operator", help="add one to RULES in passes/rules.py")
-    if not carries_tokens and not _may_bear_tokens(node, states):
+    if not carries_tokens and not is_patchify(node) and not any(isinstance(states[o], Grid | Parts) for o in operands):
         return Flow(FREE)
     answer = rule(Query(node, states, grid))
-    return refuse(node, states, answer) if isinstance(answer, str) else answer
-
-
-def _input_flow(node: Node, grid: tuple[int, int, int], token_inputs: Mapping[str, int]) -> Flow:
-    if node.name not in token_inputs:
+    if isinstance(answer, Flow):
+        return answer
+    if not carries_tokens:
         return Flow(FREE)
-    shape = shape_of(node)
-    dim = wrap(token_inputs[node.name], len(shape))
-    if not 0 <= dim < len(shape) or shape[dim] != prod(grid):
-        raise GridMismatchError(
-            f"the plan's token grid {grid} has {prod(grid)} tokens, but dim {token_inputs[node.name]} of the "
-            f"token input {node.name} {shape} does not have that size"
-        )
-    return Flow(Tokens(dim), (Enter(dim),))
+    if isinstance(answer, Never):
+        return refuse(node, states, answer.reason, answer.help)
+    whole[node] = refuse(node, states, answer)
+    return Flow(FREE, tuple(leaves))
 
 
-def _may_bear_tokens(node: Node, states: Mapping[Node, AxisState]) -> bool:
-    return is_patchify(node) or any(isinstance(states[operand], Grid) for operand in node.all_input_nodes)
+def _has_token_parts(state: AxisState) -> bool:
+    return isinstance(state, Parts) and any(isinstance(part, Tokens) for part in state.states)
+
+
+def after_tokens(
+    module: GraphModule, states: Mapping[Node, AxisState], edits: Mapping[Node, tuple[Edit, ...]]
+) -> tuple[frozenset[Node], dict[Node, list[Node]]]:
+    """What a step computes that computes no token, and the whole operands it has to take from the cache.
+
+    It can compute what depends on no token, or on whole token tensors only, which the cache holds. It computes no
+    attention over tokens. So the text rows of a joint attention, where an output needs them, are kept.
+    """
+    computable: dict[Node, bool] = {}
+    for node in module.graph.nodes:
+        own = edits.get(node, ())
+        meets = isinstance(states[node], Tokens) or any(isinstance(e, Attend | Accumulate) for e in own)
+        computable[node] = not meets and all(computable[o] for o in _read(node, own))
+    output = module.graph.output_node()
+    after, kept, todo = {output}, dict[Node, list[Node]](), [output]
+    while todo:
+        node = todo.pop()
+        for operand in _read(node, edits.get(node, ())):
+            if not computable[operand]:
+                kept.setdefault(node, []).append(operand)
+            elif operand not in after:
+                after.add(operand)
+                todo.append(operand)
+    return frozenset(after), kept
+
+
+def _read(node: Node, edits: tuple[Edit, ...]) -> list[Node]:
+    """The operands that a node reads, but for the token tensors that the cache holds."""
+    cached = {edit.operand for edit in edits if isinstance(edit, Leave)}
+    return [operand for operand in node.all_input_nodes if operand not in cached]
 
 
 def _token_sources(module: GraphModule, edits: Mapping[Node, tuple[Edit, ...]]) -> tuple[str, ...]:
@@ -119,6 +168,8 @@ def _token_sources(module: GraphModule, edits: Mapping[Node, tuple[Edit, ...]]) 
             continue
         # Follow the data, not the weights: the first operand of a convolution or a linear.
         follow = node.all_input_nodes[:1] if is_patchify(node) else node.all_input_nodes
+        # A token axis that is born again was born before.
+        follow = [o for o in follow if not any(isinstance(e, Leave) for e in edits.get(node, ()))]
         for operand in follow:
             if operand not in seen:
                 seen.add(operand)
@@ -130,27 +181,12 @@ def _token_sources(module: GraphModule, edits: Mapping[Node, tuple[Edit, ...]]) 
 def _nothing_to_cache(module: GraphModule, analysis: Analysis) -> list[Refusal]:
     """A graph that every rule accepts may still hold nothing to save."""
     if not analysis.of_type(Enter):
-        # A picture encoder has patches too; only patches of as many dims as the grid can be the wrong grid.
-        rank = 3 if analysis.grid[0] > 1 else 2
-        patches = [shape_of(node)[2:] for node in module.graph.nodes if is_patchify(node)]
-        made = [shape for shape in patches if len(shape) >= rank]
-        if any(shape == analysis.grid[3 - len(shape) :] for shape in made):
-            reason = "no token axis found: the grid is never flattened to tokens in the order (T', H', W')"
-            return [Refusal(reason)]
-        if made:
-            shapes = ", ".join(str(shape) for shape in dict.fromkeys(made))
-            raise GridMismatchError(
-                f"the plan's token grid is {analysis.grid} but the model's patch embedding makes {shapes}: "
-                "make the plan for the height, width and number of frames of this call"
-            )
+        return no_tokens(module, analysis.grid)
+    if not analysis.of_type(Attend) and not analysis.of_type(Accumulate):
         return [
-            Refusal(
-                "no token axis found: no patch embedding makes the token grid",
-                help="name the packed inputs with token_inputs={'hidden_states': 1}",
-            )
+            Refusal("no attention has keys and values along the token axis: there is no context to cache"),
+            *analysis.whole.values(),
         ]
-    if not analysis.of_type(Attend):
-        return [Refusal("no attention has keys and values along the token axis: there is no context to cache")]
     if not analysis.of_type(Leave):
         return [Refusal("no output depends on the tokens")]
     return []
@@ -158,4 +194,5 @@ def _nothing_to_cache(module: GraphModule, analysis: Analysis) -> list[Refusal]:
 
 def attention_modules(analysis: Analysis) -> list[str]:
     """The module path of each cached attention, in graph order."""
-    return [module_path(node) for node, _ in analysis.of_type(Attend)]
+    kinds = Attend | Accumulate
+    return [module_path(node) for node, edits in analysis.edits.items() if any(isinstance(e, kinds) for e in edits)]

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .forms import Budgets, CacheEntry, Form, has_side_effect
+from .forms import MASK_COLUMNS, Budgets, CacheEntry, Form, has_side_effect
+from .indices import rows_of
 
 aten = torch.ops.aten
 
 
 def buffer_entry(entry: CacheEntry, budgets: Budgets, num_tokens: int) -> CacheEntry:
     """What the buffer for a cache entry looks like."""
-    if entry.rows == "tokens" or budgets.num_active + budgets.num_context != num_tokens:
+    if entry.rows != "context" or budgets.num_active + budgets.num_context != num_tokens:
         return entry
     shape = list(entry.shape)
-    shape[entry.dim] = num_tokens
+    shape[entry.dim] = entry.tokens.size(num_tokens)
     return replace(entry, shape=tuple(shape))
 
 
@@ -43,7 +45,7 @@ def write_in_place(form: Form, budgets: Budgets, num_tokens: int) -> Form:
     last = placeholders[-1]
     for entry in form.reads:
         if whole and entry.rows == "context":
-            _overwrite_active_rows(graph, buffers[entry], entry, by_name["active_index"])
+            _overwrite_active_rows(graph, buffers[entry], entry, by_name["active_index"], num_tokens)
     for entry, value in zip(form.writes, results[num_outputs:], strict=True):
         if entry not in buffers:
             with graph.inserting_after(last):
@@ -58,7 +60,7 @@ def write_in_place(form: Form, budgets: Budgets, num_tokens: int) -> Form:
     return Form(form.kind, GraphModule(form.module, graph), form.indices, entries, ())
 
 
-def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active_index: Node) -> None:
+def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active_index: Node, num_tokens: int) -> None:
     """`cat([cached, fresh])` becomes: write the fresh rows where they belong, use the whole buffer."""
     for concat in list(buffer.users):
         rows = concat.args[0]
@@ -66,12 +68,28 @@ def _overwrite_active_rows(graph: Graph, buffer: Node, entry: CacheEntry, active
         cached, fresh = rows
         assert concat.target is aten.cat.default
         assert cached is buffer
+        assert isinstance(fresh, Node)
+
+        def call(op: Any, *args: Any, near: Node = concat, **kwargs: Any) -> Node:
+            node = graph.call_function(op, args, kwargs)
+            node.meta = _origin(near)
+            return node
+
         with graph.inserting_before(concat):
-            whole = graph.call_function(aten.index_copy.default, (buffer, entry.dim, active_index, fresh))
-        whole.meta = _origin(concat)
+            index = rows_of(entry.tokens, active_index, num_tokens, fresh.meta["val"].device, call)
+            whole = call(aten.index_copy.default, buffer, entry.dim, index, fresh)
+        _restore_columns(concat)
         concat.replace_all_uses_with(whole)
         graph.erase_node(concat)
         _store(graph, buffer, whole)
+
+
+def _restore_columns(concat: Node) -> None:
+    """Keys are in token order again, so the mask of an attention has its own columns again."""
+    for attention in list(concat.users):
+        mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+        if isinstance(mask, Node) and mask.meta.get(MASK_COLUMNS):
+            attention.replace_input_with(mask, mask.args[0])  # type: ignore[arg-type]
 
 
 def _store(graph: Graph, buffer: Node, value: Node) -> None:

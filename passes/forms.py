@@ -1,22 +1,26 @@
 """Write the static-shape forms of a graph: each is one reading of the edits that the analysis found.
 
-=========  ==========================  ==============================  ============================
-edit       full                        partial                         reuse
-=========  ==========================  ==============================  ============================
-Enter      -                           take the active rows            -
-Gather     -                           take the active rows            -
-Resize     -                           N becomes M                     -
-Attend     emit context rows of K, V   append cached rows to K, V      -
-Leave      emit the token tensor       write into the cached tensor    read the cached tensor
-=========  ==========================  ==============================  ============================
+==========  ==========================  ==============================  ============================
+edit        full                        partial                         reuse
+==========  ==========================  ==============================  ============================
+Enter       -                           take the active rows            -
+Gather      -                           take the active rows            -
+Resize      -                           N becomes M                     -
+Attend      emit context rows of K, V   append cached rows to K, V      -
+Accumulate  emit the sum over context   add the cached sum              -
+Leave       emit the token tensor       write into the cached tensor    read the cached tensor
+Keep        emit the tensor             emit the tensor                 read the cached tensor
+==========  ==========================  ==============================  ============================
 
-In the reuse form everything before a `Leave` is then dead code. `FORMS` names the writers; a new form is one more.
+The reuse form holds only what comes after the last `Leave` and `Keep`. `FORMS` names the writers; a new form is one
+more.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -26,36 +30,45 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from .analyse import Analysis
-from .axis import Attend, Enter, Gather, Leave, Resize, Tokens
+from .axis import Accumulate, Attend, Enter, Gather, Keep, Leave, Parts, Resize, Tokens
+from .indices import rows_of, runs_of
 from .refusal import module_path, shape_of
 
 aten = torch.ops.aten
+
+Rows = Literal["context", "tokens", "none"]
+Group = Literal["key_values", "output", "hidden"]
+MASK_COLUMNS = "hetcache mask columns"
+"""In a node's `meta`: it puts the columns of a mask in the order of cached and fresh keys."""
 
 
 @dataclass(frozen=True)
 class CacheEntry:
     """One tensor that passes from step to step.
 
-    `rows` says what its dim `dim` counts: the C context tokens (keys and values) or all N tokens (the last
-    tensor before the tokens are laid out as a video again). `module` is the module path it comes from.
+    `rows` says what its dim `dim` counts: the C context tokens (keys and values), all rows of a token axis, or
+    nothing that has to do with tokens (a sum over the context, a whole tensor). `module` is the module path it
+    comes from. `group` says what it is for: the attentions, the output, or hidden states that are needed whole.
     """
 
     name: str
-    rows: Literal["context", "tokens"]
+    rows: Rows
     dim: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     module: str
+    tokens: Tokens
+    group: Group = "key_values"
 
     @property
     def input_name(self) -> str:
         """Its name where a form reads it, and its key in a cache dict: `past_key_values.3.key`."""
-        return ("past_output." if self.rows == "tokens" else "past_key_values.") + self.name
+        return f"past_{self.group}.{self.name}"
 
     @property
     def output_name(self) -> str:
         """Its name where a form writes it: `present.3.key`."""
-        return ("present_output." if self.rows == "tokens" else "present.") + self.name
+        return f"present.{self.name}" if self.group == "key_values" else f"present_{self.group}.{self.name}"
 
     @property
     def num_bytes(self) -> int:
@@ -88,19 +101,47 @@ class Form:
 def cache_layout(analysis: Analysis, budgets: Budgets) -> dict[tuple[Node, str], CacheEntry]:
     """Every cache entry of a graph, by the node it belongs to and its role there, in graph order."""
     layout: dict[tuple[Node, str], CacheEntry] = {}
-    attends = [(node, edit) for node, edit in analysis.of_type(Attend) if isinstance(edit, Attend)]
-    for number, (node, edit) in enumerate(attends):
-        for role, operand in (("key", edit.key), ("value", edit.value)):
-            shape = _with_rows(shape_of(operand), edit.dim, budgets.num_context)
-            layout[node, role] = CacheEntry(
-                f"{number}.{role}", "context", edit.dim, shape, operand.meta["val"].dtype, module_path(node)
+    numbers: Counter[str] = Counter()
+    for node, edits in analysis.edits.items():
+        for edit in edits:
+            if isinstance(edit, Attend):
+                for role, operand in (("key", edit.key), ("value", edit.value)):
+                    rows = len(edit.tokens.whole) * budgets.num_context - budgets.num_context
+                    shape = _with_rows(shape_of(operand), edit.tokens.dim, rows)
+                    name = f"{numbers['key_values']}.{role}"
+                    layout[node, role] = _entry(operand, name, "context", edit.tokens, node, shape)
+                numbers["key_values"] += 1
+            elif isinstance(edit, Accumulate):
+                name = f"{numbers['key_values']}.sum"
+                layout[node, "sum"] = _entry(node, name, "none", edit.left_tokens, node)
+                numbers["key_values"] += 1
+    for edit, group in _ends(analysis):
+        rows_kind: Rows = "tokens" if isinstance(edit, Leave) else "none"
+        tokens = edit.tokens if isinstance(edit, Leave) else Tokens(0)
+        if (edit.operand, "whole") not in layout:
+            layout[edit.operand, "whole"] = replace(
+                _entry(edit.operand, str(numbers[group]), rows_kind, tokens, edit.operand), group=group
             )
-    leaves = dict.fromkeys((e.operand, e.dim) for _, e in analysis.of_type(Leave) if isinstance(e, Leave))
-    for number, (operand, dim) in enumerate(leaves):
-        layout[operand, "output"] = CacheEntry(
-            f"{number}", "tokens", dim, shape_of(operand), operand.meta["val"].dtype, module_path(operand)
-        )
+            numbers[group] += 1
     return layout
+
+
+def _ends(analysis: Analysis) -> list[tuple[Leave | Keep, Group]]:
+    """Where token tensors become whole: first those a reuse step reads, then those inside the model."""
+    ends: list[tuple[Leave | Keep, Group]] = [
+        (edit, "output" if node in analysis.after else "hidden")
+        for node, edits in analysis.edits.items()
+        for edit in edits
+        if isinstance(edit, Leave | Keep)
+    ]
+    return sorted(ends, key=lambda end: end[1] == "hidden")
+
+
+def _entry(
+    operand: Node, name: str, rows: Rows, tokens: Tokens, near: Node, shape: tuple[int, ...] | None = None
+) -> CacheEntry:
+    value = operand.meta["val"]
+    return CacheEntry(name, rows, tokens.dim, shape or shape_of(operand), value.dtype, module_path(near), tokens)
 
 
 class FormWriter:
@@ -115,7 +156,8 @@ class FormWriter:
         self.indices: list[str] = []
         self.reads: dict[CacheEntry, Node] = {}
         self.writes: dict[CacheEntry, Node] = {}
-        self.gathered: dict[tuple[Node, int], Node] = {}
+        self.gathered: dict[tuple[Node, Tokens], Node] = {}
+        self.row_indices: dict[tuple[Node, Tokens, bool], Node] = {}
         for node in self._placeholders():
             self.copy(node, shape_of(node))
 
@@ -138,7 +180,7 @@ class FormWriter:
         return self.reads[entry]
 
     def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Node:
-        mode, device = _fake_mode(self.source), _device(self.source)
+        mode, device = fake_mode(self.source), _device(self.source)
         node = self.graph.placeholder(name)
         with mode:
             node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
@@ -154,18 +196,35 @@ class FormWriter:
         self.new[node] = new
         return new
 
-    def call(self, op: Any, args: tuple[Any, ...], near: Node) -> Node:
+    def call(self, op: Any, args: tuple[Any, ...], near: Node, kwargs: dict[str, Any] | None = None) -> Node:
         """A new call, which names the pass and keeps the trace of the node it stands for."""
-        node = self.graph.call_function(op, args)
+        node = self.graph.call_function(op, args, kwargs)
         node.meta = {k: near.meta[k] for k in ("stack_trace", "nn_module_stack") if k in near.meta}
         node.meta["hetcache"] = self.kind
         return node
 
-    def take_rows(self, operand: Node, dim: int, index: Node, near: Node) -> Node:
+    def row_index(self, tokens: Tokens, selected: Node, near: Node, *, runs_only: bool = False) -> Node:
+        """The rows that `selected` names along a token axis, with whole rows or `runs_only`; made once."""
+        key = (selected, tokens.at(0), runs_only)
+        if key not in self.row_indices:
+            number, device = prod(self.analysis.grid), _device(self.source)
+
+            def call(op: Any, *args: Any, **kwargs: Any) -> Node:
+                return self.call(op, args, near, kwargs)
+
+            self.row_indices[key] = (
+                runs_of(tokens, selected, number, call)
+                if runs_only
+                else rows_of(tokens, selected, number, device, call)
+            )
+        return self.row_indices[key]
+
+    def take_rows(self, operand: Node, tokens: Tokens, index: Node, near: Node) -> Node:
         """The rows of `operand` that `index` names; made once."""
-        if (operand, dim) not in self.gathered:
-            self.gathered[operand, dim] = self.call(aten.index_select.default, (operand, dim, index), near)
-        return self.gathered[operand, dim]
+        if (operand, tokens) not in self.gathered:
+            args = (operand, tokens.dim, self.row_index(tokens, index, near))
+            self.gathered[operand, tokens] = self.call(aten.index_select.default, args, near)
+        return self.gathered[operand, tokens]
 
     def finish(self, replace: dict[Node, Node] | None = None) -> Form:
         """Add the outputs, drop dead code, and check every shape by running the graph on fake tensors."""
@@ -190,36 +249,64 @@ def write_full(source: GraphModule, analysis: Analysis, budgets: Budgets) -> For
         for edit in analysis.edits.get(node, ()):
             if isinstance(edit, Attend):
                 for role, operand in (("key", edit.key), ("value", edit.value)):
-                    rows = (writer.new[operand], edit.dim, context_index)
-                    writer.writes[writer.layout[node, role]] = writer.call(aten.index_select.default, rows, node)
+                    writer.writes[writer.layout[node, role]] = _context_rows(
+                        writer, operand, edit.tokens, context_index, node
+                    )
+            elif isinstance(edit, Accumulate):
+                sides = ((edit.left, edit.left_tokens), (edit.right, edit.right_tokens))
+                rows = tuple(_context_rows(writer, *side, context_index, node) for side in sides)
+                writer.writes[writer.layout[node, "sum"]] = writer.call(node.target, rows, node)
     for (node, role), entry in writer.layout.items():
-        if role == "output":
+        if role == "whole":
             writer.writes[entry] = writer.new[node]
     return writer.finish()
+
+
+def _context_rows(writer: FormWriter, operand: Node, tokens: Tokens, context_index: Node, near: Node) -> Node:
+    rows = writer.row_index(tokens, context_index, near, runs_only=True)
+    return writer.call(aten.index_select.default, (writer.new[operand], tokens.dim, rows), near)
 
 
 def write_partial(source: GraphModule, analysis: Analysis, budgets: Budgets) -> Form:
     """The residual stream on M tokens, attention on M fresh and C cached keys and values."""
     writer = FormWriter("partial", source, analysis, budgets)
     active_index = writer.index_input("active_index", budgets.num_active)
-    for entry in writer.layout.values():
-        writer.cache_input(entry)
+    context_index = None
+    if any(isinstance(e, Attend) and e.mask is not None for _, e in analysis.of_type(Attend)):
+        context_index = writer.index_input("context_index", budgets.num_context)
+    for (_, role), entry in writer.layout.items():
+        if role != "whole" or entry.rows == "tokens":
+            writer.cache_input(entry)
     for node in writer._placeholders():
         _enter(writer, node, active_index)
     for node in writer.body():
-        replace = _operands(writer, node, active_index)
-        with_context = _with_context(writer, node)
-        copy = writer.copy(node, _rows_of(node, analysis, budgets), replace)
-        for position, rows in with_context.items():
-            copy.update_arg(position, rows)
-        for edit in analysis.edits.get(node, ()):
-            if isinstance(edit, Resize):
-                sizes = list(copy.args[edit.arg])  # type: ignore[arg-type]
-                if sizes[edit.position] != -1:
-                    sizes[edit.position] = budgets.num_active
-                copy.update_arg(edit.arg, sizes)
+        replaced = _operands(writer, node, active_index)
+        attended = _with_context(writer, node, replaced, active_index, context_index)
+        copy = writer.copy(node, _rows_of(node, analysis, budgets), replaced)
+        for position, rows in attended.items():
+            _set_argument(copy, position, rows)
+        _resize(copy, node, analysis, budgets)
         _enter(writer, node, active_index)
+        _add_context(writer, node)
+    for (node, role), entry in writer.layout.items():
+        if role == "whole" and entry.rows == "none":
+            writer.writes[entry] = writer.new[node]
     return writer.finish(_operands(writer, source.graph.output_node(), active_index))
+
+
+def _resize(copy: Node, node: Node, analysis: Analysis, budgets: Budgets) -> None:
+    """Arguments that count tokens count the active ones."""
+    for edit in analysis.edits.get(node, ()):
+        if not isinstance(edit, Resize):
+            continue
+        size = edit.tokens.size(budgets.num_active)
+        if edit.position is None:
+            copy.update_arg(edit.arg, size)
+            continue
+        sizes = list(copy.args[edit.arg])  # type: ignore[arg-type]
+        if sizes[edit.position] != -1:
+            sizes[edit.position] = size
+        copy.update_arg(edit.arg, sizes)
 
 
 def _enter(writer: FormWriter, node: Node, active_index: Node) -> None:
@@ -228,40 +315,68 @@ def _enter(writer: FormWriter, node: Node, active_index: Node) -> None:
         if isinstance(edit, Enter):
             whole = writer.new[node]
             writer.expected[whole] = shape_of(node)
-            writer.new[node] = writer.take_rows(whole, edit.dim, active_index, node)
+            writer.new[node] = writer.take_rows(whole, edit.tokens, active_index, node)
 
 
 def _operands(writer: FormWriter, node: Node, active_index: Node) -> dict[Node, Node]:
     """The operands that a node of the partial form sees in place of its own."""
-    replace: dict[Node, Node] = {}
+    replaced: dict[Node, Node] = {}
     for edit in writer.analysis.edits.get(node, ()):
         if isinstance(edit, Gather):
             whole = writer.new[edit.operand]
-            replace[edit.operand] = writer.take_rows(whole, edit.dim, active_index, node)
+            replaced[edit.operand] = writer.take_rows(whole, edit.tokens, active_index, node)
         elif isinstance(edit, Leave):
-            replace[edit.operand] = _merge_rows(writer, edit, active_index, node)
-    return replace
+            replaced[edit.operand] = _merge_rows(writer, edit, active_index, node)
+    return replaced
 
 
-def _with_context(writer: FormWriter, node: Node) -> dict[int, Node]:
-    """The key and value arguments of an attention, by position: cached context rows, then fresh rows.
+def _with_context(
+    writer: FormWriter, node: Node, replaced: dict[Node, Node], active_index: Node, context_index: Node | None
+) -> dict[int, Node]:
+    """The key, value and mask arguments of an attention, by position: cached context rows, then fresh rows.
 
     By position, because a query may be the same node as a key.
     """
     arguments: dict[int, Node] = {}
     for edit in writer.analysis.edits.get(node, ()):
-        if isinstance(edit, Attend):
-            for position, role, fresh in ((1, "key", edit.key), (2, "value", edit.value)):
-                rows = [writer.cache_input(writer.layout[node, role]), writer.new[fresh]]
-                arguments[position] = writer.call(aten.cat.default, (rows, edit.dim), node)
+        if not isinstance(edit, Attend):
+            continue
+        for position, role, fresh in ((1, "key", edit.key), (2, "value", edit.value)):
+            rows = [writer.cache_input(writer.layout[node, role]), writer.new[fresh]]
+            arguments[position] = writer.call(aten.cat.default, (rows, edit.tokens.dim), node)
+        if edit.mask is not None:
+            assert context_index is not None
+            mask = replaced.get(edit.mask) or writer.new[edit.mask]
+            context = writer.row_index(edit.tokens, context_index, node, runs_only=True)
+            columns = [context, writer.row_index(edit.tokens, active_index, node)]
+            columns_index = writer.call(aten.cat.default, (columns,), node)
+            arguments[3] = writer.call(aten.index_select.default, (mask, -1, columns_index), node)
+            arguments[3].meta[MASK_COLUMNS] = True
     return arguments
+
+
+def _set_argument(node: Node, position: int, value: Node) -> None:
+    """Replace an argument that is passed by position, or by the name that the schema gives it."""
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(node.target._schema.arguments[position].name, value)  # type: ignore[union-attr]
+
+
+def _add_context(writer: FormWriter, node: Node) -> None:
+    """A sum over tokens: the fresh rows, and the cached sum over the context."""
+    for edit in writer.analysis.edits.get(node, ()):
+        if isinstance(edit, Accumulate):
+            cached = writer.cache_input(writer.layout[node, "sum"])
+            writer.new[node] = writer.call(aten.add.Tensor, (writer.new[node], cached), node)
 
 
 def _merge_rows(writer: FormWriter, edit: Leave, active_index: Node, near: Node) -> Node:
     """The whole token tensor: the cached one with the active rows written into it; made once."""
-    entry = writer.layout[edit.operand, "output"]
+    entry = writer.layout[edit.operand, "whole"]
     if entry not in writer.writes:
-        args = (writer.cache_input(entry), edit.dim, active_index, writer.new[edit.operand])
+        index = writer.row_index(edit.tokens, active_index, near)
+        args = (writer.cache_input(entry), edit.tokens.dim, index, writer.new[edit.operand])
         writer.writes[entry] = writer.call(aten.index_copy.default, args, near)
     return writer.writes[entry]
 
@@ -270,15 +385,16 @@ def write_reuse(source: GraphModule, analysis: Analysis, budgets: Budgets) -> Fo
     """What comes after the tokens, on the cached token tensors. Writes nothing."""
     writer = FormWriter("reuse", source, analysis, budgets)
     for (_, role), entry in writer.layout.items():
-        if role == "output":
+        if role == "whole" and entry.group == "output":
             writer.cache_input(entry)
 
     def cached(node: Node) -> dict[Node, Node]:
-        leaves = (e for e in analysis.edits.get(node, ()) if isinstance(e, Leave))
-        return {e.operand: writer.cache_input(writer.layout[e.operand, "output"]) for e in leaves}
+        ends = (e for e in analysis.edits.get(node, ()) if isinstance(e, Leave | Keep))
+        return {e.operand: writer.cache_input(writer.layout[e.operand, "whole"]) for e in ends}
 
     for node in writer.body():
-        writer.copy(node, shape_of(node), cached(node))
+        if node in analysis.after:
+            writer.copy(node, shape_of(node), cached(node))
     return writer.finish(cached(source.graph.output_node()))
 
 
@@ -306,7 +422,7 @@ def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) ->
             return result
 
     inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
-    with _fake_mode(module):
+    with fake_mode(module):
         Verify(module).run(*inputs, enable_io_processing=False)
 
 
@@ -321,7 +437,9 @@ def _rows_of(node: Node, analysis: Analysis, budgets: Budgets) -> tuple[int, ...
     state = analysis.states[node]
     born = any(isinstance(edit, Enter) for edit in analysis.edits.get(node, ()))
     if isinstance(state, Tokens) and not born:
-        return _with_rows(shape_of(node), state.dim, budgets.num_active)
+        return _with_rows(shape_of(node), state.dim, state.size(budgets.num_active))
+    if isinstance(state, Parts) and isinstance(first := state.states[0], Tokens):
+        return _with_rows(shape_of(node), first.dim, first.size(budgets.num_active))
     return shape_of(node)
 
 
@@ -329,7 +447,8 @@ def _with_rows(shape: tuple[int, ...], dim: int, rows: int) -> tuple[int, ...]:
     return (*shape[:dim], rows, *shape[dim + 1 :])
 
 
-def _fake_mode(module: GraphModule) -> FakeTensorMode:
+def fake_mode(module: GraphModule) -> FakeTensorMode:
+    """The mode of the fake tensors that the graph was captured on."""
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     mode = detect_fake_mode(values)
     assert mode is not None, "the graph was not captured on fake tensors"

@@ -61,6 +61,24 @@ def drop_whole_slices(module: GraphModule) -> PassResult:
     return PassResult(module, modified)
 
 
+def name_squeezed_dims(module: GraphModule) -> PassResult:
+    """`squeeze` says which dims go: those of size 1 now, whatever sizes a form has."""
+    modified = False
+    for node in list(module.graph.nodes):
+        if node.target not in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+            continue
+        shape = shape_of(node.args[0])
+        named = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+        gone = [d for d in ([named] if isinstance(named, int) else named) if shape[d] == 1]
+        if gone:
+            node.target, node.args = aten.squeeze.dims, (node.args[0], gone)
+        else:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        modified = True
+    return PassResult(module, modified)
+
+
 def share_subexpressions(module: GraphModule) -> PassResult:
     """Compute equal expressions once, such as the rotary tables that every block slices anew.
 
@@ -90,6 +108,7 @@ PASSES: list[Callable[[GraphModule], PassResult]] = [
     drop_asserts,
     drop_empty_operands,
     drop_whole_slices,
+    name_squeezed_dims,
     share_subexpressions,
     drop_dead_code,
 ]

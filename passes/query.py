@@ -1,15 +1,15 @@
-"""What a rule is asked, and the one computation that most rules share: operands that broadcast."""
+"""What a rule is asked, and the two computations that most rules share: dims that move, operands that broadcast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from torch.fx import Node
 
-from .axis import FREE, AxisState, Edit, Flow, Gather, Grid, Tokens
+from .axis import FREE, AxisState, Edit, Flow, Gather, Grid, Never, Tokens
 from .refusal import shape_of
 
 
@@ -53,7 +53,8 @@ class Query:
         return operand, self.states[operand]
 
 
-Rule = Callable[[Query], Flow | str]
+Rule = Callable[[Query], Flow | str | Never]
+"""The flow of a node, or why it cannot be computed on the active tokens alone (a string), or not at all."""
 
 
 def wrap(dim: int, rank: int) -> int:
@@ -61,29 +62,68 @@ def wrap(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
+def move_dims(state: AxisState, new_dim: Callable[[int], int | None]) -> AxisState:
+    """The state after dims have moved; a token axis must not go (`None`), a guess whose dim goes is dropped."""
+    if isinstance(state, Tokens):
+        dim = new_dim(state.dim)
+        assert dim is not None
+        return state.at(dim)
+    if isinstance(state, Grid):
+        moved = (tuple((p, new_dim(p.dim)) for p in guess) for guess in state.guesses)
+        kept = [guess for guess in moved if all(dim is not None for _, dim in guess)]
+        return grid_of(tuple(replace(p, dim=dim) for p, dim in guess) for guess in kept)  # type: ignore[arg-type]
+    return FREE
+
+
+def works_along(state: AxisState, dims: set[int], reason: str, keeps_rank: bool = True) -> Flow | str:
+    """The flow of an operator that mixes or cuts what lies along `dims`, and keeps or removes them all."""
+    if isinstance(state, Tokens) and state.dim in dims:
+        return reason
+    return Flow(
+        move_dims(state, lambda d: None if d in dims else d if keeps_rank else d - sum(gone < d for gone in dims))
+    )
+
+
+def grid_of(guesses: Any) -> AxisState:
+    """`Grid`, or `FREE` where no guess is left."""
+    known = frozenset(guesses)
+    return Grid(known) if known else FREE
+
+
 def align(q: Query, operands: list[Node], rank: int, own_dims: tuple[int, ...] = ()) -> Flow | str:
     """Operands that broadcast against each other, one row of the token axis with one row.
 
-    1. All token operands must have the token axis at the same dim, counted from the right.
-    2. A whole operand of size N there is positional data: gather it. One of size 1, or without that dim, stays.
+    1. All token operands must have the same token axis, at the same dim counted from the right.
+    2. A whole operand of full size there is positional data: gather it. One of size 1, or without that dim, stays.
     3. `own_dims` are dims (from the left, of `rank`) the operator works along: no token axis there.
     """
     states = {operand: q.state(operand) for operand in operands}
-    places = {s.dim - len(shape_of(o)) for o, s in states.items() if isinstance(s, Tokens)}
-    if not places:
-        grids = {s for o, s in states.items() if isinstance(s, Grid) and len(shape_of(o)) == rank}
-        return Flow(grids.pop() if len(grids) == 1 else FREE)
-    if len(places) > 1:
-        return "its operands have their token axes at different dims"
-    place = places.pop()
-    if place + rank in own_dims:
+    axes = {s.at(s.dim - len(shape_of(o)) + rank) for o, s in states.items() if isinstance(s, Tokens)}
+    if not axes:
+        return Flow(_common_grid(states, rank, own_dims))
+    if len(axes) > 1:
+        return "its operands have different token axes"
+    tokens = axes.pop()
+    if tokens.dim in own_dims:
         return "it works along the token axis"
     edits: list[Edit] = []
     for operand, state in states.items():
         shape = shape_of(operand)
-        if isinstance(state, Tokens) or len(shape) < -place or shape[place] == 1:
+        dim = tokens.dim - rank + len(shape)
+        if isinstance(state, Tokens) or dim < 0 or shape[dim] == 1:
             continue
-        if shape[place] != q.num_tokens:
-            return f"an operand of size {shape[place]} meets the token axis of size {q.num_tokens}"
-        edits.append(Gather(operand, place + len(shape)))
-    return Flow(Tokens(place + rank), tuple(edits))
+        if shape[dim] != tokens.size(q.num_tokens):
+            return f"an operand of size {shape[dim]} meets the token axis of size {tokens.size(q.num_tokens)}"
+        edits.append(Gather(operand, tokens.at(dim)))
+    return Flow(tokens, tuple(edits))
+
+
+def _common_grid(states: Mapping[Node, AxisState], rank: int, own_dims: tuple[int, ...]) -> AxisState:
+    """The guesses that all operands which are laid out on the grid agree on."""
+    guesses = []
+    for operand, state in states.items():
+        shift = rank - len(shape_of(operand))
+        if isinstance(state, Grid):
+            guesses.append(frozenset(tuple(replace(p, dim=p.dim + shift) for p in guess) for guess in state.guesses))
+    common = frozenset.intersection(*guesses) if guesses else frozenset()
+    return grid_of(guess for guess in common if not any(place.dim in own_dims for place in guess))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch.fx import Node
 
 from .axis import AxisState
@@ -86,10 +88,15 @@ def module_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """`file:line: code` of the innermost Python frame that made `node`, or an empty string."""
+    """`file:line: code` of the innermost Python frame outside torch that made `node`, or an empty string."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    if not frames:
+    own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
+    if not own:
         return ""
-    file, line, code = frames[-1]
+    file, line, code = own[-1]
     return f"{file}:{line}: {code.strip()}"
+
+
+TORCH = str(Path(torch.__file__).parent) + "/"
+"""Frames inside torch say nothing of the model: `nn.LayerNorm` is best shown where it is called."""

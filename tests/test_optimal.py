@@ -206,7 +206,7 @@ def test_kinds_that_no_clip_has_do_not_count():
     with pytest.raises(CalibrationError, match="no clip"):
         RecordedErrors(empty, empty.timesteps)
     with pytest.raises(CalibrationError, match="no step costs"):
-        replace(optimal_schedule(known, costs=None), "2x", known.timesteps, 0.5)
+        optimal_schedule(replace(known, costs=None), "2x", known.timesteps, 0.5)
 
 
 def test_costs_between_what_was_timed():

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.passes import query, rules
+from hetcache_compile.forms import Forms
+from hetcache_compile.passes import attention, dims, patches, query, rules
 
 GRID, N = (2, 3, 5), 30
 WIDTH, TEXT, BATCH, CHANNELS = 14, 11, 2, 3
@@ -65,13 +66,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> 
 
 
 ones = torch.ones
+ADD_RULE = "add one to RULES in passes/rules.py"
 
-# name: what a block does with tokens x and text, the operator that is refused, and why
-OPS: dict[str, tuple[Op, str, str]] = {
+# name: what a block does with tokens x and text, the operator that looks across tokens, and why it is computed whole
+WHOLE: dict[str, tuple[Op, str, str]] = {
     "different_dims": (
         lambda x, _: (x @ ones(WIDTH, N)) + (x @ ones(WIDTH, N)).mT,
         "aten.add.Tensor",
-        "its operands have their token axes at different dims",
+        "its operands have different token axes",
     ),
     "empty_operand": (
         lambda x, _: torch.cat([x.mT, x.mT, torch.empty(0)], 1),
@@ -109,26 +111,35 @@ OPS: dict[str, tuple[Op, str, str]] = {
         "it contracts the token axis",
     ),
     "attention_by_hand": (
-        lambda x, text: text @ x.mT,
+        lambda x, _: (x @ x.mT).softmax(-1) @ x,
         "aten.matmul.default",
-        "its right side carries the token axis",
+        "each token meets each other token",
     ),
-    "batched_matmul": (
-        lambda x, _: torch.bmm(x.transpose(0, 1), ones(N, WIDTH, 3)),
-        "aten.bmm.default",
-        "its batch dims hold the token axis",
+    "mixed_product": (
+        lambda x, _: x[:, :, None] @ x.mT[:, None],
+        "aten.matmul.default",
+        "its operands have different token axes",
     ),
-    "matrix_bias": (
-        lambda x, _: torch.addmm(ones(N, 3), x[0], ones(WIDTH, 3)),
+    "vector": (lambda x, _: ones(5, N) @ x[0, :, 0], "aten.matmul.default", "its right side carries the token axis"),
+    "bias": (
+        lambda x, text: torch.addmm(x[0, :, 0], ones(5, 3), ones(3, N)),
         "aten.addmm.default",
-        "its bias is a matrix",
+        "its bias carries the token axis",
+    ),
+    "outer": (
+        lambda x, _: torch.outer(x[0, :, 0], x[1, :, 1]),
+        "aten.outer.default",
+        "each token meets each other token",
     ),
     "mean": (lambda x, _: x.mean(1), "aten.mean.dim", "it reduces over the token axis"),
-    "softmax": (lambda x, _: x.softmax(1), "aten.softmax.int", "it reduces over the token axis"),
-    "concat": (
-        lambda x, text: torch.cat([text, x], 1),
-        "aten.cat.default",
-        "it concatenates along the token axis",
+    "norm": (lambda x, _: x.norm(dim=1), "aten.linalg_vector_norm.default", "it reduces over the token axis"),
+    "softmax": (lambda x, _: x.softmax(1), "aten.softmax.int", "it mixes the rows of the token axis"),
+    "cumsum": (lambda x, _: x.cumsum(1), "aten.cumsum.default", "it mixes the rows of the token axis"),
+    "roll": (lambda x, _: x.roll(1, 1), "aten.roll.default", "it mixes the rows of the token axis"),
+    "table": (
+        lambda x, text: F.embedding((text[:, :, 0] > 0).long(), x[0]),
+        "aten.embedding.default",
+        "its table carries the token axis",
     ),
     "slice": (lambda x, _: x[:, 2:7], "aten.slice.Tensor", "it cuts the token axis"),
     "select": (lambda x, _: x[:, 0], "aten.select.int", "it cuts the token axis"),
@@ -137,18 +148,47 @@ OPS: dict[str, tuple[Op, str, str]] = {
         "aten.slice_scatter.default",
         "it cuts the token axis",
     ),
-    "squeeze_any": (
-        lambda x, _: x[:1].squeeze(),
-        "aten.squeeze.default",
-        "it may drop the token axis when one token is active: name the dim to squeeze",
+    "pick_rows": (
+        lambda x, _: x.index_select(1, torch.tensor([3, 1])),
+        "aten.index_select.default",
+        "it picks rows of the token axis",
     ),
-    "squeeze": (lambda x, _: x.squeeze(1), "aten.squeeze.dim", "it squeezes the token axis"),
-    "fold_batch": (
-        lambda x, _: x.reshape(BATCH * N, WIDTH),
+    "pick_by_tokens": (
+        lambda x, text: text.index_select(0, (x[0, :, 0] > 0).long()),
+        "aten.index_select.default",
+        "its index carries the token axis",
+    ),
+    "pick_by_several": (
+        lambda x, _: x[torch.tensor([0, 1]), torch.tensor([0, 1])],
+        "aten.index.Tensor",
+        "it picks elements by several indices",
+    ),
+    "pick_at": (lambda x, _: x[:, torch.tensor([4, 4])], "aten.index.Tensor", "it picks rows of the token axis"),
+    "flat_repeat": (
+        lambda x, _: x.repeat_interleave(2),
+        "aten.repeat_interleave.self_int",
+        "it flattens the token axis",
+    ),
+    "complex": (
+        lambda x, _: torch.view_as_real(torch.view_as_complex(x.mT.unflatten(2, (15, 2)).contiguous())),
+        "aten.view.default",
+        "it mixes the token axis with other dims: (2, 14, 30) -> (2, 14, 15, 2)",
+    ),
+    "reflect": (
+        lambda x, _: F.pad(x.mT, (1, 1), "reflect"),
+        "aten.pad.default",
+        "it repeats rows of the token axis",
+    ),
+    "lengths": (
+        lambda x, text: torch.nn.utils.rnn.pad_sequence([x[0], text[0]]),
+        "aten.pad_sequence.default",
+        "it stacks tensors of several lengths",
+    ),
+    "mix_with_features": (
+        lambda x, _: x.reshape(BATCH, WIDTH, N),
         "aten._unsafe_view.default",
-        "it mixes the token axis with other dims: (2, 30, 14) -> (60, 14)",
+        "it mixes the token axis with other dims: (2, 30, 14) -> (2, 14, 30)",
     ),
-    "repeat": (lambda x, _: x.repeat(1, 2, 1), "aten.repeat.default", "it repeats the token axis"),
     "convolution": (
         lambda x, _: F.conv2d(x[:, None], ones(4, 1, 3, 3)),
         "aten.conv2d.default",
@@ -162,80 +202,149 @@ OPS: dict[str, tuple[Op, str, str]] = {
     "causal": (
         lambda x, _: attend(x, x, x, is_causal=True),
         "aten.scaled_dot_product_attention.default",
-        "attention with dropout or a causal mask depends on the rows that are left out",
-    ),
-    "masked": (
-        lambda x, _: attend(x, x, x, attn_mask=ones(N, N).tril() > 0),
-        "aten.scaled_dot_product_attention.default",
-        "self-attention over the token axis has a mask",
+        "a causal mask depends on the rows that are left out",
     ),
     "mask_of_tokens": (
         lambda x, text: attend(x, text, text, attn_mask=x[:, :, :TEXT]),
         "aten.scaled_dot_product_attention.default",
         "its mask is computed from tokens",
     ),
-    "text_asks_tokens": (
-        lambda x, text: attend(text, x, x),
+    "mask_for_each_token": (
+        lambda x, text: attend(*[x.unflatten(2, (7, 2)).reshape(BATCH, N, 7, 2)] * 3, attn_mask=ones(7, 7)),
         "aten.scaled_dot_product_attention.default",
-        "its queries, keys and values carry the token axis in different ways",
+        "each token has a mask of its own",
+    ),
+    "features": (
+        lambda x, _: attend(x.mT, x.mT, x.mT),
+        "aten.scaled_dot_product_attention.default",
+        "its features lie along the token axis",
+    ),
+    "folded_keys": (
+        lambda x, text: attend(text[:, :, :2], *[x.reshape(BATCH, N * 7, 2)] * 2),
+        "aten.scaled_dot_product_attention.default",
+        "its keys fold the token axis with another",
     ),
     "whole_values": (
         lambda x, _: attend(x, x, ones(BATCH, N, WIDTH)),
         "aten.scaled_dot_product_attention.default",
-        "its queries, keys and values carry the token axis in different ways",
+        "its keys and values carry the token axis in different ways",
     ),
     "ranks": (
         lambda x, text: attend(x, text[:, None], text[:, None]),
         "aten.scaled_dot_product_attention.default",
         "its queries, keys and values differ in their number of dims",
     ),
-    "cumsum": (lambda x, _: x.cumsum(1), "aten.cumsum.default", "no rule for this operator"),
-    "roll": (lambda x, _: x.roll(1, 1), "aten.roll.default", "no rule for this operator"),
-    "fft": (lambda x, _: torch.fft.rfft(x, dim=1).abs(), "aten.fft_rfft.default", "no rule for this operator"),
+    "windows": (
+        lambda x, _: attend(*[x.unflatten(1, (2, 15)).flatten(0, 1).unflatten(1, (5, 3)).flatten(0, 1)] * 3),
+        "",
+        "",
+    ),
+}
+
+# name: what a block does, the operator that no form can hold, why, and what would help
+REFUSED: dict[str, tuple[Op, str, str, str]] = {
+    "sort": (lambda x, _: x.sort(1)[0], "aten.sort.default", "no rule for this operator", ADD_RULE),
+    "fft": (
+        lambda x, _: torch.fft.rfft(x, dim=1).abs(),
+        "aten.fft_rfft.default",
+        "no rule for this operator",
+        ADD_RULE,
+    ),
+    "dropout": (
+        lambda x, _: F.dropout(x, 0.5, training=True),
+        "aten.native_dropout.default",
+        "it drops elements at random",
+        "call model.eval() first",
+    ),
+    "attention_dropout": (
+        lambda x, _: attend(x, x, x, dropout_p=0.5),
+        "aten.scaled_dot_product_attention.default",
+        "it drops elements at random",
+        "call model.eval() first",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def refusals() -> dict[str, hetcache.Refusal]:
-    """Every reason of one model with all of `OPS`, by module path."""
-    reasons = reasons_of(Model({name: op for name, (op, _, _) in OPS.items()}))
+    """Every reason of one model with all of `REFUSED`, by module path."""
+    reasons = reasons_of(Model({name: op for name, (op, *_) in REFUSED.items()}))
     assert len({reason.module for reason in reasons}) == len(reasons)
     return {reason.module: reason for reason in reasons}
 
 
 def test_every_reason_at_once(refusals: dict[str, hetcache.Refusal]) -> None:
-    assert list(refusals) == [f"blocks.{name}" for name in OPS]
+    assert list(refusals) == [f"blocks.{name}" for name in REFUSED]
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, refusals: dict[str, hetcache.Refusal]) -> None:
-    _, target, reason = OPS[name]
+    _, target, reason, help = REFUSED[name]
     refusal = refusals[f"blocks.{name}"]
-    assert refusal.reason == reason
-    assert refusal.op == target
+    assert (refusal.op, refusal.reason, refusal.help) == (target, reason, help)
+    check_place(refusal)
+
+
+def check_place(refusal: hetcache.Refusal) -> None:
     assert "[token axis at dim " in refusal.operands
     assert refusal.source == f"{__file__}:{Block.forward.__code__.co_firstlineno + 1}: return self.op(x, text)"
 
 
+@pytest.fixture(scope="module")
+def whole() -> tuple[nn.Module, Forms]:
+    """One model with every operator of `WHOLE`."""
+    torch.manual_seed(0)
+    model = Model({name: op for name, (op, *_) in WHOLE.items()})
+    return model, hetcache.rewrite(model, make_plan(), inputs())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_computed_whole_for_a_reason(name: str, whole: tuple[nn.Module, Forms]) -> None:
+    _, target, reason = WHOLE[name]
+    reasons = [r for r in whole[1].analysis.whole.values() if r.module == f"blocks.{name}"]
+    if not target:  # a reshape of the whole grid, which ends the token axis for good
+        assert reasons == []
+        return
+    assert (reasons[0].op, reasons[0].reason) == (target, reason)
+    check_place(reasons[0])
+
+
+def test_what_is_computed_whole_is_exact(whole: tuple[nn.Module, Forms]) -> None:
+    """On frozen inputs every output, of operators of every kind, is that of the model itself."""
+    model, forms = whole
+    for seed in range(2):
+        torch.manual_seed(seed)
+        args = inputs()
+        expected = model(*args)
+        full, cache = forms.full(*args)
+        partial, cache = forms.partial(cache, *args)
+        reuse, _ = forms.reuse(cache, *args)
+        for name, *outputs in zip(["attention", *WHOLE], expected, full, partial, reuse, strict=True):
+            for output in outputs[1:]:
+                torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_every_answer_of_the_rules_is_among_them() -> None:
-    trees = [ast.parse(inspect.getsource(module)) for module in (query, rules)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (attention, dims, patches, query, rules)]
     returns = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Return)]
     texts = [c.value for r in returns for c in ast.walk(r) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
-    answers = {text for text in texts if " " in text} - {"it works along the token axis"}  # concatenate says more
-    assert len(answers) > 20
-    assert {text for text in answers if not any(text in reason for _, _, reason in OPS.values())} == set()
-
-
-def test_no_rule_says_where_to_add_one(refusals: dict[str, hetcache.Refusal]) -> None:
-    assert refusals["blocks.cumsum"].help == "add one to RULES in passes/rules.py"
-    assert refusals["blocks.mean"].help == ""
+    known = [*(reason for _, _, reason in WHOLE.values()), *(text for row in REFUSED.values() for text in row[2:])]
+    missing = {text for text in texts if " " in text and not any(text in reason for reason in known)}
+    # What no captured graph holds, because `normalise` names the dims that go; the oracle asks for them.
+    assert missing == {
+        "it squeezes the token axis",
+        "it may drop the token axis when one token is active: name the dim to squeeze",
+        "its complex numbers lie along the token axis",
+        "it works along the token axis",
+    }
+    assert len(set(texts)) > 25
 
 
 class Mixer(nn.Module):
     def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         y = 2 * x
-        y = y + x.flip(1)
-        return y - x.sum(1, keepdim=True)
+        y = y + x.sort(1)[0]
+        return y - x.kthvalue(2, 1, keepdim=True)[0]
 
 
 def test_two_bad_operations_are_one_error() -> None:
@@ -247,15 +356,16 @@ def test_two_bad_operations_are_one_error() -> None:
     assert (
         str(caught.value)
         == f"""the graph cannot be rewritten, 2 reasons:
-- aten.flip.default: no rule for this operator
+- aten.sort.default: no rule for this operator
     operands: add (2, 30, 14) [token axis at dim 1]
     module: blocks.mixer
-    source: {__file__}:{line + 2}: y = y + x.flip(1)
+    source: {__file__}:{line + 2}: y = y + x.sort(1)[0]
     help: add one to RULES in passes/rules.py
-- aten.sum.dim_IntList: it reduces over the token axis
+- aten.kthvalue.default: no rule for this operator
     operands: add (2, 30, 14) [token axis at dim 1]
     module: blocks.mixer
-    source: {__file__}:{line + 3}: return y - x.sum(1, keepdim=True)"""
+    source: {__file__}:{line + 3}: return y - x.kthvalue(2, 1, keepdim=True)[0]
+    help: add one to RULES in passes/rules.py"""
     )
 
 

@@ -1,37 +1,37 @@
-"""`dim_groups`: which dims a reshape keeps together."""
+"""`move`, `split`, `merge`: where a reshape puts a factor of a dim, checked element by element."""
+
+from __future__ import annotations
 
 import random
-from itertools import combinations
 from math import prod
 
 import pytest
+import torch
 
-from hetcache_compile.passes.reshape import DimGroup, dim_groups
+from hetcache_compile.passes.axis import Place
+from hetcache_compile.passes.reshape import merge, move, split
 
-CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[DimGroup]]] = {
-    "nothing": ((), (), []),
-    "the same": ((2, 3), (2, 3), [((0,), (0,)), ((1,), (1,))]),
-    "merge": ((2, 3, 5, 7), (2, 105), [((0,), (0,)), ((1, 2, 3), (1,))]),
-    "split": ((2, 105), (2, 3, 5, 7), [((0,), (0,)), ((1,), (1, 2, 3))]),
-    "split into heads": ((2, 7, 15), (2, 7, 3, 5), [((0,), (0,)), ((1,), (1,)), ((2,), (2, 3))]),
-    "merge, then split": ((2, 3, 35), (6, 5, 7), [((0, 1), (0,)), ((2,), (1, 2))]),
-    "dims that overlap": ((6, 4), (4, 6), [((0, 1), (0, 1))]),
-    "overlap with an end in common": ((4, 3, 5), (6, 2, 5), [((0, 1), (0, 1)), ((2,), (2,))]),
-    "equal sizes, merged": ((6, 6, 6), (6, 36), [((0,), (0,)), ((1, 2), (1,))]),
-    "equal sizes, first two merged": ((6, 6, 6), (36, 6), [((0, 1), (0,)), ((2,), (1,))]),
-    "a new dim in front": ((3, 5), (1, 3, 5), [((), (0,)), ((0,), (1,)), ((1,), (2,))]),
-    "a new dim behind": ((3,), (3, 1), [((0,), (0,)), ((), (1,))]),
-    "a dim goes": ((3, 1, 5), (3, 5), [((0,), (0,)), ((1,), ()), ((2,), (1,))]),
-    "a dim of size 1 inside a merge": ((3, 1, 5), (15,), [((0, 2), (0,)), ((1,), ())]),
-    "a dim of size 1 inside a split": ((15,), (3, 1, 5), [((0,), (0, 2)), ((), (1,))]),
-    "only dims of size 1": ((1, 1), (1,), [((0,), ()), ((1,), ()), ((), (0,))]),
-    "a scalar": ((), (1, 1), [((), (0,)), ((), (1,))]),
+CASES: dict[str, tuple[Place, tuple[int, ...], tuple[int, ...], Place | None]] = {
+    "stays": (Place(1), (2, 7, 5), (2, 7, 5), Place(1)),
+    "heads are split off": (Place(1), (2, 7, 15), (2, 7, 3, 5), Place(1)),
+    "folded with the batch": (Place(1), (2, 7, 5), (14, 5), Place(0, outer=2)),
+    "and back": (Place(0, outer=2), (14, 5), (2, 7, 5), Place(1)),
+    "folded with heads": (Place(1), (2, 7, 3, 5), (2, 21, 5), Place(1, inner=3)),
+    "folded with both": (Place(1), (2, 7, 3, 5), (42, 5), Place(0, outer=2, inner=3)),
+    "from folded with heads to folded with features": (Place(1, inner=3), (2, 21, 5), (2, 105), Place(1, inner=15)),
+    "the batch is split": (Place(0, outer=6), (42, 5), (2, 21, 5), Place(1, outer=3)),
+    "new dims of size 1": (Place(0), (7, 5), (1, 7, 1, 5), Place(1)),
+    "equal sizes, the first is split": (Place(1), (6, 6, 6), (2, 3, 6, 6), Place(2)),
+    "equal sizes, merged with the one before": (Place(1), (6, 6, 6), (36, 6), Place(0, outer=6)),
+    "split": (Place(1), (2, 6, 5), (2, 2, 3, 5), None),
+    "mixed with the next": (Place(1), (2, 6, 5), (2, 5, 6), None),
+    "mixed though sizes agree": (Place(0), (4, 6), (6, 4), None),
 }
 
 
-@pytest.mark.parametrize(("old", "new", "groups"), CASES.values(), ids=CASES)
-def test_groups(old: tuple[int, ...], new: tuple[int, ...], groups: list[DimGroup]) -> None:
-    assert dim_groups(old, new) == groups
+@pytest.mark.parametrize(("place", "old", "new", "result"), CASES.values(), ids=CASES)
+def test_move(place: Place, old: tuple[int, ...], new: tuple[int, ...], result: Place | None) -> None:
+    assert move(place, old, new) == result
 
 
 def factorization(number: int, rng: random.Random) -> list[int]:
@@ -46,59 +46,56 @@ def factorization(number: int, rng: random.Random) -> list[int]:
     return factors
 
 
-@pytest.mark.parametrize("number", [1, 30, 36, 64, 210, 720])
-def test_random_factorizations(number: int) -> None:
+def index_along(place: Place, shape: list[int], size: int) -> torch.Tensor:
+    """For each element of a tensor, which entry of the factor it belongs to."""
+    entries = torch.arange(size).repeat_interleave(place.inner).repeat(place.outer)
+    return entries.view([-1 if d == place.dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+@pytest.mark.parametrize("number", [30, 36, 64, 210, 720])
+def test_a_moved_factor_is_where_its_elements_are(number: int) -> None:
+    """Found exactly if one place of the new shape holds the factor, and then it is that place."""
     rng = random.Random(number)
-    for _ in range(300):
+    found = 0
+    for _ in range(200):
         old, new = factorization(number, rng), factorization(number, rng)
-        groups = dim_groups(old, new)
-        for side, sizes in enumerate((old, new)):
-            covered = [d for group in groups for d in group[side]]
-            assert sorted(covered) == list(range(len(sizes)))
-            carried = [d for d in covered if sizes[d] != 1]
-            assert carried == sorted(carried)
-        for old_dims, new_dims in groups:
-            sizes = [old[d] for d in old_dims], [new[d] for d in new_dims]
-            assert prod(sizes[0]) == prod(sizes[1])
-            if prod(sizes[0]) == 1:
-                assert len(old_dims) + len(new_dims) == 1
-                continue
-            assert 1 not in sizes[0] + sizes[1]
-            assert sizes[0]
-            assert sizes[1]
-            # No group can be split: no proper prefixes have equal products.
-            cuts = [{prod(side[:i]) for i in range(1, len(side))} for side in sizes]
-            assert not cuts[0] & cuts[1]
+        dim = rng.choice([d for d, size in enumerate(old) if size > 1])
+        size, outer, inner = rng.choice([f for f in splits(old[dim]) if f[0] > 1])
+        place = Place(dim, outer, inner)
+        entries = index_along(place, old, size).reshape(new)
+        right = [p for p in places_in(new, size) if torch.equal(index_along(p, new, size), entries)]
+        moved = move(place, old, new)
+        assert right == ([] if moved is None else [moved])
+        found += moved is not None
+    assert 0 < found < 200
 
 
-@pytest.mark.parametrize("number", [12, 36])
-def test_a_group_is_a_reshape_of_its_own(number: int) -> None:
-    """Element by element: an index along a group's old dims decides the index along its new dims alone."""
-    rng = random.Random(number)
-    for _ in range(50):
-        old, new = factorization(number, rng), factorization(number, rng)
-        for old_dims, new_dims in dim_groups(old, new):
-            images: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-            for flat in range(number):
-                source, target = unravel(flat, old), unravel(flat, new)
-                key = tuple(source[d] for d in old_dims)
-                images.setdefault(key, set()).add(tuple(target[d] for d in new_dims))
-            assert all(len(image) == 1 for image in images.values())
-            assert all(a.isdisjoint(b) for a, b in combinations(images.values(), 2))
+def splits(number: int) -> list[tuple[int, int, int]]:
+    """Every `(size, outer, inner)` of this product."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return [
+        (size, outer, number // size // outer) for size in divisors for outer in divisors if number // size % outer == 0
+    ]
 
 
-def unravel(flat: int, sizes: list[int]) -> list[int]:
-    """The index of element number `flat` in a contiguous tensor."""
-    index: list[int] = []
-    for size in reversed(sizes):
-        flat, remainder = divmod(flat, size)
-        index.insert(0, remainder)
-    return index
+def places_in(shape: list[int], size: int) -> list[Place]:
+    return [Place(d, outer, inner) for d, n in enumerate(shape) for s, outer, inner in splits(n) if s == size]
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [((2, 3), (5,)), ((2, 3), (2,)), ((2,), (2, 3)), ((), (2,)), ((4,), (6,)), ((3, 1), (1, 2))]
-)
-def test_sizes_that_do_not_match_are_an_error(old: tuple[int, ...], new: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"no reshape leads from \(.*\) to \(.*\)"):
-        dim_groups(old, new)
+@pytest.mark.parametrize("sizes", [(2, 3, 5), (7,), (3, 2)])
+def test_merge_undoes_split(sizes: tuple[int, ...]) -> None:
+    place = Place(1, outer=4, inner=3)
+    parts = split(place, sizes)
+    assert merge(parts, sizes) == place
+    shape = [1, 12 * prod(sizes)]
+    index = index_along(place, shape, prod(sizes))
+    for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        assert torch.equal(index_along(part, shape, size), index // prod(sizes[number + 1 :]) % size)
+
+
+def test_places_that_are_no_neighbours_do_not_merge() -> None:
+    first, second, third = split(Place(1), (2, 3, 5))
+    assert merge((second, first, third), (3, 2, 5)) is None
+    assert merge((first, third), (2, 5)) is None
+    assert merge((first, second, Place(2)), (2, 3, 5)) is None
+    assert merge((second, third), (3, 5)) == Place(1, outer=2)

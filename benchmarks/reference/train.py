@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ STAGES = (
     Stage(size=64, batch=128, steps=4_133, learning_rate=1e-3, decay=False),
     Stage(size=128, batch=32, steps=8_000, learning_rate=7e-4, decay=True),
 )
+CODEC_STAGE = Stage(size=128, batch=48, steps=0, learning_rate=0.0, decay=False)
 WARM_UP, EMA_DECAY, TEXT_DROPOUT, REAL_SHARE, CONTEXT_WEIGHT = 500, 0.999, 0.1, 0.125, 0.1
 
 
@@ -162,9 +164,7 @@ def save_real_frames(file: Path) -> None:
     np.savez_compressed(file, **arrays)
 
 
-def training_batch(
-    stage: Stage, seed: int, step: int, real: RealClips, device: torch.device
-) -> Batch:
+def training_batch(stage: Stage, seed: int, step: int, real: RealClips, device: torch.device) -> Batch:
     """The clips of one step: procedural ones, some of them replaced by real ones."""
     generator = np.random.default_rng([seed, step])
     batch = render_batch(stage.batch, NUM_FRAMES, stage.size, generator, device)
@@ -211,7 +211,7 @@ def mask_psnr(model: nn.Module, codec: BlockTransformCodec, tokenizer: Any, devi
     x = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0)).to(device)
     u = torch.linspace(1, 0, 21)
     sigmas = (FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)).tolist()
-    for now, then in zip(sigmas, sigmas[1:], strict=False):
+    for now, then in pairwise(sigmas):
         with torch.autocast(device.type, torch.bfloat16):
             velocity = model(x, torch.full((len(x),), now, device=device), control, ids)
         x = x + (then - now) * velocity.float()
@@ -221,7 +221,9 @@ def mask_psnr(model: nn.Module, codec: BlockTransformCodec, tokenizer: Any, devi
 
 
 def _psnr_inside(video: torch.Tensor, batch: Batch) -> torch.Tensor:
-    error = ((video.clamp(-1, 1) - batch.video) ** 2 * batch.mask).sum((1, 2, 3, 4)) / (3 * batch.mask.sum((1, 2, 3, 4)))
+    error = ((video.clamp(-1, 1) - batch.video) ** 2 * batch.mask).sum((1, 2, 3, 4)) / (
+        3 * batch.mask.sum((1, 2, 3, 4))
+    )
     return 10 * torch.log10(4 / error)
 
 
@@ -242,8 +244,7 @@ class Training:
         if state.exists():
             self.restore()
         else:
-            stage = Stage(128, 48, 0, 0.0, False)
-            self.codec.fit(training_batch(stage, seed, 10**9, real, device).video)
+            self.codec.fit(training_batch(CODEC_STAGE, seed, 10**9, real, device).video)
 
     def restore(self) -> None:
         """Go on from the last checkpoint."""

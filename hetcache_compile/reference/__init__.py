@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..media import Clip, read_video
+from ..errors import InputFileError
+from ..media import GREY, Clip, read_video
 from .clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, Batch, render_batch
 from .codec import BlockTransformCodec  # noqa: F401  diffusers loads it only where it was imported before
 
@@ -40,6 +42,7 @@ def held_out(count: int) -> list[Clip]:
     """`count` procedural clips of texture families and seeds that training never saw.
 
     Masks of about 5, 20 and 50 % of the pixels take turns, of every kind, moving and still. The same clips each time.
+    A prompt says what belongs inside the mask: it names the object only where the object is masked half of the time.
     """
     return [procedural_clip(number) for number in range(count)]
 
@@ -52,7 +55,8 @@ def procedural_clip(number: int) -> Clip:
     batch = render_batch(
         1, NUM_FRAMES, SIZE, generator, textures=HELD_OUT_TEXTURES, mask_share=(share, share), mask_kinds=(kind,)
     )
-    return to_clip(f"{number:02d}-{kind}-{share:.0%}".replace("%", ""), batch)
+    clip = to_clip(f"{number:02d}-{kind}-{share:.0%}".replace("%", ""), batch)
+    return clip if float(batch.object_masked[0]) >= 0.5 else replace(clip, prompt="only pattern")
 
 
 def calibration_clips(count: int, frames: int = NUM_FRAMES, size: int = SIZE) -> list[Clip]:
@@ -78,6 +82,20 @@ def real_clip() -> Clip:
     return masked_clip("bikes", video, moving_mask(NUM_FRAMES, SIZE, SIZE), "real video")
 
 
+def demo_clip(edit: str) -> Clip:
+    """A clip whose mask follows an object, and the prompt that removes or replaces it. `truth` shows the object.
+
+    Raises:
+        InputFileError: `edit` is neither "remove" nor "replace".
+    """
+    edits = {"remove": (1, "only pattern"), "replace": (0, "a yellow disc moves up over clouds")}
+    if edit not in edits:
+        raise InputFileError(f"the demo can {' or '.join(edits)} an object, not {edit!r}")
+    number, prompt = edits[edit]
+    generator = np.random.default_rng([77, number])
+    return replace(to_clip(edit, render_batch(1, NUM_FRAMES, SIZE, generator, mask_kinds=("object",))), prompt=prompt)
+
+
 def to_clip(name: str, batch: Batch) -> Clip:
     """The first clip of a rendered batch."""
     frames = ((batch.video[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
@@ -86,4 +104,4 @@ def to_clip(name: str, batch: Batch) -> Clip:
 
 def masked_clip(name: str, video: Any, mask: Any, prompt: str) -> Clip:
     """A clip whose input is grey inside the mask, as WanVACE expects, and whose truth is the whole video."""
-    return Clip(name, np.where(mask[..., None], np.uint8(128), video), mask, prompt, video)
+    return Clip(name, np.where(mask[..., None], GREY, video), mask, prompt, video)

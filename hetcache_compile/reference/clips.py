@@ -42,11 +42,13 @@ class Batch:
         video: `[B, 3, T, H, W]`, -1 to 1.
         mask: `[B, 1, T, H, W]`, 1 where the model is to generate.
         captions: what a clip shows; the object is named only where there is one.
+        object_masked: `[B]`, share of frames in which the centre of the first object's place is masked.
     """
 
     video: torch.Tensor
     mask: torch.Tensor
     captions: list[str]
+    object_masked: torch.Tensor
 
 
 def render_batch(
@@ -73,10 +75,8 @@ def render_batch(
         video = mover.paint(video, draw.put(here.astype(np.float32)), size)
     video = relight(draw, video)
     mask = render_mask(draw, objects[0], frames, size, mask_share, mask_kinds)
-    captions = [
-        caption(draw, i, objects[0] if present[0, i] else None, textures[family[i]]) for i in range(count)
-    ]
-    return Batch(video.clamp(0, 1) * 2 - 1, mask, captions)
+    captions = [caption(draw, i, objects[0] if present[0, i] else None, textures[family[i]]) for i in range(count)]
+    return Batch(video.clamp(0, 1) * 2 - 1, mask, captions, share_masked(objects[0], mask))
 
 
 class Draw:
@@ -187,7 +187,8 @@ def noise_pictures(draw: Draw, channels: int, exponent: float) -> torch.Tensor:
     weight = (f[:, None] ** 2 + f[None, :] ** 2).clamp(min=1) ** (-exponent / 2)
     weight[0, 0] = 0
     noise = torch.fft.ifft2(torch.fft.fft2(white) * weight).real
-    return noise / noise.std(dim=(2, 3), keepdim=True)
+    scaled: torch.Tensor = noise / noise.std(dim=(2, 3), keepdim=True)
+    return scaled
 
 
 def lookup(pictures: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -278,7 +279,9 @@ def relight(draw: Draw, video: torch.Tensor) -> torch.Tensor:
     t = over_time(frames, draw.device)
     x, y = pixel_grid(size, draw.device)
     angle = draw.uniform(0, 2 * math.pi, 1) + draw.uniform(-2, 2, 1) * t
-    side = (torch.cos(angle)[..., None, None] * x + torch.sin(angle)[..., None, None] * y) * draw.uniform(0, 0.2, 1, 1, 1)
+    side = (torch.cos(angle)[..., None, None] * x + torch.sin(angle)[..., None, None] * y) * draw.uniform(
+        0, 0.2, 1, 1, 1
+    )
     flicker = draw.uniform(0, 0.2, 1) * torch.sin(draw.uniform(0.5, 5, 1) * t + draw.uniform(0, 6.3, 1))
     return video * (1 + side + flicker[..., None, None])[:, None]
 
@@ -329,6 +332,14 @@ def _brush(
         px, py = (cx + step_x * area.sqrt() * 2)[..., None, None], (cy + step_y * area.sqrt() * 2)[..., None, None]
         result = result | (torch.hypot(x - px, y - py) < stroke)
     return result
+
+
+def share_masked(mover: Mover, mask: torch.Tensor) -> torch.Tensor:
+    """`[B]`: share of frames in which the object's centre is masked."""
+    centres = torch.stack([mover.x, mover.y], dim=-1)[:, None, :, None]
+    frames = mask.shape[2]
+    at_centre = [F.grid_sample(mask[:, :, t], centres[:, :, t], align_corners=False) for t in range(frames)]
+    return torch.stack(at_centre).mean(dim=(0, 2, 3, 4))
 
 
 def caption(draw: Draw, index: int, mover: Mover | None, family: str) -> str:

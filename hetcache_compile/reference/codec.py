@@ -28,7 +28,7 @@ class BlockTransformCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         z_dim: int = 32,
@@ -73,4 +73,4 @@ class BlockTransformCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
         basis = vectors[:, : self.config.z_dim].T
         self.analysis.copy_((basis / scale[:, None]).reshape(self.analysis.shape))
         self.synthesis.copy_((basis * scale[:, None]).reshape(self.synthesis.shape))
-        return variance
+        return torch.as_tensor(variance)

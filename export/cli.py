@@ -1,0 +1,190 @@
+"""The command line: `hetcache-export MODEL --plan P --out DIR [--trt]`. Only this module prints and exits."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..errors import ExportError, HetCacheError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+console = Console(stderr=True)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Local diffusers pipeline or model folder; or package.module:factory, a function that takes the plan "
+            "and returns a module, or (module, keyword arguments of a call). Its code is run."
+        ),
+    ],
+    plan: Annotated[Path, typer.Option(help="A plan from `hetcache plan`: grid, M, C and indices.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an older export there is replaced.")],
+    trt: Annotated[
+        str,
+        typer.Option(help="Build engines: auto, tensorrt (on this GPU), rtx (ahead of time, no GPU needed), or none."),
+    ] = "none",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    opset: Annotated[str, typer.Option(help="20 to 25, or auto: 20, and 23 for bf16.")] = "auto",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPUs that rtx engines are for, such as 8.9; may be given several times."),
+    ] = None,
+    dynamic_active: Annotated[
+        str | None, typer.Option(help="MIN:OPT:MAX, the numbers of active tokens that the engines take.")
+    ] = None,
+    verify: Annotated[
+        str,
+        typer.Option(help="Compare with torch: ort, none, or auto: ort where it is installed and has the type."),
+    ] = "auto",
+    component: Annotated[str, typer.Option(help="Which model of the pipeline.")] = "transformer",
+    batch: Annotated[int, typer.Option(help="Batch of a call; 2 for guidance in one call.", min=1)] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of a call.", min=1)] = 512,
+    baseline: Annotated[bool, typer.Option(help="Export the unmodified model too, to measure against.")] = True,
+) -> None:
+    """Export a model's full, partial and reuse forms to ONNX and TensorRT, with the cache as inputs and outputs.
+
+    OUT gets full.onnx, partial.onnx, reuse.onnx, plain.onnx, weights.bin (shared), manifest.json, plan.hetplan,
+    sample_inputs/, triton/ and engines/. It appears when everything has been written and checked.
+    """
+    from ..plan import Plan
+    from .exporter import ExportOptions, export_model
+    from .source import CallShape
+
+    known_plan = Plan.load(plan)
+    options = ExportOptions(dtype, _opset(opset), baseline, _sizes(dynamic_active))
+    with _progress() as progress:
+        manifest = export_model(
+            model,
+            known_plan,
+            out,
+            options,
+            shape=CallShape(known_plan, batch, text_tokens),
+            component=component,
+            finish=_finishers(trt, verify, dtype, compute_capability or [], progress),
+            progress=progress,
+        )
+    print(f"wrote {out}: {', '.join(form.file for form in manifest.forms.values())}, opset {manifest.opset}")
+    for provider, errors in manifest.verified.items():
+        print(f"checked with {provider}: largest relative difference to torch {max(errors.values()):.1e}")
+    for kind, engines in manifest.engines.items():
+        ran = "" if engines.executed else "; built, not executed"
+        targets = " ".join(engines.compute_capabilities) or "this GPU"
+        print(f"{len(engines.forms)} {kind} engines for {targets}{ran}")
+
+
+def _finishers(trt: str, verify: str, dtype: str, capabilities: list[str], progress: Any) -> list[Any]:
+    """What to do after the ONNX files are written; wrong options and missing packages are found before."""
+    from .serving import write_triton
+    from .trt import build_engines, check_capabilities, choose_kind
+    from .verify import verify_with_ort
+
+    steps: list[Any] = [lambda folder, manifest, *_: write_triton(folder, manifest)]
+    if _verifies(verify, dtype):
+        steps.append(functools.partial(verify_with_ort, progress=progress))
+    if capabilities and trt == "none":
+        raise ExportError("--compute-capability needs --trt=rtx")
+    if trt != "none":
+        kind = choose_kind(trt)
+        check_capabilities(kind, capabilities, dtype)
+        steps.append(lambda folder, manifest, *_: build_engines(folder, manifest, kind, capabilities, progress))
+    return steps
+
+
+def _verifies(verify: str, dtype: str) -> bool:
+    from importlib.util import find_spec
+
+    if verify not in ("auto", "ort", "none"):
+        raise ExportError(f"--verify takes ort, none or auto, got {verify}")
+    if verify == "ort" and dtype == "bf16":
+        raise ExportError("onnxruntime's CPU provider has no bf16: export with --verify none, or another --dtype")
+    return verify == "ort" or (verify == "auto" and dtype != "bf16" and find_spec("onnxruntime") is not None)
+
+
+def _opset(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise ExportError(f"--opset takes a number or auto, got {text}")
+    return int(text)
+
+
+def _sizes(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise ExportError(f"--dynamic-active takes MIN:OPT:MAX, got {text}")
+    smallest, usual, largest = map(int, parts)
+    return smallest, usual, largest
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A progress bar for each stage: a function of stage, what is done, and how much there is."""
+    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for task in bars.tasks:  # a stage is done when the next one begins
+                    bars.update(task.id, completed=task.total)
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield update
+        for task in bars.tasks:
+            bars.update(task.id, completed=task.total)
+
+
+def spread_options(arguments: list[str]) -> list[str]:
+    """What click lacks: `--trt` without a value is auto, and `--compute-capability 8.9 12.0` takes several."""
+    spread: list[str] = []
+    for number, argument in enumerate(arguments):
+        following = arguments[number + 1] if number + 1 < len(arguments) else ""
+        if argument == "--trt" and following not in ("auto", "none", "rtx", "tensorrt"):
+            spread.append("--trt=auto")
+        elif re.fullmatch(r"\d+\.\d", argument) and spread[-2:-1] == ["--compute-capability"]:
+            spread += ["--compute-capability", argument]
+        else:
+            spread.append(argument)
+    return spread
+
+
+def main() -> None:
+    """Entry point: bad input is one clear line and exit status 2."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(spread_options(sys.argv[1:]))
+    except HetCacheError as error:
+        print(f"hetcache-export: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"hetcache-export: {error}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError:
+        print("hetcache-export: not enough memory; export with --dtype fp16 or --no-baseline", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("hetcache-export: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

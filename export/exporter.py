@@ -1,0 +1,285 @@
+"""`export_model`: a model and a plan to a folder of ONNX files, weights, manifest and engines, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+from ..errors import ExportError, MissingExtraError
+from ..forms import Forms, rewrite
+from ..manifest import (
+    MANIFEST_FILE,
+    CacheSpec,
+    FormSpec,
+    Manifest,
+    PlanSpec,
+    TensorSpec,
+    WeightsSpec,
+)
+from ..passes.forms import FORMS, CacheEntry, Form
+from . import dynamic
+from .flops import count_flops
+from .lower import FIRST_FUSED_OPSET, Lowered, lower
+from .source import CallShape, Source, describe_model, load_source
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+PLAN_FILE = "plan.hetplan"
+PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "numpy")
+INDICES = ("active_index", "context_index")
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(stage, done, total)`."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        dtype: fp32, fp16 or bf16.
+        opset: 20 or later; None chooses 20, or 23 for bf16, which older opsets lack.
+        baseline: export the unmodified model too, to measure against.
+        dynamic_active: smallest, usual and largest M, or None for the plan's M only.
+    """
+
+    dtype: str = "fp32"
+    opset: int | None = None
+    baseline: bool = True
+    dynamic_active: tuple[int, int, int] | None = None
+
+    @property
+    def actual_opset(self) -> int:
+        """The opset, chosen by the type where it is not given."""
+        return self.opset or (FIRST_FUSED_OPSET if self.dtype == "bf16" else 20)
+
+    def check(self) -> None:
+        """Raise `ExportError` for what ONNX cannot express."""
+        if not 20 <= self.actual_opset <= 25:
+            raise ExportError(f"opset must be from 20 to 25, got {self.opset}")
+        if self.dtype == "bf16" and self.actual_opset < FIRST_FUSED_OPSET:
+            raise ExportError(f"bf16 needs opset {FIRST_FUSED_OPSET} or later: leave --opset at auto")
+
+
+def export_model(
+    model: str,
+    plan: Plan,
+    out: Path,
+    options: ExportOptions | None = None,
+    *,
+    shape: CallShape | None = None,
+    component: str = "transformer",
+    finish: Sequence[Callable[[Path, Manifest, Source, Forms], Manifest]] = (),
+    progress: Progress = lambda *_: None,
+) -> Manifest:
+    """Export a model for a plan.
+
+    Args:
+        model: see `source.load_source`.
+        plan: grid, budgets, indices and steps.
+        out: the folder to write. An older export there is replaced; anything else is left alone.
+        options: how to export.
+        shape: batch and text length of the calls.
+        component: which of a pipeline's models.
+        finish: what else to put into the folder (checks, engines) before it appears; each step gets the folder,
+            the manifest so far, the model and its forms, and returns the manifest.
+        progress: called before each part.
+
+    Raises:
+        ExportError: wrong options, nothing to export, or `out` is in use.
+        UnsupportedGraphError: the model cannot be rewritten.
+    """
+    options = options or ExportOptions()
+    options.check()
+    require_onnx()
+    with new_folder(out) as folder:
+        progress("loading the model", 0, 1)
+        source = load_source(model, shape or CallShape(plan), options.dtype, component)
+        progress("rewriting", 0, 1)
+        forms = rewrite(source.model, plan, kwargs=source.kwargs)
+        manifest = write_onnx(folder, source, forms, options, progress)
+        for step in finish:
+            manifest = step(folder, manifest, source, forms)
+        (folder / MANIFEST_FILE).write_text(manifest.to_json())
+    return manifest
+
+
+def write_onnx(
+    folder: Path, source: Source, forms: Forms, options: ExportOptions, progress: Progress = lambda *_: None
+) -> Manifest:
+    """ONNX files, weights, sample inputs and plan; the manifest is returned, not written."""
+    from .onnx_files import save_forms
+    from .samples import write_samples
+
+    described = describe(source, forms, options)
+    manifest = save_forms(folder, *described, progress)
+    forms.plan.save(folder / PLAN_FILE)
+    tensors = sample_tensors(forms, source.kwargs)
+    for kind, form in manifest.forms.items():
+        write_samples(folder, kind, form, tensors)
+    return manifest
+
+
+def describe(source: Source, forms: Forms, options: ExportOptions) -> tuple[dict[str, Lowered], Manifest]:
+    """The lowered forms, and their manifest but for hashes and weights."""
+    lowered, specs = lower_forms(forms, forms.by_kind, options)
+    cache = tuple(map(cache_spec, forms.cache_entries))
+    dims = {}
+    if options.dynamic_active:
+        dims = dynamic.dynamic_dims(forms.plan, options.dynamic_active)
+        budgets = dynamic.second_budgets(forms.plan.budgets, dims)
+        by_kind = {kind: FORMS[kind](forms.program.module, forms.analysis, budgets) for kind in forms.by_kind}
+        others, other_specs = lower_forms(forms, by_kind, options)
+        for kind, form in lowered.items():
+            dynamic.free_sizes(form, others[kind])
+            mine, other = specs[kind], other_specs[kind]
+            inputs = dynamic.named_dims(mine.inputs, other.inputs, dims)
+            outputs = dynamic.named_dims(mine.outputs, other.outputs, dims)
+            specs[kind] = replace(mine, inputs=inputs, outputs=outputs)
+        cache = dynamic.named_cache(cache, tuple(map(cache_spec, by_kind["full"].writes)), dims)
+    plan = forms.plan
+    steps = "".join(kind.letter for kind in plan.steps)
+    manifest = Manifest(
+        model=describe_model(source.model),
+        plan=PlanSpec(PLAN_FILE, plan.grid, plan.num_tokens, plan.num_active, plan.num_context, steps),
+        dtype=options.dtype,
+        opset=options.actual_opset,
+        versions=versions(),
+        latents=forms.analysis.token_sources,
+        dynamic_dims=dims,
+        forms=specs,
+        cache=cache,
+        layers=layers_of(forms.cache_entries),
+        weights=WeightsSpec("", 0, "", {}),
+    )
+    return lowered, manifest
+
+
+def lower_forms(
+    forms: Forms, by_kind: Mapping[str, Form], options: ExportOptions
+) -> tuple[dict[str, Lowered], dict[str, FormSpec]]:
+    """Every form to export, lowered, and what the manifest says of it."""
+    to_export = dict(by_kind)
+    if options.baseline:
+        to_export["plain"] = Form("plain", forms.program.module, (), (), ())
+    lowered = {kind: lower(form, forms.program, options.actual_opset) for kind, form in to_export.items()}
+    specs = {
+        kind: FormSpec(f"{kind}.onnx", "", count_flops(form), *io_of(form, lowered[kind]))
+        for kind, form in to_export.items()
+    }
+    return lowered, specs
+
+
+def io_of(form: Form, lowered: Lowered) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs of a form, in order."""
+    nodes = [n for n in lowered.module.graph.nodes if n.op == "placeholder" and n.name not in lowered.weights]
+    cached = {entry.input_name for entry in form.reads} | {entry.output_name for entry in form.writes}
+    results: Any = lowered.module.graph.output_node().args[0]
+
+    def spec(name: str, value: torch.Tensor) -> TensorSpec:
+        role = "cache" if name in cached else "index" if name in form.indices else "model"
+        return TensorSpec(name, dtype_name(value.dtype), tuple(value.shape), role)
+
+    return (
+        tuple(spec(name, node.meta["val"]) for name, node in zip(lowered.inputs, nodes, strict=True)),
+        tuple(spec(name, node.meta["val"]) for name, node in zip(lowered.outputs, results, strict=True)),
+    )
+
+
+def cache_spec(entry: CacheEntry) -> CacheSpec:
+    """The manifest's words for a cache entry."""
+    return CacheSpec(entry.input_name, entry.output_name, dtype_name(entry.dtype), entry.shape, entry.module)
+
+
+def layers_of(entries: Sequence[CacheEntry]) -> dict[str, str]:
+    """Module path by layer number: the first part of an entry's name (`3` of `3.key`)."""
+    return {entry.name.split(".")[0]: entry.module for entry in entries if "." in entry.name}
+
+
+def sample_tensors(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's inputs and the plan's indices, by name."""
+    placeholders = [n.name for n in forms.program.module.graph.nodes if n.op == "placeholder"]
+    values = forms.program.flat_inputs((), kwargs)
+    tensors = {
+        name: value
+        for name, value in zip(placeholders, values, strict=True)
+        if name in forms.program.inputs and isinstance(value, torch.Tensor)
+    }
+    return tensors | {name: torch.as_tensor(getattr(forms.plan, name)) for name in INDICES}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that wrote the files."""
+    found = {"hetcache_compile": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def require_onnx() -> None:
+    """Raise `MissingExtraError` if the packages that write ONNX are missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnx", "ort") from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at the end, if nothing went wrong.
+
+    Raises:
+        ExportError: `out` holds something that is no export.
+    """
+    if out.exists() and not ((out / MANIFEST_FILE).is_file() or (out.is_dir() and not any(out.iterdir()))):
+        raise ExportError(f"{out} exists and is no earlier export: choose another --out, or remove it")
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if out.exists():
+            # A folder with files in it cannot be renamed over: move the old one away first.
+            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+            os.replace(out, old / out.name)
+            os.replace(temporary, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def manifest_summary(manifest: Manifest) -> dict[str, str]:
+    """What every ONNX file says about itself: enough to use it without the manifest beside it."""
+    return {
+        "hetcache.version": manifest.versions["hetcache_compile"],
+        "hetcache.model": manifest.model.class_name,
+        "hetcache.model_config_sha256": manifest.model.config_sha256,
+        "hetcache.plan": json.dumps({"grid": manifest.plan.grid, "num_active": manifest.plan.num_active,
+                                     "num_context": manifest.plan.num_context}),
+        "hetcache.cache": json.dumps({entry.output: entry.input for entry in manifest.cache}),
+        "hetcache.layers": json.dumps(manifest.layers),
+    }  # fmt: skip

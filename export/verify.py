@@ -1,0 +1,82 @@
+"""Does an exported folder compute what torch computes? Every form, every output, every cache tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..engine import Engine
+from ..errors import ExportError
+from ..forms import Forms
+from ..manifest import Manifest
+from ..runners import OrtRunner
+from ..schedule import StepKind
+from .exporter import sample_tensors
+from .samples import write_samples
+from .source import Source
+
+TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest difference to torch, relative to the largest value of a tensor. Half precision differs by rounding order."""
+
+CHAIN = (StepKind.FULL, StepKind.PARTIAL, StepKind.PARTIAL, StepKind.REUSE)
+"""Two PARTIAL steps, so that one of them reads what the other wrote."""
+
+
+def verify_with_ort(
+    folder: Path,
+    manifest: Manifest,
+    source: Source,
+    forms: Forms,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Manifest:
+    """Run every form on onnxruntime's CPU and in torch, on the same inputs and caches; keep the caches as samples.
+
+    Raises:
+        ExportError: a tensor differs by more than the type's tolerance.
+        EngineError: onnxruntime cannot run a form (its CPU provider has no bf16).
+    """
+    engine = Engine(manifest, OrtRunner(folder, manifest, "ort-cpu"), forms.plan)
+    tensors = sample_tensors(forms, source.kwargs)
+    indices = {name: tensors[name] for name in ("active_index", "context_index")}
+    inputs = {name: tensor for name, tensor in tensors.items() if name not in indices}
+    errors: dict[str, float] = {}
+    expected: dict[str, torch.Tensor] = {}
+    cache: dict[str, torch.Tensor] = {}
+    for number, kind in enumerate(CHAIN):
+        progress("checking with onnxruntime", number, len(CHAIN) + 1)
+        with torch.no_grad():
+            output, expected = forms.run(kind.form, expected, (), source.kwargs)
+        write_samples(folder, kind.form, manifest.forms[kind.form], {**tensors, **expected})
+        outputs, written = engine.run_form(kind.form, inputs, indices, cache)
+        cache.update(written)
+        wanted = dict(zip(outputs, pytree.tree_leaves(output), strict=True))
+        error = max(relative_errors({**outputs, **written}, {**wanted, **expected}).values())
+        errors[kind.form] = max(error, errors.get(kind.form, 0.0))
+    if "plain" in manifest.forms:
+        with torch.no_grad():
+            output = source.model(**source.kwargs)
+        outputs, _ = engine.run_form("plain", inputs, indices, {})
+        wanted = dict(zip(outputs, pytree.tree_leaves(output), strict=True))
+        errors["plain"] = max(relative_errors(outputs, wanted).values())
+    progress("checking with onnxruntime", len(CHAIN) + 1, len(CHAIN) + 1)
+    for kind_name, error in errors.items():
+        if not error <= TOLERANCES[manifest.dtype]:
+            raise ExportError(
+                f"{kind_name}.onnx differs from torch by {error:.1e} relative, more than {TOLERANCES[manifest.dtype]}: "
+                "this is a bug of the exporter, or the model overflows in this type"
+            )
+    return replace(manifest, verified={**manifest.verified, "ort-cpu": errors})
+
+
+def relative_errors(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference of each tensor of `actual`, relative to the largest value that was expected."""
+    errors = {}
+    for name, tensor in actual.items():
+        wanted = expected[name].to(torch.float32)
+        difference = (tensor.to(torch.float32).cpu() - wanted.cpu()).abs().max()
+        errors[name] = float(difference / wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+    return errors

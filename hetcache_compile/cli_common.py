@@ -1,0 +1,73 @@
+"""What the commands share: options, the progress bar, checks of sizes and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .errors import PlanError
+
+console = Console(stderr=True)
+
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help="full, quality, balanced, fast, teacache:THRESHOLD, optimal:BUDGET (with --calibration), "
+        "or a cycle of F, P and R such as FRRP."
+    ),
+]
+Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask, in tokens.")]
+ContextRatio = Annotated[
+    float, typer.Option(help="Share of context tokens that PARTIAL steps compute.", min=0.0, max=1.0)
+]
+Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
+Frames = Annotated[int, typer.Option(help="Frames to edit: one more than a multiple of 4.", min=1)]
+Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
+Width = Annotated[int, typer.Option(help="Width in pixels.", min=1)]
+Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A progress bar for each stage."""
+    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, step: int, steps: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=steps)
+            bars.update(tasks[stage], completed=step)
+
+        yield update
+
+
+def check_size(height: int, width: int, num_frames: int) -> None:
+    """What Wan's VAE and patches can cut up."""
+    for name, value in (("height", height), ("width", width)):
+        if value % 16:
+            raise PlanError(f"{name} must be a multiple of 16, got {value}")
+    if num_frames % 4 != 1:
+        raise PlanError(f"the number of frames must be one more than a multiple of 4, got {num_frames}")
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch type of that name."""
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise PlanError(f"dtype must be float32, bfloat16 or float16, got {name}")
+    return getattr(torch, name)
+
+
+def torch_device(name: str) -> str:
+    """The device meant by `auto`."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

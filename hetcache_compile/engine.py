@@ -1,0 +1,223 @@
+"""Exported engines as a drop-in `transformer` of a diffusers pipeline.
+
+    from hetcache_compile import engine
+
+    pipe.transformer = engine.load("out/engine", provider="ort-cpu")
+    with hetcache.session(pipe.transformer.plan):
+        frames = pipe(...).frames
+
+Inside a session each call runs the form that the plan names, on the branch's own buffers; outside one it is the
+plain model. Cache buffers are bound, never copied: what `full` writes is what `partial` reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+
+from .backend import check_finite
+from .errors import EngineError, SessionError
+from .manifest import FormSpec, Manifest, TensorSpec
+from .plan import Plan
+from .runners import RUNNERS, Runner, form_of
+from .schedule import StepKind
+from .session import Branch, Session, current_session
+from .timing import Stopwatch
+
+Buffers = dict[str, torch.Tensor]
+
+
+def load(folder: str | PathLike[str], provider: str = "ort-cpu") -> Engine:
+    """Load what `hetcache-export` wrote.
+
+    Args:
+        folder: its `--out`.
+        provider: `ort-cpu`, `ort-cuda`, `tensorrt` or `tensorrt-rtx`.
+
+    Raises:
+        EngineError: no export folder, or the provider cannot run here.
+        MissingExtraError: the provider's package is not installed.
+    """
+    if provider not in RUNNERS:
+        raise EngineError(f"unknown provider {provider!r}: give one of {', '.join(RUNNERS)}")
+    manifest = Manifest.load(Path(folder))
+    runner = RUNNERS[provider](Path(folder), manifest, provider)
+    return Engine(manifest, runner, Plan.load(Path(folder) / manifest.plan.file))
+
+
+class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
+    """The exported model. Call it like the diffusers model that it was made from.
+
+    `plan` is the one it was exported with; a session may use any plan with the same grid and budgets.
+    """
+
+    def __init__(self, manifest: Manifest, runner: Runner, plan: Plan) -> None:
+        super().__init__()
+        self.manifest, self.runner, self.plan = manifest, runner, plan
+        self.config = FrozenDict(manifest.model.config)
+        self.device = runner.device
+        self.dtype: torch.dtype = DTYPES[manifest.dtype]
+        self._plain_indices = {
+            name: torch.as_tensor(getattr(plan, name), device=self.device) for name in ("active_index", "context_index")
+        }
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """One call of the model: the next step of the open session, or the plain model."""
+        if args:
+            raise TypeError("an engine takes its inputs by name")
+        inputs = self.model_inputs(kwargs)
+        session = current_session()
+        outputs = self.run_plain(inputs) if session is None else self.run_step(session, inputs)
+        if not return_dict or list(outputs) != ["sample"]:
+            return tuple(outputs.values())
+        return Transformer2DModelOutput(sample=outputs["sample"])
+
+    def model_inputs(self, kwargs: Mapping[str, Any]) -> Buffers:
+        """The tensors of a call on the engine's device, in the exported types.
+
+        Raises:
+            EngineError: an input is missing, of another shape, or was not exported.
+        """
+        full = form_of(self.manifest, "full")
+        specs = {spec.name: spec for spec in full.inputs if spec.role == "model"}
+        given = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        if given.keys() != specs.keys():
+            raise EngineError(
+                f"the engine was exported for the inputs {', '.join(specs)}, it was called with {', '.join(given)}"
+            )
+        inputs = {}
+        for name, spec in specs.items():
+            if tuple(given[name].shape) != spec.shape:
+                raise EngineError(
+                    f"the engine was exported for {name} {list(spec.shape)}, it was called with "
+                    f"{list(given[name].shape)}: export it for this size, batch and text length"
+                )
+            inputs[name] = given[name].to(self.device, dtype_of(spec)).contiguous()
+        return inputs
+
+    def run_plain(self, inputs: Buffers) -> Buffers:
+        """The model without a plan: the baseline form, or a full step whose cache is dropped."""
+        kind = "plain" if "plain" in self.manifest.forms else "full"
+        outputs, _ = self.run_form(kind, inputs, self._plain_indices, {})
+        return outputs
+
+    def run_step(self, session: Session, inputs: Buffers) -> Buffers:
+        """The step of the session that comes now."""
+        self.check_plan(session.plan)
+        latents = [inputs[name] for name in self.manifest.latents if name in inputs]
+        conditions = [value for name, value in inputs.items() if value.ndim >= 3 and name not in self.manifest.latents]
+        start = time.perf_counter()
+        kind, branch = session.next_step(self, latents, conditions)
+        run = self.runner.prepare(kind.form)
+        load_seconds = time.perf_counter() - start
+        buffers = branch.buffers.setdefault(self, {})
+        if kind is StepKind.FULL:
+            if session.check_finite:
+                check_finite(latents, branch.step)
+            branch.filled.discard(self)  # an error must not leave half of a cache
+        indices = {name: session.index(name, self.device) for name in ("active_index", "context_index")}
+        watch = Stopwatch(self.device)
+        outputs, written = self.run_form(kind.form, inputs, indices, buffers, run)
+        self._keep(branch, buffers, written)
+        session.count(kind, watch.stop(), load_seconds)
+        return outputs
+
+    def _keep(self, branch: Branch, buffers: Buffers, written: Buffers) -> None:
+        """What a step wrote is what the next one reads. The two buffers of an entry that is both take turns."""
+        for name, tensor in written.items():
+            old = buffers.get(name)
+            buffers[name] = tensor
+            if old is not None and old is not tensor:
+                buffers[_spare(name)] = old
+        branch.filled.add(self)
+        branch.step += 1
+
+    def run_form(
+        self,
+        kind: str,
+        inputs: Buffers,
+        indices: Mapping[str, torch.Tensor],
+        cache: Mapping[str, torch.Tensor],
+        run: Callable[[Buffers, Buffers], None] | None = None,
+    ) -> tuple[Buffers, Buffers]:
+        """Run one form.
+
+        Args:
+            kind: its name.
+            inputs: the model's inputs.
+            indices: `active_index` and `context_index`.
+            cache: by the names that forms read it by. Buffers in it are used again where that is safe.
+            run: the form, if it is loaded already.
+
+        Returns:
+            The model's outputs by name, and the cache entries that were written, by the names they are read by.
+        """
+        form = form_of(self.manifest, kind)
+        known = {**inputs, **indices, **cache}
+        missing = [spec.name for spec in form.inputs if spec.name not in known]
+        if missing:
+            raise EngineError(f"the {kind} form lacks {', '.join(missing)}: run a full step first")
+        given = {spec.name: known[spec.name] for spec in form.inputs}
+        sizes = named_sizes(form, given)
+        reads = {entry.output: entry.input for entry in self.manifest.cache}
+        outputs: Buffers = {}
+        written: Buffers = {}
+        for spec in form.outputs:
+            name = reads.get(spec.name)
+            # A form must not write what it reads: such an entry has a second buffer.
+            buffer = None if name is None else cache.get(_spare(name) if name in given else name)
+            shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+            if buffer is None or list(buffer.shape) != shape:
+                buffer = torch.empty(shape, dtype=dtype_of(spec), device=self.device)
+            outputs[spec.name] = buffer
+            if name is not None:
+                written[name] = buffer
+        (run or self.runner.prepare(kind))(given, outputs)
+        return {name: tensor for name, tensor in outputs.items() if name not in reads}, written
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise `SessionError` if the engine was exported for another grid or other budgets."""
+        made_for = self.manifest.plan
+        dims = {"num_active": plan.num_active, "num_context": plan.num_context}
+        fits = plan.grid == made_for.grid
+        for name, size in dims.items():
+            dynamic = self.manifest.dynamic_dims.get(name)
+            fits &= dynamic.min <= size <= dynamic.max if dynamic else size == getattr(made_for, name)
+        if not fits:
+            raise SessionError(
+                f"the engine was exported for grid {made_for.grid}, M = {made_for.num_active}, "
+                f"C = {made_for.num_context}; the plan has {plan.grid}, {plan.num_active} and {plan.num_context}: "
+                "export it with this plan"
+            )
+
+
+def named_sizes(form: FormSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The sizes of a form's named dims, from its inputs."""
+    return {
+        size: int(tensors[spec.name].shape[dim])
+        for spec in form.inputs
+        for dim, size in enumerate(spec.shape)
+        if isinstance(size, str)
+    }
+
+
+def dtype_of(spec: TensorSpec) -> torch.dtype:
+    """The torch type of an input or output."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
+
+
+def _spare(name: str) -> str:
+    return f"spare {name}"
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

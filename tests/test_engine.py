@@ -1,0 +1,240 @@
+"""Engines as the transformer of a real pipeline, on onnxruntime; and that what runs is what was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import hetcache_compile as hetcache
+from hetcache_compile import cli, engine, runners
+from hetcache_compile.demo import save_random_checkpoint
+from hetcache_compile.editing import load_engine_pipeline, load_pipeline
+from hetcache_compile.manifest import Manifest
+from hetcache_compile.media import to_pictures, write_video
+
+pytest.importorskip("onnxscript", reason="needs the extra ort")
+pytest.importorskip("onnxruntime", reason="needs the extra ort")
+
+from hetcache_compile.export.exporter import export_model
+
+FRAMES, SIZE, STEPS = 5, 64, 20
+
+
+@pytest.fixture(scope="module")
+def mask():
+    mask = np.zeros((FRAMES, SIZE, SIZE), dtype=bool)
+    mask[:, 20:30, 18:40] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_random_checkpoint(folder, width=64, layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(checkpoint, mask):
+    pipe = load_pipeline(checkpoint, torch.float32, "cpu")
+    return hetcache.plan_for(
+        pipe, mask=mask, height=SIZE, width=SIZE, num_frames=FRAMES, num_inference_steps=STEPS, multiple=1
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, plan, tmp_path_factory):
+    out = tmp_path_factory.mktemp("engine") / "export"
+    export_model(str(checkpoint), plan, out)
+    return out
+
+
+def call(pipe, mask, **kwargs):
+    video = np.random.default_rng(0).integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    arguments = {
+        "prompt": "a cat", "negative_prompt": "a dog", "video": to_pictures(video), "mask": to_pictures(mask),
+        "height": SIZE, "width": SIZE, "num_frames": FRAMES, "num_inference_steps": STEPS,
+        "generator": torch.Generator().manual_seed(0), "output_type": "latent",
+    }  # fmt: skip
+    return pipe(**{**arguments, **kwargs}).frames
+
+
+def relative(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def test_a_whole_edit_with_guidance_equals_the_compiled_model(checkpoint, folder, plan, mask):
+    torch._dynamo.reset()
+    pipe = load_pipeline(checkpoint, torch.float32, "cpu")
+    plain = call(pipe, mask)
+    pipe.transformer = torch.compile(pipe.transformer, backend="hetcache", options={"inner": "eager"})
+    with hetcache.session(plan):
+        expected = call(pipe, mask)
+    pipe = load_engine_pipeline(checkpoint, engine.load(folder))
+    with hetcache.session(plan) as session:
+        actual = call(pipe, mask)
+    assert relative(actual, expected) < 1e-5
+    assert relative(expected, plain) > 1e-4, "the plan reuses steps, so an engine that computed all would show"
+    assert session.stats.steps == {kind.name: 2 * plan.steps.count(kind) for kind in hetcache.StepKind}
+    assert session.stats.cache_bytes > 0
+    assert relative(call(pipe, mask), plain) < 1e-5, "outside a session an engine is the plain model"
+
+
+def test_the_cache_is_passed_on_without_a_copy(folder, plan, monkeypatch):
+    loaded = engine.load(folder)
+    addresses = []
+
+    def spy(kind):
+        run = prepare(kind)
+
+        def recorded(inputs, outputs):
+            addresses.append((kind, {n: t.data_ptr() for n, t in inputs.items()},
+                              {n: t.data_ptr() for n, t in outputs.items()}))  # fmt: skip
+            run(inputs, outputs)
+
+        return recorded
+
+    prepare = loaded.runner.prepare
+    monkeypatch.setattr(loaded.runner, "prepare", spy)
+    kwargs = sample_kwargs(loaded.manifest)
+    with hetcache.session(plan.with_schedule([*"FPPRF", *"F" * (STEPS - 5)])):
+        for _ in range(5):
+            loaded(**kwargs)
+    (_, _, full), (_, first, first_out), (_, second, second_out), (_, reuse, _), (_, _, again) = addresses
+    for entry in loaded.manifest.cache:
+        assert full[entry.output] == first[entry.input]
+        if entry.output in first_out:
+            assert first_out[entry.output] == second[entry.input] != first[entry.input]
+            assert second_out[entry.output] == reuse[entry.input] == first[entry.input], "two buffers take turns"
+        else:
+            assert second[entry.input] == first[entry.input] == again[entry.output]
+
+
+def sample_kwargs(manifest, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    specs = [spec for spec in manifest.forms["full"].inputs if spec.role == "model"]
+    return {spec.name: torch.rand(spec.shape, generator=generator) for spec in specs}
+
+
+def test_wrong_calls_and_plans_are_refused(folder, plan):
+    loaded = engine.load(folder)
+    kwargs = sample_kwargs(loaded.manifest)
+    with pytest.raises(hetcache.HetCacheError, match=r"exported for the inputs .*timestep"):
+        loaded(hidden_states=kwargs["hidden_states"])
+    short = {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"][:, :5]}
+    with pytest.raises(hetcache.HetCacheError, match=r"encoder_hidden_states \[1, 512, 64\].*\[1, 5, 64\]"):
+        loaded(**short)
+    active = np.zeros(plan.num_tokens, dtype=bool)
+    active[: plan.num_active + 1] = True
+    other = hetcache.Plan.from_token_mask(active, plan.grid, num_inference_steps=STEPS)
+    with pytest.raises(hetcache.SessionError, match="export it with this plan"), hetcache.session(other):
+        loaded(**kwargs)
+    indices = {"active_index": torch.arange(plan.num_active), "context_index": torch.arange(plan.num_context)}
+    with pytest.raises(hetcache.HetCacheError, match="run a full step first"):
+        loaded.run_form("partial", kwargs, indices, {})
+
+
+def test_values_that_are_no_numbers_stop_a_session(folder, plan):
+    loaded = engine.load(folder)
+    kwargs = sample_kwargs(loaded.manifest)
+    kwargs["hidden_states"][0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(hetcache.NonFiniteError), hetcache.session(plan):
+        loaded(**kwargs)
+
+
+def test_another_provider_than_asked_for_is_an_error(folder, monkeypatch, tmp_path):
+    with pytest.raises(hetcache.HetCacheError, match="unknown provider 'cuda'"):
+        engine.load(folder, provider="cuda")
+    with pytest.raises(hetcache.HetCacheError, match="no export folder"):
+        engine.load(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(hetcache.HetCacheError, match="CUDAExecutionProvider"):
+            engine.load(folder, provider="ort-cuda")
+    import onnxruntime
+
+    # What onnxruntime-gpu does on a machine without CUDA: it lists the provider, then runs on the CPU.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    runner = runners.OrtRunner(folder, Manifest.load(folder), "ort-cuda")
+    with pytest.raises(hetcache.HetCacheError, match=r"would run on CPUExecutionProvider|cannot load"):
+        runner.prepare("full")
+
+
+@pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
+def test_tensorrt_without_engines_says_how_to_get_them(folder, provider):
+    with pytest.raises(hetcache.HetCacheError, match="hetcache-export --trt="):
+        engine.load(folder, provider=provider)
+
+
+def test_a_damaged_manifest_is_one_clear_line(folder, tmp_path):
+    data = json.loads((folder / "manifest.json").read_text())
+    for change, message in (
+        ({"schema_version": 99}, "schema 99"),
+        ({"format": "other"}, "another program"),
+        ({"forms": None}, "cannot be read"),
+        ({"opset": "20"}, "cannot be read"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(data | change))
+        with pytest.raises(hetcache.HetCacheError, match=message):
+            engine.load(tmp_path)
+    manifest = Manifest.load(folder)
+    assert dataclasses.replace(manifest) == manifest
+
+
+def test_edit_runs_from_an_engine(checkpoint, folder, plan, mask, tmp_path, monkeypatch, capsys):
+    video = np.random.default_rng(0).integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    write_video(tmp_path / "in.mp4", video, fps=8)
+    np.save(tmp_path / "mask.npy", mask)
+    short = dataclasses.replace(plan, steps=plan.steps[:4], timesteps=plan.timesteps[:0], distances=plan.distances[:0])
+    short.save(tmp_path / "short.hetplan")
+    arguments = (
+        "edit", "--model", checkpoint, "--engine", folder, "--plan", tmp_path / "short.hetplan",
+        "--video", tmp_path / "in.mp4", "--mask", tmp_path / "mask.npy", "--prompt", "a cat",
+        "--out", tmp_path / "out", "--height", SIZE, "--width", SIZE, "--num-frames", FRAMES,
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["hetcache", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    capsys.readouterr()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == {"FULL": 2, "PARTIAL": 2, "REUSE": 4}
+    assert report["psnr_generative_db"] > 10
+
+
+def test_bench_engine_times_every_form(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["hetcache", "bench", "engine", str(folder), "--rounds", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert list(result["forms"]) == ["plain", "full", "partial", "reuse"]
+    for form in result["forms"].values():
+        assert 0 < form["median_seconds"] <= form["p90_seconds"]
+        assert form["first_seconds"] > 0
+    steps, forms = result["steps"], result["forms"]
+    total = sum(count * forms[kind]["median_seconds"] for kind, count in steps.items())
+    assert result["plan_seconds"] == pytest.approx(total)
+    assert result["predicted_speedup"] == pytest.approx(sum(steps.values()) * forms["plain"]["median_seconds"] / total)
+    assert result["runs_on"].endswith("CPUExecutionProvider")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert f"polygraphy run {folder / 'partial.onnx'} --onnxrt --data-loader-script" in out
+    assert f"trtexec --onnx={folder / 'full.onnx'} --stronglyTyped --loadInputs='context_index':" in out
+
+
+def test_the_exported_package_has_no_hidden_state(folder):
+    """Two engines of one folder do not share caches, and an export is read-only."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    first, second = engine.load(folder), engine.load(folder)
+    kwargs = sample_kwargs(first.manifest)
+    with hetcache.session(first.plan):
+        a = first(**kwargs).sample
+        b = second(**kwargs).sample
+    assert torch.equal(a, b), "the second engine's first step is FULL, whatever the first has done"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
