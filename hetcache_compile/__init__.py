@@ -9,7 +9,9 @@ with hetcache.session(plan) as session:
 """
 
 from .backend import hetcache_backend
+from .calibration import Calibration
 from .errors import (
+    CalibrationError,
     GridMismatchError,
     HetCacheError,
     InputFileError,
@@ -33,6 +35,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Calibration",
+    "CalibrationError",
     "Forms",
     "GridMismatchError",
     "HetCacheError",

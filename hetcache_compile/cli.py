@@ -1,4 +1,4 @@
-"""The command line: `hetcache demo | plan | edit | explain | bench`. Only this module prints and exits."""
+"""The command line: `hetcache demo | plan | edit | explain | calibrate | bench`. Only this module prints and exits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_bench import bench
+from .cli_calibrate import CalibrationFile, calibrate, expectation, load_calibration
 from .cli_common import (
     ContextRatio,
     Device,
@@ -40,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.command()(calibrate)
 
 
 @app.command()
@@ -93,6 +95,7 @@ def edit(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="A plan from `hetcache plan`, in place of the options.")] = None,
     schedule: Schedule = "balanced",
+    calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
     keep_masked: Annotated[
@@ -118,6 +121,7 @@ def edit(
 
     check_size(height, width, num_frames)
     known_plan = Plan.load(plan) if plan else None
+    known_calibration = load_calibration(calibration)
     frames = read_video(video, num_frames, height, width, start_frame)
     pixels = read_mask(mask, num_frames, height, width)
     with console.status(f"loading {model}"):
@@ -138,7 +142,8 @@ def edit(
     )
     _edit(
         pipe, request, out, schedule, inner,
-        baseline=baseline, eager=eager, plan=known_plan, margin=margin, context_ratio=context_ratio,
+        baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration, margin=margin,
+        context_ratio=context_ratio,
     )  # fmt: skip
 
 
@@ -157,6 +162,10 @@ def make_plan(
     steps: Steps = 50,
     reference_images: Annotated[int, typer.Option(help="How many reference images the edit has.", min=0)] = 0,
     schedule: Schedule = "balanced",
+    budget: Annotated[
+        str | None, typer.Option(help="The best schedule under 3x, a time factor, or 2%, an error bound.")
+    ] = None,
+    calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
 ) -> None:
@@ -170,8 +179,11 @@ def make_plan(
     from .preview import save_preview
 
     check_size(height, width, num_frames)
+    if budget is not None:
+        schedule = f"optimal:{budget}"
+    known = load_calibration(calibration)
     pixels = read_mask(mask, num_frames, height, width)
-    partition: dict[str, Any] = {"margin": margin, "context_ratio": context_ratio}
+    partition: dict[str, Any] = {"margin": margin, "context_ratio": context_ratio, "calibration": known}
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, torch_dtype("float32"), "cpu")
@@ -188,6 +200,8 @@ def make_plan(
     if preview is not None:
         save_preview(made, preview)
     print(made.describe())
+    if known is not None:
+        print(expectation(known, made))
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
 
 

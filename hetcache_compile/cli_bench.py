@@ -76,7 +76,7 @@ def bench_quality_command(
         edits = reference.held_out(clips)
     else:
         check_size(height, width, num_frames)
-        edits = [_clip(video, mask, truth, prompt, num_frames, height, width)]
+        edits = [clip_of_files(video, mask, truth, prompt, num_frames, height, width)]
     with console.status(f"loading {model or 'the reference model'}"):
         pipe = load_pipeline(model or reference.FOLDER, torch_dtype(dtype), torch_device(device))
     usual_guidance, usual_length = (5.0, 512) if model else (reference.GUIDANCE_SCALE, reference.MAX_TEXT_LENGTH)
@@ -98,7 +98,7 @@ def bench_quality_command(
     print(f"wrote {out / 'quality.json'}")
 
 
-def _clip(
+def clip_of_files(
     video: Path | None, mask: Path | None, truth: Path | None, prompt: str, num_frames: int, height: int, width: int
 ) -> Any:
     """A clip of files."""

@@ -16,7 +16,10 @@ console = Console(stderr=True)
 
 Schedule = Annotated[
     str,
-    typer.Option(help="full, quality, balanced, fast, teacache:THRESHOLD, or a cycle of F, P and R such as FRRP."),
+    typer.Option(
+        help="full, quality, balanced, fast, teacache:THRESHOLD, optimal:BUDGET (with --calibration), "
+        "or a cycle of F, P and R such as FRRP."
+    ),
 ]
 Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask, in tokens.")]
 ContextRatio = Annotated[

@@ -131,8 +131,7 @@ def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) 
         mask=request.mask,
         num_inference_steps=request.num_inference_steps,
         schedule=schedule,
-        **request.size,
-        **partition,
+        **{**partition, **request.size},
     )
 
 

@@ -6,6 +6,7 @@ from .passes.analyse import GridMismatchError
 from .passes.refusal import HetCacheError, Refusal, UnsupportedGraphError
 
 __all__ = [
+    "CalibrationError",
     "EngineError",
     "ExportError",
     "GridMismatchError",
@@ -32,6 +33,10 @@ class MaskError(PlanError):
 
 class PlanFileError(HetCacheError, ValueError):
     """The file is no plan, is cut short, or was written by another version."""
+
+
+class CalibrationError(HetCacheError, ValueError):
+    """A calibration cannot be made, read or used for this."""
 
 
 class SessionError(HetCacheError, RuntimeError):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .partition import Grid, TokenKind, check_grid, choose_active, choose_contex
 from .passes.extrapolate import MAX_ORDER
 from .passes.forms import Budgets
 from .schedule import Schedule, StepKind, make_schedule, time_distances
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 FORMAT, SCHEMA_VERSION = "hetplan", 1
 ARRAYS = ("active_index", "context_index", "token_kind", "steps", "timesteps", "distances")
@@ -114,6 +117,7 @@ class Plan:
         temporal_patch: int = 1,
         reference_frames: int = 0,
         extrapolation: int = 0,
+        calibration: Calibration | None = None,
     ) -> Plan:
         """A plan from a mask in pixels or on the token grid.
 
@@ -131,6 +135,7 @@ class Plan:
             temporal_patch: latent frames per token frame.
             reference_frames: latent frames of reference images, in front.
             extrapolation: order at which outputs that a step does not compute are predicted.
+            calibration: of the model, for an `"optimal:..."` schedule; its noise schedule is taken for the edit's.
 
         Raises:
             MaskError: the mask is empty or does not fit the grid.
@@ -149,7 +154,9 @@ class Plan:
             kind, distance, margin_ratio=margin_ratio, context_ratio=context_ratio, multiple=multiple
         )
         context = choose_context(active, distance, cached_ratio=cached_ratio)
-        steps = make_schedule(schedule, num_inference_steps)
+        timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
+        search = _search(calibration, timesteps, active.size / kind.size)
+        steps = make_schedule(schedule, num_inference_steps, search=search)
         return cls(grid, active, context, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation)
 
     @classmethod
@@ -255,6 +262,7 @@ def plan_for(
     num_inference_steps: int = 50,
     num_reference_images: int = 0,
     schedule: Schedule = "balanced",
+    calibration: Calibration | None = None,
     **partition: Any,
 ) -> Plan:
     """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
@@ -269,6 +277,7 @@ def plan_for(
         num_inference_steps: as passed to the pipeline.
         num_reference_images: how many reference images the call has.
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
+        calibration: of this model, for an `"optimal:..."` schedule.
         partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation` of
             `Plan.from_mask`.
 
@@ -300,19 +309,31 @@ def plan_for(
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     distances = time_distances(model, scheduler.timesteps)
-    steps = make_schedule(schedule, len(scheduler.timesteps), distances)
     plan = Plan.from_mask(
         mask,
         grid,
-        num_inference_steps=len(steps),
-        schedule=steps,
+        num_inference_steps=len(distances),
+        schedule="full",
         temporal_factor=temporal,
         temporal_patch=patch_t,
         reference_frames=num_reference_images,
         **partition,
     )
     timesteps = scheduler.timesteps.double().cpu().numpy()
-    return replace(plan, timesteps=timesteps, distances=distances, schedule=_schedule_name(schedule))
+    search = _search(calibration, timesteps, plan.num_active / plan.num_tokens)
+    steps = make_schedule(schedule, len(distances), distances, search)
+    return replace(plan, steps=steps, timesteps=timesteps, distances=distances, schedule=_schedule_name(schedule))
+
+
+def _search(
+    calibration: Calibration | None, timesteps: NDArray[np.float64], share: float
+) -> Callable[[str], tuple[StepKind, ...]] | None:
+    """The search for the best schedule of an edit, where there is a calibration."""
+    if calibration is None:
+        return None
+    from .optimal import optimal_schedule
+
+    return lambda budget: optimal_schedule(calibration, budget, timesteps, share)
 
 
 def atomically(path: Path, write: Callable[[str], object]) -> None:

@@ -7,7 +7,7 @@ timesteps and the time-embedding weights only, never on the latents. So a schedu
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -48,15 +48,20 @@ Schedule = str | Sequence[StepKind | str]
 
 
 def make_schedule(
-    schedule: Schedule, num_steps: int, distances: NDArray[np.float64] | None = None
+    schedule: Schedule,
+    num_steps: int,
+    distances: NDArray[np.float64] | None = None,
+    search: Callable[[str], tuple[StepKind, ...]] | None = None,
 ) -> tuple[StepKind, ...]:
-    """Step kinds for `num_steps` steps. The first is always FULL; so is the last, except in an explicit list.
+    """Step kinds for `num_steps` steps. The first is always FULL; so is the last, except in a list or an optimum.
 
     Args:
         schedule: a preset (`PRESETS`), a cycle of letters such as `"FRRP"`, `"teacache:0.1"` for a threshold on
-            `distances`, or an explicit list with one kind for each step.
+            `distances`, `"optimal:3x"` or `"optimal:2%"` for the best under a time factor or an error bound, or an
+            explicit list with one kind for each step.
         num_steps: number of model steps.
         distances: `[num_steps]`, needed for `"teacache:d"` (see `time_distances`).
+        search: from a budget to the best schedule of so many steps, needed for `"optimal:..."` (see `optimal.py`).
 
     Raises:
         PlanError: an unknown name, a list of another length, or a first step that is not FULL.
@@ -80,10 +85,15 @@ def make_schedule(
             return threshold_schedule(distances, float(argument))
         except ValueError as error:
             raise PlanError(f"teacache needs a threshold, as in teacache:0.1, got {schedule!r}") from error
+    if name == "optimal":
+        if search is None:
+            raise PlanError("an optimal schedule needs a calibration: make one with hetcache calibrate, and pass it")
+        return search(argument)
     cycle = PRESETS.get(schedule, schedule)
     if not re.fullmatch("F[FPR]*", cycle):
         raise PlanError(
             f"unknown schedule {schedule!r}: give one of {', '.join(PRESETS)}, teacache:THRESHOLD, "
+            "optimal:BUDGET, "
             "or a cycle of letters that starts with F, such as FRRP"
         )
     kinds = tuple(_kind(cycle[step % len(cycle)]) for step in range(num_steps))

@@ -15,11 +15,13 @@ import torch
 
 from ..errors import InputFileError
 from ..media import GREY, Clip, read_video
-from .clips import HELD_OUT_TEXTURES, Batch, render_batch
+from .clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, Batch, render_batch
 from .codec import BlockTransformCodec  # noqa: F401  diffusers loads it only where it was imported before
 
 FOLDER = Path(__file__).parent / "weights"
 """A diffusers checkpoint: `from_pretrained(FOLDER)` works once this module is imported."""
+CALIBRATION = Path(__file__).parent / "reference.hetcal"
+"""What `hetcache calibrate` measured of it: see `calibration.Calibration`."""
 NUM_FRAMES, SIZE = 17, 128
 """What the model was trained for: 17 frames of 128 x 128 pixels, 2,304 tokens."""
 MAX_TEXT_LENGTH = 16
@@ -55,6 +57,21 @@ def procedural_clip(number: int) -> Clip:
     )
     clip = to_clip(f"{number:02d}-{kind}-{share:.0%}".replace("%", ""), batch)
     return clip if float(batch.object_masked[0]) >= 0.5 else replace(clip, prompt="only pattern")
+
+
+def calibration_clips(count: int, frames: int = NUM_FRAMES, size: int = SIZE) -> list[Clip]:
+    """`count` clips to calibrate schedules on: the texture families of training, and seeds of their own.
+
+    No held-out clip is among them, so what is tuned on these may be judged on those. Mask shares take turns.
+    """
+    return [_calibration_clip(number, frames, size) for number in range(count)]
+
+
+def _calibration_clip(number: int, frames: int, size: int) -> Clip:
+    share = MASK_SHARES[number % len(MASK_SHARES)]
+    generator = np.random.default_rng([2**30, number])
+    batch = render_batch(1, frames, size, generator, textures=TRAINING_TEXTURES, mask_share=(share, share))
+    return to_clip(f"calibration-{number:02d}", batch)
 
 
 def real_clip() -> Clip:

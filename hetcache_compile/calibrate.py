@@ -1,0 +1,252 @@
+"""Measure a calibration: the uncached model on a few clips, PARTIAL steps for some pairs of steps, and step times."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from .backend import hetcache_backend
+from .calibration import Array, Calibration, Costs
+from .editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
+from .errors import CalibrationError
+from .forms import Forms, rewrite
+from .media import Clip
+from .partition import TokenKind
+from .plan import Plan
+from .schedule import StepKind
+from .session import session
+
+OFFSETS = (1, 2, 4, 8, 14)
+NUM_SOURCES = 8
+SHARES = (0.0625, 0.25)
+TIMED_CYCLE = (StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE, StepKind.PARTIAL, StepKind.REUSE)
+CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model, without its arguments' meaning."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    velocity: torch.Tensor
+
+
+@dataclass
+class Recorder:
+    """Calls by step, then in the order in which a step makes them: the branches of guidance."""
+
+    steps: list[list[Call]] = field(default_factory=list)
+
+    def record(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook."""
+        velocity = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+        self.steps[-1].append(Call(args, kwargs, velocity.detach()))
+
+
+@torch.no_grad()
+def calibrate(
+    pipe: Any,
+    clips: Sequence[Clip],
+    out: Path,
+    progress: Progress,
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    max_sequence_length: int = 512,
+    seed: int = 0,
+    inner: str = "inductor",
+    shares: Sequence[float] = SHARES,
+    settings: Mapping[str, Any] | None = None,
+    **partition: Any,
+) -> Calibration:
+    """Measure, and write `out` after the step times and after each clip: a run that is cut short goes on where it was.
+
+    Args:
+        pipe: a pipeline that edits masked video with one transformer; it is left as it was.
+        clips: to edit; the calibration is the mean over them.
+        out: the calibration file.
+        progress: called as `progress(stage, step, steps)`.
+        num_inference_steps: S. Other numbers of steps are interpolated.
+        guidance_scale: classifier-free guidance. Both branches count.
+        max_sequence_length: text tokens.
+        seed: of the noise.
+        inner: the torch.compile backend of the timed forms. Errors are measured on forms that run eagerly.
+        shares: M / N of the PARTIAL steps that are timed.
+        settings: what else belongs to this calibration, such as the model's name; as JSON knows it.
+        partition: of `plan_for`.
+
+    Raises:
+        CalibrationError: the file there belongs to other settings, or the pipeline has two transformers.
+    """
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise CalibrationError("pipelines with two transformers cannot be calibrated yet")
+    if num_inference_steps < 3:
+        raise CalibrationError(f"a calibration needs at least 3 steps, got {num_inference_steps}")
+    known = {
+        **(settings or {}),
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "max_sequence_length": max_sequence_length,
+        "seed": seed,
+        **partition,
+    }
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    calibration = _open(out, known, scheduler.timesteps.double().cpu().numpy())
+    requests = {
+        clip.name: EditRequest(
+            video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, max_sequence_length=max_sequence_length, seed=seed,
+        )
+        for clip in clips
+    }  # fmt: skip
+    # Times first: a calibration that is cut short after its first clip can be used as it is.
+    if requests and (calibration.costs is None or calibration.costs.inner != inner):
+        request = next(iter(requests.values()))
+        costs = measure_costs(pipe, request, make_plan(pipe, request, "full", **partition), shares, inner, progress)
+        calibration = replace(calibration, costs=costs)
+        calibration.save(out)
+    for number, (name, request) in enumerate(requests.items()):
+        progress("clips", number, len(requests))
+        if name not in calibration.clips:
+            plan = make_plan(pipe, request, "full", **partition)
+            calibration = calibration.add(name, *measure_clip(pipe, request, plan, calibration, progress))
+            calibration.save(out)
+    progress("clips", len(requests), len(requests))
+    return calibration
+
+
+def _open(out: Path, settings: dict[str, Any], timesteps: Array) -> Calibration:
+    """What `out` holds already, or an empty calibration."""
+    if out.exists():
+        found = Calibration.load(out)
+        changed = sorted(k for k in {*settings, *found.settings} if settings.get(k) != found.settings.get(k))
+        if changed:
+            raise CalibrationError(
+                f"{out} was calibrated otherwise (other {', '.join(changed)}): give another --out, or remove it"
+            )
+        return found
+    steps = timesteps.size
+    sources = np.unique(np.linspace(0, steps - 2, NUM_SOURCES).round().astype(np.int64))
+    offsets = np.array([offset for offset in OFFSETS if offset < steps], dtype=np.int64)
+    kinds = len(TokenKind)
+    empty = np.zeros((kinds, steps, steps)), np.zeros((kinds, sources.size, offsets.size))
+    return Calibration(timesteps, empty[0], sources, offsets, empty[1], settings=settings)
+
+
+@torch.no_grad()
+def measure_clip(
+    pipe: Any, request: EditRequest, plan: Plan, layout: Calibration, progress: Progress
+) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """`gram`, `partial` and the kinds that are there, as `Calibration.add` takes them."""
+    with recorded(pipe, progress) as (recorder, observe):
+        run_pipeline(pipe, request, "uncached", observe, decode=False)
+    steps = recorder.steps
+    if len({len(calls) for calls in steps}) != 1 or not steps[0]:
+        raise CalibrationError("the pipeline does not call its transformer equally often in every step")
+    masks = kind_masks(plan, steps[0][0].velocity)
+    branches = range(len(steps[0]))
+    gram = sum(inner_products([calls[branch].velocity for calls in steps], masks) for branch in branches)
+    energy = np.asarray(np.trace(gram, axis1=1, axis2=2) / len(steps))
+    present = energy > 0
+    unit = np.where(present, energy, 1.0)[:, None, None]
+    forms = rewrite(pipe.transformer, plan, steps[0][0].args, steps[0][0].kwargs)
+    partial = np.zeros(layout.partial.shape)
+    for number, source in enumerate(layout.sources):
+        progress("partial steps", number, layout.sources.size)
+        targets = [layout.target(int(source), int(offset)) for offset in layout.offsets]
+        for branch in branches:
+            calls = {step: steps[step][branch] for step in {int(source), *targets}}
+            found = partial_distances(forms, calls, int(source), masks)
+            partial[:, number] += np.stack([found[target] for target in targets], axis=1)
+    progress("partial steps", layout.sources.size, layout.sources.size)
+    return np.asarray(gram) / unit, partial / unit, present
+
+
+@contextmanager
+def recorded(pipe: Any, progress: Progress) -> Iterator[tuple[Recorder, Progress]]:
+    """Record the calls of the transformer. The run has to report its steps to the `Progress` given here."""
+    recorder = Recorder()
+
+    def observe(stage: str, step: int, steps: int) -> None:
+        progress(stage, step, steps)
+        if step < steps:
+            recorder.steps.append([])
+
+    handle = pipe.transformer.register_forward_hook(recorder.record, with_kwargs=True)
+    try:
+        yield recorder, observe
+    finally:
+        handle.remove()
+
+
+def partial_distances(
+    forms: Forms, calls: Mapping[int, Call], source: int, masks: Sequence[torch.Tensor]
+) -> dict[int, Array]:
+    """`[3]` by step: squared distance of a PARTIAL step on the FULL cache of `source` to the uncached velocity."""
+    _, cache = forms.full(*calls[source].args, **calls[source].kwargs)
+    distances = {}
+    for step, call in calls.items():
+        if step != source:
+            output, _ = forms.partial(cache, *call.args, **call.kwargs)
+            velocity = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+            off = (velocity.double() - call.velocity.double()).square()
+            distances[step] = np.array([float(off[..., mask].sum()) for mask in masks])
+    return distances
+
+
+def kind_masks(plan: Plan, velocity: torch.Tensor) -> list[torch.Tensor]:
+    """Bool `[T, H, W]` over the latents, by token kind.
+
+    Raises:
+        CalibrationError: the output is no video of latents on the plan's grid.
+    """
+    sizes = velocity.shape[-3:]
+    if velocity.ndim < 4 or any(size % tokens for size, tokens in zip(sizes, plan.grid, strict=True)):
+        raise CalibrationError(f"an output of shape {tuple(velocity.shape)} is no video on token grid {plan.grid}")
+    masks = []
+    for kind in TokenKind:
+        mask = torch.from_numpy(plan.tokens_of(kind))
+        for dim, (size, tokens) in enumerate(zip(sizes, plan.grid, strict=True)):
+            mask = mask.repeat_interleave(size // tokens, dim=dim)
+        masks.append(mask.to(velocity.device))
+    return masks
+
+
+def inner_products(velocities: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> Array:
+    """`[3, S, S]` in float64: differences of near velocities are small against them."""
+    products = []
+    for mask in masks:
+        rows = torch.stack([velocity[..., mask].flatten() for velocity in velocities])
+        parts = (rows[:, start : start + CHUNK].double() for start in range(0, max(rows.shape[1], 1), CHUNK))
+        products.append(torch.stack([part @ part.T for part in parts]).sum(dim=0).cpu().numpy())
+    return np.stack(products)
+
+
+def measure_costs(
+    pipe: Any, request: EditRequest, plan: Plan, shares: Sequence[float], inner: str, progress: Progress
+) -> Costs:
+    """Median seconds of a call by step kind, compiled by `inner`, at several M / N."""
+    steps = TIMED_CYCLE * 3
+    short = replace(request, num_inference_steps=len(steps))
+    found: list[dict[str, float]] = []
+    with compiled(pipe, backend=hetcache_backend, options={"inner": inner}):
+        for share in sorted(shares):
+            active = np.arange(plan.num_tokens) < max(1, round(share * plan.num_tokens))
+            timed = Plan.from_token_mask(active, plan.grid, num_inference_steps=len(steps), schedule=steps)
+            warm_up(pipe, short, timed, progress)
+            with session(timed) as opened:
+                run = run_pipeline(pipe, short, f"timing M/N = {share:g}", progress, decode=False)
+            found.append(replace(run, stats=opened.stats).median_seconds)
+    partial = np.array([seconds["PARTIAL"] for seconds in found])
+    full, reuse = (median(seconds[kind] for seconds in found) for kind in ("FULL", "REUSE"))
+    return Costs(full, reuse, np.array(sorted(shares), dtype=np.float64), partial, inner)

@@ -1,0 +1,271 @@
+"""What caching costs and saves on one model and one machine: error matrices, step costs, and their file.
+
+The error of a cached step is the relative error of the model's output, the velocity of flow matching, on tokens of
+one kind. Two facts keep the record small:
+
+* A REUSE step answers with a linear combination of earlier velocities, whatever its order of extrapolation. So the
+  inner products of the velocities of all steps (`gram`) give its error exactly, for every pair of steps and any order.
+* A PARTIAL step has to be run. It is run for some pairs of steps, and its error is kept as a share of what REUSE
+  costs there; that share is smooth, and is interpolated.
+
+`calibrate.py` measures; `optimal.py` searches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save_file
+from scipy.interpolate import RegularGridInterpolator
+
+from .errors import CalibrationError
+from .partition import TokenKind
+from .plan import atomically
+
+Array = NDArray[np.float64]
+FORMAT, SCHEMA_VERSION = "hetcal", 1
+NUM_KINDS = len(TokenKind)
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Seconds of one model call by step kind.
+
+    Attributes:
+        full: of a FULL step.
+        reuse: of a REUSE step.
+        shares: float64 `[P]`, increasing: the M / N that PARTIAL steps were timed at.
+        partial: float64 `[P]`: their seconds.
+        inner: the torch.compile backend of the forms.
+    """
+
+    full: float
+    reuse: float
+    shares: Array
+    partial: Array
+    inner: str = "inductor"
+
+    def partial_at(self, share: float) -> float:
+        """Seconds of a PARTIAL step at M / N = `share`: between what was timed, with N / N as a FULL step."""
+        return float(np.interp(share, [*self.shares, 1.0], [*self.partial, self.full]))
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Errors and costs of one model, measured over a few clips.
+
+    Squared errors and inner products are in units of a clip's mean energy per step, then averaged over clips.
+
+    Attributes:
+        timesteps: float64 `[S]`, decreasing; proportional to the noise level in flow matching.
+        gram: float64 `[3, S, S]` by token kind: inner products of the uncached velocities of two steps.
+        sources: int64 `[A]`: steps whose FULL caches PARTIAL steps were run from.
+        offsets: int64 `[B]`: how many steps later, but never past the last step.
+        partial: float64 `[3, A, B]`: squared distance of the PARTIAL velocity to the uncached one.
+        counts: int64 `[3]`: how many clips have tokens of the kind.
+        clips: names of the clips measured so far.
+        costs: seconds by step kind, or None while they are not measured.
+        settings: what was measured: model, machine, options.
+    """
+
+    timesteps: Array
+    gram: Array
+    sources: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    partial: Array
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_KINDS, dtype=np.int64))
+    clips: tuple[str, ...] = ()
+    costs: Costs | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        steps, sources, offsets = self.num_steps, self.sources, self.offsets
+        if self.timesteps.ndim != 1 or steps < 2 or not (np.diff(self.timesteps) < 0).all() or self.timesteps[-1] <= 0:
+            raise CalibrationError("a calibration needs at least two timesteps, positive and decreasing")
+        for name, shape in (
+            ("gram", (NUM_KINDS, steps, steps)),
+            ("partial", (NUM_KINDS, sources.size, offsets.size)),
+            ("counts", (NUM_KINDS,)),
+        ):
+            array = getattr(self, name)
+            if array.shape != shape or not np.isfinite(array).all():
+                raise CalibrationError(f"{name} must hold finite numbers of shape {shape}, got shape {array.shape}")
+        for name, index, most in (("sources", sources, steps - 2), ("offsets", offsets, steps - 1)):
+            least = 0 if name == "sources" else 1
+            if index.ndim != 1 or not index.size or index.min() < least or index.max() > most:
+                raise CalibrationError(f"{name} must name steps between {least} and {most}")
+            if (np.diff(index) <= 0).any():
+                raise CalibrationError(f"{name} must be increasing")
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return int(self.timesteps.size)
+
+    def target(self, source: int, offset: int) -> int:
+        """The step of a measured PARTIAL step."""
+        return min(source + offset, self.num_steps - 1)
+
+    def add(self, name: str, gram: Array, partial: Array, present: NDArray[np.bool_]) -> Calibration:
+        """With one more clip.
+
+        Args:
+            name: of the clip.
+            gram: `[3, S, S]` of this clip.
+            partial: `[3, A, B]` of this clip.
+            present: bool `[3]`: the kinds that this clip has.
+        """
+        counts = self.counts + present
+        # A running mean over the clips that have the kind.
+        share = np.where(present, 1 / np.maximum(counts, 1), 0.0)[:, None, None]
+        return replace(
+            self,
+            gram=self.gram + share * (gram - self.gram),
+            partial=self.partial + share * (partial - self.partial),
+            counts=counts,
+            clips=(*self.clips, name),
+        )
+
+    def timesteps_for(self, num_steps: int) -> Array:
+        """Timesteps `[num_steps]` of the same noise schedule at another number of steps, ends at 0 alike."""
+        if num_steps == self.num_steps:
+            return self.timesteps
+        places = np.arange(num_steps) / num_steps
+        known = np.arange(self.num_steps + 1) / self.num_steps
+        return np.asarray(np.interp(places, known, [*self.timesteps, 0.0]))
+
+    def positions(self, timesteps: Array) -> Array:
+        """Where timesteps `[T]` lie among the calibrated steps: fractional step numbers, 0 to S - 1."""
+        return np.asarray(np.interp(-timesteps, -self.timesteps, np.arange(self.num_steps)))
+
+    def gram_at(self, timesteps: Array) -> Array:
+        """`[3, T, T]`: inner products of velocities that are interpolated linearly over the timesteps."""
+        place = self.positions(timesteps)
+        low = np.minimum(place.astype(int), self.num_steps - 2)
+        weights = np.zeros((place.size, self.num_steps))
+        weights[np.arange(place.size), low] = 1 - (place - low)
+        weights[np.arange(place.size), low + 1] = place - low
+        products: Array = weights @ self.gram @ weights.T
+        return products
+
+    def reuse_errors(self, timesteps: Array | None = None) -> Array:
+        """`[3, T, T]` by (kind, source, target): relative error of repeating a velocity. NaN for absent kinds."""
+        gram = self.gram_at(self.timesteps if timesteps is None else timesteps)
+        energy = np.diagonal(gram, axis1=1, axis2=2)
+        squared = energy[:, :, None] + energy[:, None, :] - 2 * gram
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(np.sqrt(np.maximum(squared, 0) / energy[:, None, :]))
+
+    def partial_errors(self, timesteps: Array | None = None) -> Array:
+        """`[3, T, T]` by (kind, source, target): relative error of a PARTIAL step on the FULL cache of the source.
+
+        Infinite where the target does not come after the source, or later than any measured pair.
+        """
+        timesteps = self.timesteps if timesteps is None else timesteps
+        place = self.positions(timesteps)
+        source, target = np.meshgrid(place, place, indexing="ij")
+        offset = target - source
+        errors = self.reuse_errors(timesteps)
+        points = np.stack([source.clip(*self.sources[[0, -1]]), offset.clip(*self.offsets[[0, -1]])], axis=-1)
+        for kind, share in enumerate(self._share_of_reuse()):
+            errors[kind] *= _interpolate(self.sources, self.offsets, share, points)
+        after = np.triu(np.ones(offset.shape, dtype=bool), 1) & (offset <= self.offsets[-1] + 1e-9)
+        return np.where(after, errors, np.inf)
+
+    def _share_of_reuse(self) -> Array:
+        """`[3, A, B]`: error of PARTIAL over error of REUSE, where it was measured."""
+        targets = np.array([[self.target(s, o) for o in self.offsets] for s in self.sources])
+        gram, sources = self.gram, self.sources[:, None]
+        reuse = gram[:, sources, sources] + gram[:, targets, targets] - 2 * gram[:, sources, targets]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.sqrt(self.partial / reuse)
+
+    def describe(self) -> str:
+        """The calibration in two lines."""
+        errors = self.reuse_errors()
+        one_later = {
+            kind.name.lower(): float(np.mean(np.diagonal(errors[kind], offset=1)))
+            for kind in TokenKind
+            if self.counts[kind]
+        }
+        repeated = ", ".join(f"{error:.1%} on {name}" for name, error in one_later.items())
+        if self.costs is None:
+            times = "step times are not measured yet"
+        else:
+            partial = ", ".join(
+                f"{seconds / self.costs.full:.3f} at M/N = {share:g}"
+                for share, seconds in zip(self.costs.shares, self.costs.partial, strict=True)
+            )
+            times = (
+                f"a FULL step takes {self.costs.full:.3g} s; of that PARTIAL takes {partial}, "
+                f"REUSE {self.costs.reuse / self.costs.full:.3f}"
+            )
+        return (
+            f"{len(self.clips)} clips, {self.num_steps} steps: the velocity of the step before is off by {repeated} "
+            f"tokens\n{times}"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as one safetensors file with a JSON header, atomically."""
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        header: dict[str, Any] = {"clips": list(self.clips), "settings": self.settings, "costs": None}
+        if self.costs is not None:
+            arrays |= {"cost_shares": self.costs.shares, "cost_partial": self.costs.partial}
+            header["costs"] = {"full": self.costs.full, "reuse": self.costs.reuse, "inner": self.costs.inner}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "calibration": json.dumps(header)}
+        atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a calibration.
+
+        Raises:
+            CalibrationError: the file is missing, cut short, no calibration, or of another schema version.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CalibrationError(f"{path} is a safetensors file but not a calibration")
+                if metadata.get("schema_version") != str(SCHEMA_VERSION):
+                    raise CalibrationError(
+                        f"{path} has calibration schema {metadata.get('schema_version')}, this version reads "
+                        f"{SCHEMA_VERSION}: calibrate anew"
+                    )
+                header = json.loads(metadata["calibration"])
+                arrays = {name: file.get_tensor(name).numpy() for name in ARRAYS}
+                costs = None
+                if header["costs"] is not None:
+                    shares, partial = (file.get_tensor(f"cost_{name}").numpy() for name in ("shares", "partial"))
+                    times = header["costs"]
+                    costs = Costs(float(times["full"]), float(times["reuse"]), shares, partial, str(times["inner"]))
+            return cls(**arrays, clips=tuple(header["clips"]), costs=costs, settings=dict(header["settings"]))
+        except FileNotFoundError as error:
+            raise CalibrationError(f"no calibration at {path}") from error
+        except CalibrationError as error:
+            raise error if str(path) in str(error) else CalibrationError(f"{path}: {error}") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path} cannot be read as a calibration: {error}") from error
+
+
+def _interpolate(sources: NDArray[np.int64], offsets: NDArray[np.int64], values: Array, points: Array) -> Array:
+    """Bilinear; along an axis with one measured place the value is constant."""
+    axes: list[Sequence[float]] = []
+    for position, axis in enumerate((sources, offsets)):
+        if axis.size == 1:
+            values = np.repeat(values, 2, axis=position)
+        axes.append([*axis.tolist(), *([axis[0] + 1.0] if axis.size == 1 else [])])
+    return np.asarray(RegularGridInterpolator(tuple(axes), values)(points), dtype=np.float64)
+
+
+ARRAYS = ("timesteps", "gram", "sources", "offsets", "partial", "counts")

@@ -1,0 +1,120 @@
+"""`hetcache calibrate`, and how the other commands use what it measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .calibration import Calibration
+from .cli_bench import clip_of_files
+from .cli_common import (
+    ContextRatio,
+    Device,
+    Frames,
+    Height,
+    Inner,
+    Margin,
+    Steps,
+    Width,
+    check_size,
+    console,
+    progress_bars,
+    torch_device,
+    torch_dtype,
+)  # fmt: skip
+from .plan import Plan
+
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="For optimal schedules: a file of `hetcache calibrate`, or `reference` for the one shipped.",
+    ),
+]
+
+
+def calibrate(
+    model: Annotated[str, typer.Option(help="A local checkpoint, or `reference` for the one shipped.")] = "reference",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; a run cut short goes on there.")] = Path(
+        "model.hetcal"
+    ),
+    clips: Annotated[int, typer.Option(help="How many procedural clips to edit.", min=1)] = 6,
+    video: Annotated[Path | None, typer.Option(help="A video to edit, in place of procedural clips.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask of --video.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to generate inside the mask of --video.")] = "",
+    height: Height = 128,
+    width: Width = 128,
+    num_frames: Frames = 17,
+    steps: Steps = 50,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 turns it off. [default: 5; reference model: 2]")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help="Text tokens. [default: 512; reference model: 16]", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    margin: Margin = 2.0,
+    context_ratio: ContextRatio = 0.05,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    inner: Inner = "inductor",
+    device: Device = "auto",
+) -> None:
+    """Measure what PARTIAL and REUSE steps cost and save, for `hetcache plan --budget`.
+
+    Times each kind of step on this machine, then runs the uncached model on a few clips. Procedural clips are square,
+    of --height.
+    """
+    from . import reference
+    from .bench_quality import weights_digest
+    from .calibrate import calibrate as measure
+    from .editing import load_pipeline
+    from .report import processor_name
+
+    check_size(height, width, num_frames)
+    if video is None and mask is None:
+        edits = reference.calibration_clips(clips, num_frames, height)
+    else:
+        edits = [clip_of_files(video, mask, None, prompt, num_frames, height, width)]
+    shipped = model == "reference"
+    with console.status(f"loading {model}"):
+        folder = reference.FOLDER if shipped else Path(model)
+        pipe = load_pipeline(folder, torch_dtype(dtype), torch_device(device))
+    usual_guidance, usual_length = (reference.GUIDANCE_SCALE, reference.MAX_TEXT_LENGTH) if shipped else (5.0, 512)
+    settings = {
+        "model": model, "weights": weights_digest(pipe), "dtype": dtype,
+        "processor": processor_name(torch_device(device)),
+    }  # fmt: skip
+    with progress_bars() as progress:
+        measured = measure(
+            pipe, edits, out, progress, num_inference_steps=steps,
+            guidance_scale=usual_guidance if guidance_scale is None else guidance_scale,
+            max_sequence_length=max_sequence_length or usual_length, seed=seed, inner=inner, settings=settings,
+            margin=margin, context_ratio=context_ratio,
+        )  # fmt: skip
+    print(measured.describe())
+    print(f"wrote {out}")
+
+
+def load_calibration(name: str | None) -> Calibration | None:
+    """The calibration file of this name, or the one that is shipped with the reference model."""
+    if name is None:
+        return None
+    from . import reference
+
+    return Calibration.load(reference.CALIBRATION if name == "reference" else name)
+
+
+def expectation(calibration: Calibration, plan: Plan) -> str:
+    """What the calibration expects of a plan, and of the presets beside it."""
+    from .optimal import expect
+    from .schedule import PRESETS, make_schedule
+
+    timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
+    named = {name: make_schedule(name, len(plan.steps)) for name in PRESETS} | {plan.schedule: plan.steps}
+    share = plan.num_active / plan.num_tokens
+    width = max(map(len, named))
+    return "\n".join(
+        f"{name:{width}}  {expect(calibration, steps, timesteps, share).describe()}" for name, steps in named.items()
+    )

@@ -1,0 +1,262 @@
+"""Calibration end to end on a tiny checkpoint: what it records against what sessions do; files, resuming, commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hetcache_compile as hetcache
+from hetcache_compile import Calibration, CalibrationError, TokenKind, cli, reference
+from hetcache_compile.backend import hetcache_backend
+from hetcache_compile.calibrate import calibrate, inner_products, kind_masks, measure_clip, recorded
+from hetcache_compile.calibration import Costs
+from hetcache_compile.demo import moving_mask, save_random_checkpoint
+from hetcache_compile.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
+from hetcache_compile.media import Clip
+
+FRAMES, SIZE, STEPS = 5, 64, 5
+SETTINGS = {
+    "num_inference_steps": STEPS, "guidance_scale": 3.0, "max_sequence_length": 16, "inner": "eager", "shares": (0.5,),
+    "margin": 1.0, "multiple": 1,
+}  # fmt: skip
+
+
+def clip(seed):
+    video = np.random.default_rng(seed).integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    mask = moving_mask(FRAMES, SIZE, SIZE)
+    return Clip(f"clip {seed}", video, mask if seed % 2 else mask[:, ::-1], "a cat")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_random_checkpoint(folder, width=64, layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    return load_pipeline(checkpoint, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def calibrated(pipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("calibration") / "model.hetcal"
+    stages = []
+    measured = calibrate(pipe, [clip(1), clip(2)], out, lambda *state: stages.append(state), **SETTINGS)
+    return measured, out, stages
+
+
+def emptied(measured):
+    """The layout of a calibration, without its clips."""
+    return replace(
+        measured, gram=0 * measured.gram, partial=0 * measured.partial, counts=0 * measured.counts, clips=(), costs=None
+    )
+
+
+def velocities(pipe, request, plan, steps):
+    """Velocities `[step][branch]` of a session that follows `steps`."""
+    with (
+        compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}),
+        recorded(pipe, lambda *_: None) as (recorder, observe),
+        hetcache.session(plan.with_schedule(steps)),
+    ):
+        run_pipeline(pipe, request, "session", observe, decode=False)
+    return [[call.velocity for call in calls] for calls in recorder.steps]
+
+
+def test_recorded_errors_are_what_sessions_make(pipe, calibrated):
+    """Up to step 1 a session has the latents of the uncached run, so its second velocity shows the error itself."""
+    empty, c = emptied(calibrated[0]), clip(1)
+    request = EditRequest(
+        c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=3.0, max_sequence_length=16
+    )
+    plan = make_plan(pipe, request, "full", margin=1.0, multiple=1)
+    one = empty.add("clip 1", *measure_clip(pipe, request, plan, empty, lambda *_: None))
+    true = velocities(pipe, request, plan, "full")
+    masks = kind_masks(plan, true[0][0])
+    assert [int(mask.sum()) for mask in masks] == [4 * int(plan.tokens_of(kind).sum()) for kind in TokenKind]
+    for steps, errors in (("FRFFF", one.reuse_errors()), ("FPFFF", one.partial_errors())):
+        cached = velocities(pipe, request, plan, list(steps))
+        for kind, mask in zip(TokenKind, masks, strict=True):
+            off = sum((a - b)[..., mask].square().sum() for a, b in zip(cached[1], true[1], strict=True))
+            energy = sum(velocity[..., mask].square().sum() for velocity in true[1])
+            assert errors[kind, 0, 1] == pytest.approx(float((off / energy).sqrt()), rel=1e-3)
+            assert errors[kind, 0, 1] > 0
+
+
+def test_it_reports_and_leaves_the_pipeline_alone(pipe, calibrated):
+    measured, _, stages = calibrated
+    assert measured.clips == ("clip 1", "clip 2")
+    assert measured.counts.tolist() == [2, 2, 2]
+    assert (measured.partial > 0).all()
+    assert measured.costs.full > measured.costs.reuse > 0
+    assert measured.costs.partial.shape == (1,)
+    assert {"clips", "uncached", "partial steps"} <= {stage for stage, *_ in stages}
+    assert not pipe.transformer._forward_hooks
+    assert not hasattr(pipe.transformer, "_orig_mod")
+    assert "2 clips, 5 steps" in measured.describe()
+
+
+def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkeypatch):
+    expected, *_ = calibrated
+    monkeypatch.setattr("hetcache_compile.calibrate.measure_costs", lambda *_: expected.costs)
+    out = tmp_path / "model.hetcal"
+
+    def stop(stage, step, steps):
+        if (stage, step) == ("clips", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, [clip(1), clip(2)], out, stop, **SETTINGS)
+    half = Calibration.load(out)
+    assert half.clips == ("clip 1",)
+    assert half.costs.full == expected.costs.full
+    assert "not measured yet" in replace(half, costs=None).describe()
+    stages = []
+    measured = calibrate(pipe, [clip(1), clip(2)], out, lambda *state: stages.append(state), **SETTINGS)
+    assert [state[:2] for state in stages].count(("uncached", 0)) == 1
+    assert measured.gram == pytest.approx(expected.gram, rel=1e-6)
+    assert measured.partial == pytest.approx(expected.partial, rel=1e-4)
+    with pytest.raises(CalibrationError, match="other guidance_scale"):
+        calibrate(pipe, [clip(1)], out, stop, **{**SETTINGS, "guidance_scale": 1.0})
+
+
+def test_inner_products_keep_small_differences():
+    base = torch.randn(1, 2, 1, 3, 50000, generator=torch.Generator().manual_seed(0))
+    step = 1e-4 * torch.randn_like(base)
+    mask = torch.zeros(1, 3, 50000, dtype=torch.bool)
+    mask[:, 1] = True
+    gram = inner_products([base, base + step], [mask])[0]
+    moved = (base + step).double() - base.double()
+    assert gram[0, 0] + gram[1, 1] - 2 * gram[0, 1] == pytest.approx(float(moved[..., mask].square().sum()), rel=1e-5)
+
+
+def test_means_over_clips_count_only_clips_that_have_the_kind(calibrated):
+    measured, *_ = calibrated
+    empty = emptied(measured)
+    rng = np.random.default_rng(0)
+    grams, partials = rng.random((3, *measured.gram.shape)), rng.random((3, *measured.partial.shape))
+    present = np.array([[1, 1, 1], [1, 0, 1], [1, 0, 1]], dtype=bool)
+    for number in range(3):
+        empty = empty.add(str(number), grams[number], partials[number], present[number])
+    assert empty.counts.tolist() == [3, 1, 3]
+    assert empty.gram[0] == pytest.approx(grams[:, 0].mean(axis=0))
+    assert empty.gram[1] == pytest.approx(grams[0, 1])
+    assert empty.partial[2] == pytest.approx(partials[:, 2].mean(axis=0))
+
+
+def test_a_calibration_survives_saving_and_loading(calibrated, tmp_path):
+    measured, out, _ = calibrated
+    loaded = Calibration.load(out)
+    for name in ("timesteps", "gram", "sources", "offsets", "partial", "counts"):
+        assert np.array_equal(getattr(loaded, name), getattr(measured, name))
+    assert (loaded.clips, loaded.settings["margin"]) == (measured.clips, 1.0)
+    assert (loaded.costs.full, loaded.costs.reuse) == (measured.costs.full, measured.costs.reuse)
+    assert np.array_equal(loaded.costs.partial, measured.costs.partial)
+    assert np.array_equal(loaded.partial_errors(), measured.partial_errors())
+
+
+def test_files_that_are_no_calibrations(calibrated, tmp_path):
+    _, out, _ = calibrated
+    whole = out.read_bytes()
+    header = json.dumps({"clips": [], "settings": {}, "costs": None})
+
+    def damaged(change):
+        arrays = load_file(out)
+        metadata = {"format": "hetcal", "schema_version": "1", "calibration": header}
+        change(arrays, metadata)
+        save_file(arrays, tmp_path / "b.hetcal", metadata=metadata)
+        return (tmp_path / "b.hetcal").read_bytes()
+
+    cases = {
+        "cut short": whole[: len(whole) // 2],
+        "empty": b"",
+        "other format": damaged(lambda a, m: m.update(format="hetplan")),
+        "other schema": damaged(lambda a, m: m.update(schema_version="9")),
+        "no header": damaged(lambda a, m: m.pop("calibration")),
+        "no array": damaged(lambda a, m: a.pop("gram")),
+        "other shape": damaged(lambda a, m: a.update(gram=a["gram"][:, :2].clone())),
+        "not finite": damaged(lambda a, m: a.update(partial=a["partial"] / 0)),
+        "rising timesteps": damaged(lambda a, m: a.update(timesteps=a["timesteps"].flip(0))),
+        "sources too late": damaged(lambda a, m: a.update(sources=a["sources"] + STEPS)),
+        "offset 0": damaged(lambda a, m: a.update(offsets=a["offsets"] - 1)),
+    }
+    bad = tmp_path / "bad.hetcal"
+    for name, content in cases.items():
+        bad.write_bytes(content)
+        with pytest.raises(CalibrationError, match=r"bad\.hetcal"):
+            raise AssertionError(f"{name} was read: {Calibration.load(bad)}")
+    with pytest.raises(CalibrationError, match="no calibration at"):
+        Calibration.load(tmp_path / "missing.hetcal")
+
+
+def test_what_cannot_be_calibrated(pipe, checkpoint, tmp_path):
+    arguments = ([clip(1)], tmp_path / "a.hetcal", lambda *_: None)
+    with pytest.raises(CalibrationError, match="at least 3 steps"):
+        calibrate(pipe, *arguments, num_inference_steps=2)
+    two = load_pipeline(checkpoint, torch.float32, "cpu")
+    two.register_modules(transformer_2=two.transformer)
+    with pytest.raises(CalibrationError, match="two transformers"):
+        calibrate(two, *arguments)
+    plan = hetcache.Plan.from_token_mask(np.ones(30, dtype=bool), (2, 3, 5))
+    for shape in ((1, 4, 2, 3, 7), (1, 30, 4)):
+        with pytest.raises(CalibrationError, match="no video on token grid"):
+            kind_masks(plan, torch.zeros(shape))
+
+
+def test_calibration_clips_are_not_those_that_judge():
+    clips = reference.calibration_clips(3, frames=5, size=32)
+    assert [c.video.shape for c in clips] == [(5, 32, 32, 3)] * 3
+    assert len({c.name for c in clips} | {c.name for c in reference.held_out(3)}) == 6
+    again = reference.calibration_clips(3, frames=5, size=32)
+    assert all(np.array_equal(a.video, b.video) for a, b in zip(clips, again, strict=True))
+
+
+def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hetcache", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    calibration, mask = tmp_path / "model.hetcal", tmp_path / "mask.npy"
+    np.save(mask, moving_mask(FRAMES, SIZE, SIZE))
+    status, out, err = run(
+        "calibrate", "--model", checkpoint, "--clips", 1, "--steps", STEPS, "--num-frames", FRAMES, "--height", SIZE,
+        "--width", SIZE, "--max-sequence-length", 16, "--guidance-scale", 1, "--dtype", "float32", "--inner", "eager",
+        "-o", calibration,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "1 clips, 5 steps" in out
+    # Times as small as these are noise: fixed ones make the budget one that can be kept.
+    known = replace(Calibration.load(calibration), costs=Costs(1.0, 0.01, np.array([0.5]), np.array([0.5])))
+    known.save(calibration)
+    plan = ("plan", "--mask", mask, "--num-frames", FRAMES, "--height", SIZE, "--width", SIZE, "--steps", 8)
+    path = tmp_path / "a.hetplan"
+    for model in ((), ("--model", checkpoint)):
+        status, out, err = run(*plan, *model, "--budget", "2x", "--calibration", calibration, "-o", path)
+        assert status == 0, err
+        made = hetcache.Plan.load(path)
+        assert made.schedule == "optimal:2x"
+        assert "less time in the model than 8 FULL steps" in out
+        assert "balanced" in out
+    for arguments, message in (
+        (("--budget", "2x"), "needs a calibration"),
+        (("--budget", "fast", "--calibration", calibration), "time factor such as 3x"),
+        (("--budget", "2x", "--calibration", mask), "cannot be read as a calibration"),
+        (("--budget", "90x", "--calibration", calibration), "90x faster"),
+    ):
+        status, _, err = run(*plan, *arguments)
+        assert status == 2
+        assert message in " ".join(err.split())
+        assert "Traceback" not in err

@@ -1,0 +1,216 @@
+"""The optimal schedule against brute force; the recorded error model against velocities that are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
+from hetcache_compile.calibration import Calibration, Costs
+from hetcache_compile.optimal import Budget, RecordedErrors, StepCosts, expect, optimal_schedule, shortest, total_error
+
+F, P, R = StepKind
+STEPS = 12
+
+
+class RandomErrors:
+    """An error of its own for each history that the model may depend on; some PARTIAL steps are not allowed."""
+
+    def __init__(self, seed, horizon=6):
+        self.seed, self.horizon = seed, horizon
+
+    def draw(self, *key):
+        return float(np.random.default_rng([self.seed, *key]).random())
+
+    def partial(self, full, step):
+        return 0.5 * self.draw(1, full, step) if step - full <= self.horizon else np.inf
+
+    def reuse(self, full, computed, step):
+        return self.draw(2, full, step, *computed)
+
+
+def brute_force(errors, num_steps, order, longest_run):
+    """Every schedule with its error: each step is looked at with the whole history in view."""
+    memo = {}
+
+    def remembered(function, *key):
+        if (function, key) not in memo:
+            memo[function, key] = function(*key)
+        return memo[function, key]
+
+    partial, reuse = errors.partial, errors.reuse
+    for steps in product((F, P, R), repeat=num_steps - 1):
+        steps = (F, *steps)
+        if any(all(s is R for s in steps[i : i + longest_run + 1]) for i in range(num_steps - longest_run)):
+            continue
+        error = 0.0
+        for step, kind in enumerate(steps):
+            before = [earlier for earlier in range(step) if steps[earlier] is not R]
+            full = max((earlier for earlier in range(step) if steps[earlier] is F), default=0)
+            if kind is P:
+                error += remembered(partial, full, step)
+            elif kind is R:
+                error += remembered(reuse, full, tuple(before[-order - 1 :]), step)
+        yield steps, error
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "order", "longest_run"),
+    [(1, 0, 3), (2, 0, 3), (7, 0, 12), (8, 0, 2), (7, 1, 12), (7, 1, 1), (6, 2, 3)],
+)
+def test_no_schedule_is_better_than_the_one_found(num_steps, order, longest_run):
+    for seed in range(3):
+        errors = RandomErrors(seed)
+        costs = StepCosts(1.0, 0.1 + 0.6 * errors.draw(0), 0.05 * errors.draw(1))
+        found = [
+            (steps, error, costs.of(steps.count(F), steps.count(P), num_steps))
+            for steps, error in brute_force(errors, num_steps, order, longest_run)
+        ]
+        for factor in (1.0, 1.3, 1.9, 2.7, 4.0):
+            allowed = [entry for entry in found if entry[2] <= num_steps / factor + 1e-9 and np.isfinite(entry[1])]
+            settings = {"order": order, "longest_run": longest_run}
+            if not allowed:
+                with pytest.raises(PlanError, match="faster than FULL"):
+                    shortest(errors, costs, num_steps, Budget(factor=factor), **settings)
+                continue
+            steps = shortest(errors, costs, num_steps, Budget(factor=factor), **settings)
+            least = min(error for _, error, _ in allowed)
+            assert steps in [entry[0] for entry in allowed]
+            assert total_error(errors, steps, order) == pytest.approx(least, abs=1e-12)
+            bound = least + 1e-9
+            steps = shortest(errors, costs, num_steps, Budget(error=bound), **settings)
+            assert total_error(errors, steps, order) <= bound
+            cheapest = min(cost for _, error, cost in found if error <= bound)
+            assert costs.of(steps.count(F), steps.count(P), num_steps) == pytest.approx(cheapest)
+
+
+def test_the_total_error_of_a_schedule_is_the_sum_of_its_steps():
+    errors = RandomErrors(7)
+    for order in (0, 1):
+        for steps, error in brute_force(errors, 6, order, 3):
+            assert total_error(errors, steps, order) == pytest.approx(error)
+
+
+def test_budgets():
+    assert Budget.parse("3x") == Budget(factor=3)
+    assert Budget.parse("2.5%") == Budget(error=0.025)
+    for text in ("3", "x", "0x", "-1x", "three", "1e9", ""):
+        with pytest.raises(PlanError, match="time factor such as 3x"):
+            Budget.parse(text)
+    costs = StepCosts(1.0, 0.5, 0.01)
+    assert shortest(RandomErrors(0), costs, 5, Budget(factor=1)) is not None
+    assert shortest(RandomErrors(0), costs, 5, Budget(error=0.0)) == (F,) * 5
+    with pytest.raises(PlanError, match="60x faster"):
+        shortest(RandomErrors(0), costs, 5, Budget(factor=60))
+
+
+def velocities(timesteps, degree=3, seed=0):
+    """`[3, S, D]`: polynomials of the timestep with random coefficients, by token kind."""
+    coefficients = np.random.default_rng(seed).normal(size=(3, degree + 1, 40))
+    return np.einsum("sp,kpd->ksd", (timesteps[:, None] / 1000) ** np.arange(degree + 1), coefficients)
+
+
+def calibration_of(timesteps, share=0.25, degree=3):
+    """A calibration of known velocities, whose PARTIAL steps are off by `share` of what REUSE is off by."""
+    v = velocities(timesteps, degree)
+    v /= np.sqrt((v**2).sum(axis=2).mean(axis=1))[:, None, None]
+    sources, offsets = np.array([0, 3, len(timesteps) - 2]), np.array([1, 2, 5])
+    empty = np.zeros((3, 3, 3))
+    known = Calibration(timesteps, np.zeros((3, len(timesteps), len(timesteps))), sources, offsets, empty)
+    partial = empty.copy()
+    for a, source in enumerate(sources):
+        for b, offset in enumerate(offsets):
+            partial[:, a, b] = share**2 * ((v[:, source] - v[:, known.target(source, offset)]) ** 2).sum(axis=1)
+    gram = np.einsum("ksd,ktd->kst", v, v)
+    known = known.add("a", gram, partial, np.array([True, True, True]))
+    return replace(known, costs=Costs(2.0, 0.02, np.array([0.25, 0.5]), np.array([0.6, 1.1]))), v
+
+
+def relative(estimate, truth):
+    return np.linalg.norm(estimate - truth, axis=-1) / np.linalg.norm(truth, axis=-1)
+
+
+def test_errors_are_those_of_the_velocities():
+    timesteps = np.linspace(1000, 30, STEPS)
+    known, v = calibration_of(timesteps)
+    assert known.reuse_errors()[:, 2, 5] == pytest.approx(relative(v[:, 2], v[:, 5]))
+    assert known.partial_errors()[:, 3, 8] == pytest.approx(0.25 * relative(v[:, 3], v[:, 8]))
+    assert np.isinf(known.partial_errors()[:, 3, [1, 2, 3, 9]]).all()
+    errors = RecordedErrors(known, timesteps)
+    assert errors.weights.sum() == pytest.approx(1)
+    weight = (timesteps[7] - timesteps[8]) / 1000
+    partial = 0.25 * relative(v[:, 4], v[:, 7]).mean()
+    assert errors.partial(4, 7) == pytest.approx(weight * partial)
+    by_hand = (relative(v[:2, 5], v[:2, 7]) + 0.25 * relative(v[:2, 4], v[:2, 5])).sum() + relative(v[2, 4], v[2, 7])
+    assert errors.reuse(4, (5,), 7) == pytest.approx(weight * by_hand / 3)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_extrapolation_has_no_error_on_polynomials_of_its_degree(order):
+    timesteps = np.geomspace(1000, 30, STEPS)
+    known, _ = calibration_of(timesteps, degree=order)
+    exact, lower = RecordedErrors(known, timesteps, order), RecordedErrors(known, timesteps, order - 1)
+    computed = (1, 4, 5)[-(order + 1) :]
+    assert sum(exact.extrapolated(computed, 8)[1]) < 1e-6
+    assert order == 0 or sum(lower.extrapolated(computed[1:], 8)[1]) > 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [7, 30])
+def test_other_numbers_of_steps_are_interpolated(num_steps):
+    timesteps = np.linspace(1000, 20, 50)
+    known, v = calibration_of(timesteps)
+    asked = np.linspace(1000, 20, num_steps)
+    truth = velocities(asked) * (v / velocities(timesteps)).mean(axis=(1, 2), keepdims=True)
+    expected = relative(truth[:, 0], truth[:, -1])
+    assert known.reuse_errors(asked)[:, 0, -1] == pytest.approx(expected, rel=0.02)
+    assert known.timesteps_for(50) is known.timesteps
+    assert (np.diff(known.timesteps_for(num_steps)) < 0).all()
+
+
+def test_a_plan_follows_the_calibration():
+    known, _ = calibration_of(np.linspace(1000, 30, STEPS))
+    mask = np.zeros((2, 4, 4), dtype=bool)
+    mask[:, :2, :2] = True
+    settings = {"num_inference_steps": STEPS, "multiple": 1, "margin": 0, "context_ratio": 0}
+    plan = Plan.from_mask(mask, (2, 4, 4), schedule="optimal:3x", calibration=known, **settings)
+    assert plan.steps == optimal_schedule(known, "3x", known.timesteps, share=0.25)
+    expectation = expect(known, plan.steps, known.timesteps, 0.25)
+    seconds = sum({F: 2.0, P: 0.6, R: 0.02}[kind] for kind in plan.steps)
+    assert expectation.seconds == pytest.approx(seconds)
+    assert expectation.time_factor >= 3
+    assert "mean error of the velocity" in expectation.describe()
+    for schedule in ("FRR", "FRRR", "full"):
+        other = Plan.from_mask(mask, (2, 4, 4), schedule=schedule, **settings)
+        beside = expect(known, other.steps, known.timesteps, 0.25)
+        assert beside.time_factor < 3 or beside.error >= expectation.error
+    bounded = optimal_schedule(known, Budget(error=expectation.error), known.timesteps, share=0.25)
+    assert expect(known, bounded, known.timesteps, 0.25).seconds <= expectation.seconds
+    with pytest.raises(PlanError, match="needs a calibration"):
+        Plan.from_mask(mask, (2, 4, 4), schedule="optimal:3x", **settings)
+    unknown = expect(known, (F, *[P] * (STEPS - 1)), known.timesteps, 0.25)
+    assert "unknown" in unknown.describe()
+
+
+def test_kinds_that_no_clip_has_do_not_count():
+    known, _ = calibration_of(np.linspace(1000, 30, STEPS))
+    present = np.array([True, False, True])
+    empty = replace(known, gram=0 * known.gram, partial=0 * known.partial, counts=0 * known.counts, clips=())
+    shown = present[:, None, None]
+    alone = empty.add("a", known.gram * shown, known.partial * shown, present)
+    errors, all_kinds = RecordedErrors(alone, alone.timesteps), RecordedErrors(known, known.timesteps)
+    expected = (all_kinds.of_partial[0, 2, 4] + all_kinds.of_partial[2, 2, 4]) / 2
+    assert errors.partial(2, 4) == pytest.approx(expected * errors.weights[4])
+    with pytest.raises(CalibrationError, match="no clip"):
+        RecordedErrors(empty, empty.timesteps)
+    with pytest.raises(CalibrationError, match="no step costs"):
+        optimal_schedule(replace(known, costs=None), "2x", known.timesteps, 0.5)
+
+
+def test_costs_between_what_was_timed():
+    costs = Costs(1.0, 0.0, np.array([0.1, 0.5]), np.array([0.2, 0.6]))
+    assert [costs.partial_at(share) for share in (0.05, 0.1, 0.3, 0.5, 0.75, 1.0)] == pytest.approx(
+        [0.2, 0.2, 0.4, 0.6, 0.8, 1.0]
+    )
