@@ -36,9 +36,7 @@ class Coverage:
     missing: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     whole: Counter[str] = field(default_factory=Counter)
 
-    def add(
-        self, name: str, module: GraphModule, grid: tuple[int, int, int], token_inputs: TokenInputs | None
-    ) -> None:
+    def add(self, name: str, module: GraphModule, grid: tuple[int, int, int], token_inputs: TokenInputs | None) -> None:
         """Count the operators of one captured model."""
         try:
             analysis = analyse(module, grid, token_inputs)
