@@ -125,7 +125,8 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
     try:
         with torch.no_grad():
-            exported = torch.export.export(model, tuple(args), dict(kwargs), strict=False).run_decompositions({})
+            exported: ExportedProgram = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            exported = exported.run_decompositions({})
     except Exception as error:
         reason = f"torch.export cannot capture it: {type(error).__name__}: {first_line(error)}"
         raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error

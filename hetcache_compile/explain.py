@@ -81,7 +81,7 @@ class Explanation:
 
 def explain(forms: Forms) -> Explanation:
     """Explain what `rewrite` made of a model."""
-    module, analysis = forms.program.module, forms.analysis
+    module = forms.program.module
     room_of = rooms(forms)
     flops = node_flops(module)
     room_flops = Counter[str]()

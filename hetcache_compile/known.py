@@ -59,19 +59,20 @@ class Known(TorchFunctionMode):
         """Run `func`, for real too where every tensor's value is known."""
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.__iter__:
-            return iter(args[0].unbind(0))
-        found = [self.values.get(id(leaf)) for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+            return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0],)))
+        given = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in given):
+            return func(*args, **kwargs)
+        found = [self.values.get(id(leaf)) for leaf in given if _is_tensor(leaf)]
         known = [value for value in found if value is not None]
-        if not found and func in MAKING and not any(_is_symbol(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+        if not found and func in MAKING:
             with _disable_current_modes():
                 real = func(*args, **kwargs)
             traced = func(*args, **kwargs)
             self._remember(traced, real, frozenset())
             return traced
         if not known or len(known) < len(found) or _changes_its_operand(func, known):
-            if func is torch.Tensor.__getitem__:
-                args = (args[0], self._positions(args[1]))
-            return func(*args, **kwargs)
+            return func(*self._indexed(func, args), **kwargs)
         inputs = frozenset[int]().union(*(value.inputs for value in known))
         constant = all(value.traced is value.real for value in known)
         real_args, real_kwargs = pytree.tree_map_only(
@@ -83,9 +84,13 @@ class Known(TorchFunctionMode):
             self.assumed |= inputs
             self._remember(real, real, inputs)
             return real
-        traced = func(*args, **kwargs)
+        traced = func(*self._indexed(func, args), **kwargs)
         self._remember(traced, real, inputs)
         return traced
+
+    def _indexed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments, with no mask of known value as an index."""
+        return (args[0], self._positions(args[1])) if func is torch.Tensor.__getitem__ else args
 
     def _remember(self, traced: Any, real: Any, inputs: frozenset[int]) -> None:
         for a, b in zip(pytree.tree_leaves(traced), pytree.tree_leaves(real), strict=True):
@@ -109,10 +114,6 @@ class Known(TorchFunctionMode):
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _is_symbol(value: Any) -> bool:
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _changes_its_operand(func: Any, known: Sequence[Value]) -> bool:
@@ -149,5 +150,5 @@ def know(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> se
         assumed.update(mode.assumed | set(constants))
         return result
 
-    model.forward = knowing  # type: ignore[method-assign]
+    model.forward = knowing
     return assumed

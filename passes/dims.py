@@ -319,10 +319,11 @@ def scatter_one(q: Query) -> Flow | str:
 def put_at(q: Query) -> Flow | str:
     """`index_put(x, [.., index], values)`: one whole index along one dim, values with every dim of x."""
     base, values = (a for a in (q.node.args[0], q.node.args[2]) if isinstance(a, Node))
-    used = [d for d, index in enumerate(q.arg(1, "indices")) if index is not None]
-    if len(used) != 1 or any(isinstance(q.state(q.node.args[1][d]), Tokens) for d in used):  # type: ignore[index]
+    indices = q.arg(1, "indices")
+    used = [d for d, index in enumerate(indices) if index is not None]
+    if len(used) != 1 or isinstance(q.state(indices[used[0]]), Tokens):
         return "it picks elements by several indices"
-    if len(shape_of(q.node.args[1][used[0]])) != 1 or len(shape_of(values)) != len(q.shape):  # type: ignore[index]
+    if len(shape_of(indices[used[0]])) != 1 or len(shape_of(values)) != len(q.shape):
         return "it picks elements by several indices"
     flow = align(q, [base, values], len(q.shape), own_dims=(used[0],))
     return "it picks rows of the token axis" if flow == "it works along the token axis" else flow

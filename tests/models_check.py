@@ -20,7 +20,6 @@ from hetcache_compile.passes.forms import FORMS
 from hetcache_compile.plan import Plan
 from hetcache_compile.schedule import StepKind
 
-
 TOLERANCE = 1e-5  # relative to the largest value of an output; fp32 rounding through a few layers stays below
 
 
