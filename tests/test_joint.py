@@ -69,7 +69,9 @@ def test_as_many_words_as_tokens_must_be_declared() -> None:
 def test_tokens_among_other_rows_of_an_input() -> None:
     """Reference tokens follow, as in image editing: said with the first row, computed in every form."""
     kwargs, plan = joint_inputs(0, tokens=N + 7), random_plan(GRID, 10, 20, 0)
-    with pytest.raises(hetcache.GridMismatchError, match=r"is larger: say at which row .*\{'hidden_states': \(1, 0\)\}"):
+    with pytest.raises(
+        hetcache.GridMismatchError, match=r"is larger: say at which row .*\{'hidden_states': \(1, 0\)\}"
+    ):
         hetcache.rewrite(Joint(), plan, kwargs=kwargs, token_inputs={"hidden_states": 1})
     for first in (0, 7, 3):
         forms = hetcache.rewrite(Joint(), plan, kwargs=kwargs, token_inputs={"hidden_states": (1, first)})
