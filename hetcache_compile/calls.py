@@ -26,7 +26,7 @@ class ModelCall:
     grid: Grid
 
 
-class _FirstCall(Exception):
+class _FirstCallError(Exception):
     """Carries the arguments of a pipeline's first model call out of the pipeline."""
 
 
@@ -64,12 +64,12 @@ def call_of_pipeline(folder: Path, height: int, width: int, num_frames: int) -> 
     )
 
     def stop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _FirstCall(args, kwargs)
+        raise _FirstCallError(args, kwargs)
 
     handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         run_eager(pipe, request, lambda *_: None)
-    except _FirstCall as first:
+    except _FirstCallError as first:
         args, kwargs = first.args
     finally:
         handle.remove()

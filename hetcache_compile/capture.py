@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .errors import SessionError
+from .known import know
 from .passes.normalise import normalise
 from .passes.refusal import Refusal, UnsupportedGraphError, module_path, source_line
 
@@ -31,6 +34,7 @@ class Program:
         inputs: names of the other placeholders, in the order of the flattened `(args, kwargs)`.
         in_spec: tree of `(args, kwargs)`.
         out_spec: tree of the model's own output.
+        assumed: inputs that the graph is right for only if they have these values (see `known`).
     """
 
     module: GraphModule
@@ -39,12 +43,14 @@ class Program:
     inputs: tuple[str, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    assumed: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def flat_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """One value for each placeholder, in order.
 
         Raises:
             TypeError: the call has other arguments than the captured one.
+            SessionError: an input on which the shape of the graph depends has another value.
         """
         # The order of keywords does not matter in Python; it does in a tree.
         order = self.in_spec.child(1).context
@@ -54,6 +60,11 @@ class Program:
         if spec != self.in_spec:
             raise TypeError(f"the forms were made for arguments {self.in_spec}, but were called with {spec}")
         by_name = dict(zip(self.inputs, leaves, strict=True))
+        for name, value in self.assumed.items():
+            if not torch.equal(by_name[name], value):
+                raise SessionError(
+                    f"the graph was captured for another value of {name}, on which it depends: rewrite for this call"
+                )
         names = (node.name for node in self.module.graph.nodes if node.op == "placeholder")
         return [self.state[name] if name in self.state else by_name[name] for name in names]
 
@@ -64,14 +75,15 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     Raises:
         UnsupportedGraphError: the call cannot be captured, or it changes a buffer.
     """
+    assumed: set[int] = set()
     try:
-        with torch.no_grad():
-            exported = torch.export.export(_sharing_weights(model), tuple(args), dict(kwargs), strict=False)
-            exported = exported.run_decompositions({})
-    except Exception as error:
-        reason = f"torch.export cannot capture it: {type(error).__name__}: {error}"
-        raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
-    _check_sizes(exported.graph_module)
+        exported = _export(_sharing_weights(model), args, kwargs)
+    except UnsupportedGraphError:
+        knowing = _sharing_weights(model)
+        if knowing is model:
+            raise
+        assumed = know(knowing, args, kwargs)
+        exported = _export(knowing, args, kwargs)
     signature = exported.graph_signature
     changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     if changed:
@@ -96,7 +108,39 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         tuple(inputs),
         exported.call_spec.in_spec,
         exported.call_spec.out_spec,
+        _assumed_values(assumed, inputs, args, kwargs),
     )
+
+
+def _assumed_values(
+    assumed: set[int], inputs: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    return {
+        name: leaf.clone() for number, (name, leaf) in enumerate(zip(inputs, leaves, strict=True)) if number in assumed
+    }
+
+
+def _export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    """A functional graph with static sizes.
+
+    Raises:
+        UnsupportedGraphError: there is none.
+    """
+    try:
+        with torch.no_grad():
+            exported: ExportedProgram = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            exported = exported.run_decompositions({})
+    except Exception as error:
+        reason = f"torch.export cannot capture it: {type(error).__name__}: {first_line(error)}"
+        raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
+    _check_sizes(exported.graph_module)
+    return exported
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; errors of `torch.export` go on with the whole graph."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def with_input_names(program: Program, names: Sequence[str]) -> Program:

@@ -42,7 +42,9 @@ class Event:
 
     def __str__(self) -> str:
         where = self.module or self.source or self.node
-        return f"{self.what:9} {self.node} {self.shape} [{self.state}] {where}" + (f": {self.detail}" * bool(self.detail))
+        return f"{self.what:9} {self.node} {self.shape} [{self.state}] {where}" + (
+            f": {self.detail}" * bool(self.detail)
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Explanation:
     """Top-level parts of the model in the order in which they run, with their FLOPs by room."""
 
     def __str__(self) -> str:
-        lines = [f"{self.num_tokens} tokens, {self.num_active} of them active; cache {self.cache_bytes / 2**20:.2f} MiB"]
+        lines = [
+            f"{self.num_tokens} tokens, {self.num_active} of them active; cache {self.cache_bytes / 2**20:.2f} MiB"
+        ]
         lines += ["", "rooms:"]
         total = max(1, sum(self.room_flops.values()))
         for room, (meaning, _) in ROOMS.items():
@@ -68,14 +72,16 @@ class Explanation:
             lines.append(f"  {room:8} {self.rooms[room]:5} nodes {share:5.1f} % of FLOPs  {meaning}")
         lines += ["", "forms:"]
         full = max(1, self.form_flops["full"])
-        lines += [f"  {kind:8} {flops:.3e} FLOPs  {flops / full:.3f} of full" for kind, flops in self.form_flops.items()]
+        lines += [
+            f"  {kind:8} {flops:.3e} FLOPs  {flops / full:.3f} of full" for kind, flops in self.form_flops.items()
+        ]
         lines += ["", "tokens:", *(f"  {event}" for event in self.events)]
         return "\n".join(lines)
 
 
 def explain(forms: Forms) -> Explanation:
     """Explain what `rewrite` made of a model."""
-    module, analysis = forms.program.module, forms.analysis
+    module = forms.program.module
     room_of = rooms(forms)
     flops = node_flops(module)
     room_flops = Counter[str]()

@@ -297,6 +297,38 @@ def _scatter_rows(q: Query, base: Node, source: Node, dim: int) -> Flow | str:
     return Flow(outer, tuple(edits))
 
 
+def scatter_one(q: Query) -> Flow | str:
+    """`select_scatter(self, src, dim, index)`: `src` lacks the dim."""
+    base, source = (a for a in q.node.args[:2] if isinstance(a, Node))
+    dim = wrap(q.arg(2, "dim"), len(q.shape))
+    states = q.state(base), q.state(source)
+    wide = move_dims(states[1], lambda d: d + (d >= dim))
+    found = {state for state in (states[0], wide) if isinstance(state, Tokens)}
+    if not found:
+        return Flow(states[0])
+    if len(found) > 1 or (tokens := found.pop()).dim == dim:
+        return "it cuts the token axis"
+    edits = []
+    if not isinstance(states[0], Tokens):
+        edits.append(Gather(base, tokens))
+    if not isinstance(states[1], Tokens):
+        edits.append(Gather(source, tokens.at(tokens.dim - (tokens.dim > dim))))
+    return Flow(tokens, tuple(edits))
+
+
+def put_at(q: Query) -> Flow | str:
+    """`index_put(x, [.., index], values)`: one whole index along one dim, values with every dim of x."""
+    base, values = (a for a in (q.node.args[0], q.node.args[2]) if isinstance(a, Node))
+    indices = q.arg(1, "indices")
+    used = [d for d, index in enumerate(indices) if index is not None]
+    if len(used) != 1 or isinstance(q.state(indices[used[0]]), Tokens):
+        return "it picks elements by several indices"
+    if len(shape_of(indices[used[0]])) != 1 or len(shape_of(values)) != len(q.shape):
+        return "it picks elements by several indices"
+    flow = align(q, [base, values], len(q.shape), own_dims=(used[0],))
+    return "it picks rows of the token axis" if flow == "it works along the token axis" else flow
+
+
 def outer_product(q: Query) -> Flow | str:
     """`outer(a, b)` of two vectors."""
     states = [q.state(a) for a in q.node.args[:2]]
@@ -369,6 +401,8 @@ RULES: dict[Any, Any] = {
     aten.select.int: remove_dim,
     aten.unbind.int: remove_dim,
     aten.slice_scatter.default: scatter_slice,
+    aten.select_scatter.default: scatter_one,
+    aten.index_put.default: put_at,
     aten.index_select.default: take,
     aten.index.Tensor: take_at,
     operator.getitem: getitem,

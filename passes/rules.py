@@ -142,7 +142,8 @@ ELEMENTWISE = (
     aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor,
     aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar,
     aten.logical_not.default, aten.logical_and.default, aten.logical_or.default, aten.bitwise_not.default,
-    aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.isnan.default,
+    aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.__and__.Tensor, aten.__or__.Tensor,
+    aten.isnan.default,
 )  # fmt: skip
 
 RULES: dict[Any, Rule] = {
@@ -172,6 +173,8 @@ RULES: dict[Any, Rule] = {
     aten.mean.dim: reduction,
     aten.amax.default: reduction,
     aten.amin.default: reduction,
+    aten.any.dim: reduction,
+    aten.all.dim: reduction,
     aten.linalg_vector_norm.default: norm,
     # along a dim
     aten.softmax.int: along_dim,

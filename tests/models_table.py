@@ -49,7 +49,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["result"] != "exact":
-        return [row["name"], row["result"], "", "", "", "", row["reason"].replace("|", "\\|")]
+        return [row["name"], row["result"], "", "", "", "", row.get("reason", "").replace("|", "\\|")]
     errors = [f"{row.get(key, 0.0):.0e}" for key in ("error", "changed_error")]
     return [row["name"], "exact", *errors, str(row["cached"]), str(len(row.get("whole", ()))), ""]
 

@@ -251,7 +251,16 @@ ARGUMENTS: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {
 DTYPES: dict[Any, tuple[torch.dtype, ...]] = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther), (torch.bool, torch.float64)),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), (torch.float64, torch.bool)),
-    **dict.fromkeys((aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_not.default), (torch.bool,)),
+    **dict.fromkeys(
+        (
+            aten.bitwise_and.Tensor,
+            aten.bitwise_or.Tensor,
+            aten.bitwise_not.default,
+            aten.__and__.Tensor,
+            aten.__or__.Tensor,
+        ),
+        (torch.bool,),
+    ),
     **dict.fromkeys((aten.real.default, aten.imag.default, aten._conj.default), (torch.complex128,)),
 }
 
@@ -470,6 +479,12 @@ ACCEPTED: list[Call] = [
     call(aten.transpose.int, call(aten.view.default, T("bdtyx"), S("bdN")), 1, 2),
     call(aten.view.default, call(aten.permute.default, T("tyxbd"), [3, 0, 1, 2, 4]), S("bNd")),
     call(aten.view.default, call(aten.conv3d.default, T("bctYX"), T("dc122"), None, [1, 2, 2]), S("bdN")),
+    *(call(aten.select_scatter.default, T(a), T(b), 2, 1) for a, b in (("bnd", "bn"), ("bNd", "bn"), ("bnd", "bN"))),
+    call(aten.select_scatter.default, T("bnd"), T("nd"), 0, 1),
+    call(aten.index_put.default, T("bnd"), [None, None, T("2", torch.int64)], T("bn2")),
+    call(aten.index_put.default, T("bnd"), [None, None, T("2", torch.int64)], T("bN2")),
+    call(aten.index_put.default, T("bNd"), [None, None, T("2", torch.int64)], T("bn2")),
+    *(call(op, T("bnd", torch.bool), dim) for op in (aten.any.dim, aten.all.dim) for dim in (0, -1)),
     # lookups, and operators along other dims
     call(aten.embedding.default, T("kd"), call(aten.to.dtype, T("bn"), torch.int64)),
     *(

@@ -194,6 +194,6 @@ def test_an_attention_operator_without_a_rule_says_so() -> None:
     del RULES[torch.ops.hetcache_tests.flash_attention.default]
     model, draw = CASES["fused qkv, flash-attn"]
     plan = hetcache.Plan.from_token_mask(np.arange(N) < 9, GRID)
-    with pytest.raises(hetcache.UnsupportedGraphError, match="flash_attention.default: no rule for this operator"):
+    with pytest.raises(hetcache.UnsupportedGraphError, match=r"flash_attention\.default: no rule"):
         hetcache.rewrite(model(), plan, kwargs=draw())
     hetcache.register_attention(torch.ops.hetcache_tests.flash_attention.default, rows=-3)
