@@ -1,6 +1,7 @@
-"""What `hetcache demo` edits: a real clip, a moving mask, and a small checkpoint of the real classes.
+"""Things to try the package with, at any size: a real clip, a moving mask, a checkpoint with random weights.
 
-The weights are random, made on the spot: the pictures mean nothing; times, steps and differences between runs do.
+The checkpoint is of the real classes and made on the spot: its pictures mean nothing; its times and the differences
+between runs do. For pictures that mean something there is the trained `reference` model, of one size.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from numpy.typing import NDArray
 
 from .errors import InputFileError
 
-CLIP, START = "bikes.mp4", 142
-"""A street behind a fence, one shot."""
-PROMPT = "a red balloon drifts over the street"
+CLIP = "bikes.mp4"
+"""A street behind a fence."""
 
 
 def demo_clip() -> Path:

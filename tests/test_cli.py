@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import hetcache_compile as hetcache
-from hetcache_compile import cli
+from hetcache_compile import cli, reference
 from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
-from hetcache_compile.editing import load_pipeline
 from hetcache_compile.media import Clip, read_video, write_video
 
 FRAMES, SIZE = 5, 64
@@ -49,7 +46,7 @@ SMALL = ("--height", SIZE, "--width", SIZE, "--num-frames", FRAMES)
 
 
 def test_every_command_has_help(hetcache_command):
-    for command in ((), ("demo",), ("plan",), ("edit",), ("bench",), ("bench", "quality")):
+    for command in ((), ("demo",), ("plan",), ("edit",), ("explain",), ("calibrate",), ("bench",), ("bench", "quality")):
         status, out, _ = hetcache_command(*command, "--help")
         assert status == 0
         assert "Usage" in out
@@ -104,6 +101,22 @@ def test_edit_takes_files_and_a_plan_and_writes_the_report(hetcache_command, mas
     assert "REUSE" in out
 
 
+def test_demo_takes_an_object_away_with_the_reference_model(hetcache_command, tmp_path):
+    status, _, err = hetcache_command(
+        "demo", "--out", tmp_path, "--steps", 3, "--schedule", "FPR", "--inner", "eager", "--dtype", "bfloat16"
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    contract = {
+        "speedup_vs_compiled", "speedup_vs_eager", "psnr_generative_db", "psnr_overall_db", "steps", "seconds",
+        "cache_bytes",
+    }  # fmt: skip
+    assert contract <= set(report)
+    assert report["steps"] == {"FULL": 4, "PARTIAL": 2, "REUSE": 0}
+    assert report["psnr_overall_db"] > 25
+    assert {"report.html", "side_by_side.mp4", "edit.mp4", "plan.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("source", ["files", "reference"])
 def test_bench_quality_measures_a_clip_of_ones_own_or_the_held_out_ones(
     source, hetcache_command, mask_file, tmp_path, monkeypatch
@@ -118,11 +131,8 @@ def test_bench_quality_measures_a_clip_of_ones_own_or_the_held_out_ones(
         )  # fmt: skip
     else:
         clips = [Clip("in", video, np.load(mask_file), "a cat", video), Clip("b", video, np.load(mask_file), "a dog")]
-        reference = SimpleNamespace(
-            held_out=lambda num_clips: clips[:num_clips],
-            load=lambda: load_pipeline(tmp_path / "model", torch.float32, "cpu"),
-        )
-        monkeypatch.setitem(sys.modules, "hetcache_compile.reference", reference)
+        monkeypatch.setattr(reference, "held_out", lambda count: clips[:count])
+        monkeypatch.setattr(reference, "FOLDER", tmp_path / "model")
         arguments = ("--clips", 1)
     status, out, err = hetcache_command(
         "bench", "quality", *arguments, "--methods", "FR,steps:1", "--steps", 3, "--inner", "eager",

@@ -27,7 +27,8 @@ NUM_FRAMES, SIZE = 17, 128
 MAX_TEXT_LENGTH = 16
 """Text tokens; pass it as `max_sequence_length`. Cross-attention was never trained on longer padding."""
 GUIDANCE_SCALE = 2.0
-REAL_CLIP, REAL_START = "bikes.mp4", 142
+REAL_START = 142
+"""Where the held-out clip has one shot."""
 MASK_SHARES = (0.05, 0.2, 0.5)
 
 
@@ -76,9 +77,10 @@ def _calibration_clip(number: int, frames: int, size: int) -> Clip:
 
 def real_clip() -> Clip:
     """A real street scene that was kept out of training, with a moving mask. It comes with the extra `demo`."""
-    from ..demo import demo_clip, moving_mask
+    from ..demo import demo_clip as sample_clip
+    from ..demo import moving_mask
 
-    video = read_video(demo_clip().parent / REAL_CLIP, NUM_FRAMES, SIZE, SIZE, REAL_START)
+    video = read_video(sample_clip(), NUM_FRAMES, SIZE, SIZE, REAL_START)
     return masked_clip("bikes", video, moving_mask(NUM_FRAMES, SIZE, SIZE), "real video")
 
 
