@@ -247,6 +247,8 @@ def measure_costs(
             with session(timed) as opened:
                 run = run_pipeline(pipe, short, f"timing M/N = {share:g}", progress, decode=False)
             found.append(replace(run, stats=opened.stats).median_seconds)
-    partial = np.array([seconds["PARTIAL"] for seconds in found])
-    full, reuse = (median(seconds[kind] for seconds in found) for kind in ("FULL", "REUSE"))
+    full = median(seconds["FULL"] for seconds in found)
+    # Against the FULL steps beside them: machines do not stay as fast as they were.
+    partial = np.array([full * seconds["PARTIAL"] / seconds["FULL"] for seconds in found])
+    reuse = full * median(seconds["REUSE"] / seconds["FULL"] for seconds in found)
     return Costs(full, reuse, np.array(sorted(shares), dtype=np.float64), partial, inner)

@@ -1,20 +1,21 @@
 """Let the forms predict what a step does not compute, instead of repeating what was computed last.
 
-Between steps the model's output moves on a smooth curve over the time of the flow. Each cached output keeps the
-last `order` computed ones beside it, and the times of all of them; wherever a form reads a cached output it gets the
-Lagrange polynomial through these points at the present time: order 0 repeats, order 1 is a straight line (TaylorSeer,
-arXiv 2503.06923, extrapolates features over the step number; here it is the output, over the time itself).
+Between steps the model's output moves on a smooth curve over the time of the flow. Each row of a cached output keeps
+its last `order` values beside the latest one, and the times when all of them were computed; wherever a form reads a
+cached output it gets the Lagrange polynomial through these points at the present time: order 0 repeats, order 1 is a
+straight line. (TaylorSeer, arXiv 2503.06923, extrapolates features over the step number.)
 
 =========  ==========================================================================
 form       after the pass
 =========  ==========================================================================
-full       computed outputs and their times move down by one; the new ones go on top
-partial    inactive rows are predicted; then as in full
-reuse      the output is predicted; nothing is written
+full       every row's values and times move down by one; the new ones go on top
+partial    inactive rows are predicted; the values of active rows move down as in full
+reuse      every row is predicted; nothing is written
 =========  ==========================================================================
 
-A step at the time of the last one (a second-order solver, a test on frozen inputs) replaces it instead. Rows that a
-partial step predicted lie on the polynomial they came from, so predicting from them again follows the same curve.
+Rows have their own times because a partial step computes only some of them. A predicted value is never kept: errors
+of a prediction would be extrapolated in their turn, and grow without bound. A step at the time of the last one (a
+second-order solver, a test on frozen inputs) replaces it instead.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .refusal import Refusal, UnsupportedGraphError
 
 aten = torch.ops.aten
 MAX_ORDER = 2
+Call = Callable[..., Node]
 
 
 def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
@@ -52,28 +54,30 @@ def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
         return form
     graph = copy.deepcopy(form.module.graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    before = _Inputs(graph, form, placeholders)
-    time = _time(graph, placeholders[: len(placeholders) - len(form.indices) - len(form.reads)], time_input)
+    time = _time(placeholders[: len(placeholders) - len(form.indices) - len(form.reads)], time_input)
+    inputs = _Inputs(graph, form, placeholders)
     outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
-    histories = {entry: [before.read(past) for past in history_of(entry, order)] for entry in outputs}
-    times = before.read(_times_entry(outputs[0], order))
+    points = {entry: inputs.points(entry, order) for entry in outputs}
     call = _caller(graph)
     now = call(aten.amax.default, call(aten._to_copy.default, time, dtype=torch.float32))
-    weights = lagrange_weights(call, times, now, order)
     if form.kind != "full":
         for entry in outputs:
-            _predict(call, before.inputs[entry], histories[entry], weights, entry)
-    writes: dict[CacheEntry, Node] = {}
-    if form.writes:
-        repeated = call(aten.eq.Tensor, call(aten.select.int, times, 0, 0), now)
-        for entry in outputs:
-            newer = [before.inputs[entry], *histories[entry][:-1]]
-            for past, old, new in zip(history_of(entry, order), histories[entry], newer, strict=True):
-                writes[past] = call(aten.where.self, repeated, old, new)
-        earlier = call(aten.slice.Tensor, times, 0, 0, order)
-        pushed = call(aten.cat.default, [call(aten.view.default, now, [1]), earlier])
-        writes[_times_entry(outputs[0], order)] = call(aten.where.self, repeated, times, pushed)
-    return before.finish(writes)
+            predict(call, entry, points[entry], now)
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    computed = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
+    writes = dict(computed)
+    for entry in outputs if form.writes else ():
+        writes = {**push(graph, entry, points[entry], computed[entry], now, form.kind), **writes}
+        if form.kind == "partial" and entry.rows == "tokens":
+            writes[entry] = _without_predictions(graph, computed[entry], points[entry].values[0])
+    return inputs.finish(writes)
+
+
+class Points:
+    """The values of a cached output, latest first, and the times of its rows: `times` is `[order + 1, rows]`."""
+
+    def __init__(self, values: list[Node], times: Node, kept: list[CacheEntry], times_entry: CacheEntry) -> None:
+        self.values, self.times, self.kept, self.times_entry = values, times, kept, times_entry
 
 
 def history_of(entry: CacheEntry, order: int) -> list[CacheEntry]:
@@ -81,39 +85,27 @@ def history_of(entry: CacheEntry, order: int) -> list[CacheEntry]:
     return [replace(entry, name=f"{entry.name}.{age}") for age in range(1, order + 1)]
 
 
-def _times_entry(entry: CacheEntry, order: int) -> CacheEntry:
-    """When each kept output was computed, latest first; NaN where nothing was computed yet."""
-    return CacheEntry(
-        "times", "none", 0, (order + 1,), torch.float32, entry.module, Tokens(0), group="output", initial=math.nan
+def times_of(entry: CacheEntry, order: int) -> CacheEntry:
+    """When each row's values were computed, latest first; NaN where nothing was computed yet."""
+    rows = entry.shape[entry.dim] if entry.rows == "tokens" else 1
+    name, shape = f"{entry.name}.times", (order + 1, rows)
+    return replace(
+        entry, name=name, rows="none", dim=0, shape=shape, dtype=torch.float32, tokens=Tokens(0), initial=math.nan
     )
 
 
-def lagrange_weights(call: Callable[..., Node], times: Node, now: Node, order: int) -> list[Node]:
-    """The weight of each kept output at time `now`, and whether it counts: points of time NaN do not."""
-    points = [call(aten.select.int, times, 0, i) for i in range(order + 1)]
-    known = [call(aten.eq.Tensor, point, point) for point in points]
-    one, zero = (call(aten.full_like.default, now, value) for value in (1.0, 0.0))
-    weights = []
-    for i, point in enumerate(points):
-        weight = one
-        for j, other in enumerate(points):
-            if i != j:
-                factor = call(aten.div.Tensor, call(aten.sub.Tensor, now, other), call(aten.sub.Tensor, point, other))
-                weight = call(aten.where.self, known[j], call(aten.mul.Tensor, weight, factor), weight)
-        weights.append(call(aten.where.self, known[i], weight, zero))
-    return weights
-
-
-def _predict(
-    call: Callable[..., Node], cached: Node, history: list[Node], weights: list[Node], entry: CacheEntry
-) -> None:
-    """Every reader of the cached output gets the prediction. Unset memory times a weight of 0 must not be NaN."""
+def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
+    """Every reader of the cached output gets the polynomial's value at time `now`, row by row."""
+    cached = points.values[0]
     readers = list(cached.users)
+    shape = [1] * len(entry.shape)
+    shape[entry.dim] = -1
     total = None
-    for tensor, weight in zip([cached, *history], weights, strict=True):
-        term = call(aten.mul.Tensor, call(aten._to_copy.default, tensor, dtype=torch.float32), weight)
-        absent = call(aten.eq.Scalar, weight, 0)
-        term = call(aten.masked_fill.Scalar, term, absent, 0)
+    for value, weight in zip(points.values, lagrange_weights(call, points, now), strict=True):
+        weight = call(aten.view.default, weight, shape)
+        term = call(aten.mul.Tensor, call(aten._to_copy.default, value, dtype=torch.float32), weight)
+        # Memory that was never written may hold NaN, which a weight of 0 does not take away.
+        term = call(aten.masked_fill.Scalar, term, call(aten.eq.Scalar, weight, 0), 0)
         total = term if total is None else call(aten.add.Tensor, total, term)
     assert total is not None
     prediction = call(aten._to_copy.default, total, dtype=entry.dtype)
@@ -121,12 +113,60 @@ def _predict(
         reader.replace_input_with(cached, prediction)
 
 
-def _caller(graph: Graph) -> Callable[..., Node]:
-    """A function that adds calls in front of the body, where every input is there and nothing is overwritten yet."""
-    body = next(node for node in graph.nodes if node.op != "placeholder")
+def lagrange_weights(call: Call, points: Points, now: Node) -> list[Node]:
+    """The weight `[rows]` of each value at time `now`. Points of time NaN count for nothing."""
+    times = [call(aten.select.int, points.times, 0, i) for i in range(len(points.values))]
+    known = [call(aten.eq.Tensor, time, time) for time in times]
+    one, zero = (call(aten.full_like.default, times[0], value) for value in (1.0, 0.0))
+    weights = []
+    for i, time in enumerate(times):
+        weight = one
+        for j, other in enumerate(times):
+            if i != j:
+                ahead, apart = call(aten.sub.Tensor, now, other), call(aten.sub.Tensor, time, other)
+                factor = call(aten.mul.Tensor, weight, call(aten.div.Tensor, ahead, apart))
+                weight = call(aten.where.self, known[j], factor, weight)
+        weights.append(call(aten.where.self, known[i], weight, zero))
+    return weights
+
+
+def push(
+    graph: Graph, entry: CacheEntry, points: Points, computed: Node, now: Node, kind: str
+) -> dict[CacheEntry, Node]:
+    """What history and times hold after the step: rows that it computed at a new time move down by one."""
+    call = _caller(graph, graph.output_node())
+    latest = call(aten.select.int, points.times, 0, 0)
+    moves = call(aten.ne.Tensor, latest, now)
+    if kind == "partial" and entry.rows == "tokens":
+        nowhere = call(aten.zeros_like.default, moves)
+        moves = call(aten.logical_and.default, moves, call(aten.index_fill.int_Scalar, nowhere, 0, computed.args[2], 1))
+    shape = [1] * len(entry.shape)
+    shape[entry.dim] = -1
+    by_row = call(aten.view.default, moves, shape)
+    written = {
+        kept: call(aten.where.self, by_row, newer, old)
+        for kept, newer, old in zip(points.kept, points.values[:-1], points.values[1:], strict=True)
+    }
+    order = len(points.kept)
+    top = call(aten.expand.default, call(aten.view.default, now, [1, 1]), [1, points.times_entry.shape[1]])
+    moved = call(aten.cat.default, [top, call(aten.slice.Tensor, points.times, 0, 0, order)])
+    written[points.times_entry] = call(aten.where.self, moves, moved, points.times)
+    return written
+
+
+def _without_predictions(graph: Graph, merged: Node, cached: Node) -> Node:
+    """What a partial step keeps: its active rows in what was computed before."""
+    assert merged.target is aten.index_copy.default
+    _, dim, index, fresh = merged.args
+    return _caller(graph, graph.output_node())(aten.index_copy.default, cached, dim, index, fresh)
+
+
+def _caller(graph: Graph, place: Node | None = None) -> Call:
+    """A function that adds calls in front of `place`, by default in front of the whole body."""
+    before = place or next(node for node in graph.nodes if node.op != "placeholder")
 
     def call(op: Any, *args: Any, **kwargs: Any) -> Node:
-        with graph.inserting_before(body):
+        with graph.inserting_before(before):
             node = graph.call_function(op, args, kwargs)
         node.meta["hetcache"] = "extrapolate"
         return node
@@ -147,6 +187,11 @@ class _Inputs:
             if entry.group == "output" and entry not in self.inputs:
                 self.read(entry)
 
+    def points(self, entry: CacheEntry, order: int) -> Points:
+        """The inputs that hold an output's values and times."""
+        kept, times = history_of(entry, order), times_of(entry, order)
+        return Points([self.read(e) for e in (entry, *kept)], self.read(times), kept, times)
+
     def read(self, entry: CacheEntry) -> Node:
         """The input that holds an entry."""
         if entry not in self.inputs:
@@ -161,16 +206,15 @@ class _Inputs:
         """The form with more state. History is stored first: it reads what the outputs are about to overwrite."""
         output = self.graph.output_node()
         results = list(output.args[0])  # type: ignore[arg-type]
-        count = len(results) - len(self.form.writes)
-        output.args = ((*results[:count], *writes.values(), *results[count:]),)
+        output.args = ((*results[: len(results) - len(self.form.writes)], *writes.values()),)
         self.graph.eliminate_dead_code(has_side_effect)
         self.graph.lint()
         module = GraphModule(self.form.module, self.graph)
         verify_shapes(module, {})
-        return Form(self.form.kind, module, self.form.indices, tuple(self.inputs), (*writes, *self.form.writes))
+        return Form(self.form.kind, module, self.form.indices, tuple(self.inputs), tuple(writes))
 
 
-def _time(graph: Graph, inputs: list[Node], name: str | None) -> Node:
+def _time(inputs: list[Node], name: str | None) -> Node:
     found = [node for node in inputs if (name is None and "timestep" in node.name) or node.name == name]
     if len(found) != 1:
         names = ", ".join(node.name for node in inputs if not node.name.startswith("p_"))

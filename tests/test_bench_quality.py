@@ -110,7 +110,7 @@ def test_masks_of_about_one_size_get_the_same_budgets(pipe):
         mask = np.zeros((FRAMES, SIZE, SIZE), dtype=bool)
         mask[:, :bottom, :right] = True
         request = EditRequest(CLIPS[0].video, mask, "a cat", num_inference_steps=4)
-        return Bench(pipe, replace(SETTINGS, levels=4), Watch()).plan(request, "FPRR").budgets
+        return Bench(pipe, replace(SETTINGS, levels=4), Watch()).plan(request, parse_methods("FPRR")[1]).budgets
 
     assert budgets(16, 16) == budgets(32, 32) != budgets(48, 48)
     assert budgets(64, 64).num_active == 32, "a full picture has all tokens active"

@@ -19,6 +19,7 @@ from hetcache_compile.calibration import Costs
 from hetcache_compile.demo import moving_mask, save_random_checkpoint
 from hetcache_compile.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
 from hetcache_compile.media import Clip
+from hetcache_compile.optimal import expect, optimal_schedule
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 SETTINGS = {
@@ -260,3 +261,12 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert status == 2
         assert message in " ".join(err.split())
         assert "Traceback" not in err
+
+
+def test_the_calibration_that_is_shipped_can_be_used():
+    assert reference.CALIBRATION.stat().st_size < 200_000
+    shipped = Calibration.load(reference.CALIBRATION)
+    assert shipped.clips
+    assert set(shipped.clips).isdisjoint(c.name for c in reference.held_out(3))
+    steps = optimal_schedule(shipped, "3x", shipped.timesteps_for(20), share=0.3)
+    assert expect(shipped, steps, shipped.timesteps_for(20), share=0.3).time_factor >= 3

@@ -102,14 +102,30 @@ def test_a_step_at_the_same_time_replaces_the_last_one(order: int) -> None:
 
 
 def test_order_one_goes_on_along_its_own_line() -> None:
-    """A partial step keeps predicted rows; predicting from them must not bend the line."""
     assert max(run_forms(1, 1, (*TIMES, 60.0, 10.0), "FFPRPPR")) < 5e-5
+
+
+@torch.no_grad()
+def test_inactive_rows_are_predicted_from_computed_values_only() -> None:
+    """A partial step that went wrong for inactive rows must not bend what later full steps predict."""
+    forms, x = forms_of(1, 2), latents()
+    inactive = torch.from_numpy(plan(1).context_index)
+
+    def kept(steps: str) -> torch.Tensor:
+        cache: dict[str, torch.Tensor] = {}
+        for time, letter in zip((900.0, 800.0, 700.0, 600.0), steps, strict=True):
+            if letter != "-":
+                kind = {"F": "full", "P": "partial"}[letter]
+                _, cache = forms.run(kind, cache, (x, torch.tensor([time])), {})
+        return torch.cat([cache["past_output.0"], cache["past_output.0.1"]])[:, inactive]
+
+    torch.testing.assert_close(kept("FFPF"), kept("FF-F"))
 
 
 def test_the_cache_grows_by_the_order_and_its_entries_are_named() -> None:
     names = {order: [e.input_name for e in forms_of(order, 1).cache_entries] for order in (0, 2)}
     added = [name for name in names[2] if name not in names[0]]
-    assert added == ["past_output.0.1", "past_output.0.2", "past_output.times"]
+    assert added == ["past_output.0.1", "past_output.0.2", "past_output.0.times"]
 
 
 @torch.no_grad()
