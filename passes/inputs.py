@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from math import prod
 
+import torch
 from torch.fx import GraphModule, Node
 
 from .axis import Tokens
@@ -97,14 +98,24 @@ def no_tokens(module: GraphModule, grid: tuple[int, int, int]) -> list[Refusal]:
     rank = 3 if grid[0] > 1 else 2
     patches = [shape_of(node)[2:] for node in module.graph.nodes if is_patchify(node)]
     made = [shape for shape in patches if len(shape) >= rank]
-    if any(shape == grid[3 - len(shape) :] for shape in made):
-        return [Refusal("no token axis found: the grid is never flattened to tokens in the order (T', H', W')")]
-    if made:
+    matching = any(shape == grid[3 - len(shape) :] for shape in made)
+    if made and not matching:
         shapes = ", ".join(str(shape) for shape in dict.fromkeys(made))
         raise GridMismatchError(
             f"the plan's token grid is {grid} but the model's patch embedding makes {shapes}: "
             "make the plan for the height, width and number of frames of this call"
         )
+    attentions = [n for n in module.graph.nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default]
+    longest = max((shape_of(n.args[1])[-2] for n in attentions), default=prod(grid))
+    if longest < prod(grid):
+        return [
+            Refusal(
+                f"no attention sees all {prod(grid)} tokens, the longest has {longest} keys: attention within frames, "
+                "places or windows leaves no context to cache"
+            )
+        ]
+    if matching:
+        return [Refusal("no token axis found: the grid is never flattened to tokens in the order (T', H', W')")]
     return [
         Refusal(
             "no token axis found: no patch embedding makes the token grid",

@@ -407,6 +407,12 @@ def two_videos(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return attend(x, x, x)
 
 
+def within_frames(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    frames = x.transpose(1, 2).flatten(0, 1).flatten(2).mT
+    places = attend(frames, frames, frames).unflatten(0, (BATCH, 2)).transpose(1, 2).flatten(0, 1)
+    return attend(places, places, places)
+
+
 def only_the_type(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     x = x.flatten(2).transpose(1, 2)
     return text + attend(x, x, x).new_zeros(WIDTH)
@@ -419,12 +425,17 @@ def only_the_type(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         (Patches(other_order), "no token axis found: the grid is never flattened to tokens in the order (T', H', W')"),
         (Patches(two_videos), "no token axis found: the grid is never flattened to tokens in the order (T', H', W')"),
         (
+            Patches(within_frames),
+            "no attention sees all 30 tokens, the longest has 15 keys: attention within frames, places or windows "
+            "leaves no context to cache",
+        ),
+        (
             Patches(lambda x, _: x.flatten(2).sin()),
             "no attention has keys and values along the token axis: there is no context to cache",
         ),
         (Patches(only_the_type), "no output depends on the tokens"),
     ],
-    ids=["no patches", "another order", "two videos", "no attention", "no output"],
+    ids=["no patches", "another order", "two videos", "within frames", "no attention", "no output"],
 )
 def test_nothing_to_cache(model: nn.Module, reason: str) -> None:
     assert [refusal.reason for refusal in reasons_of(model)] == [reason]
