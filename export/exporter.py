@@ -202,12 +202,14 @@ def io_of(form: Form, lowered: Lowered) -> tuple[tuple[TensorSpec, ...], tuple[T
 
 def cache_spec(entry: CacheEntry) -> CacheSpec:
     """The manifest's words for a cache entry."""
-    return CacheSpec(entry.input_name, entry.output_name, dtype_name(entry.dtype), entry.shape, entry.module)
+    return CacheSpec(
+        entry.input_name, entry.output_name, dtype_name(entry.dtype), entry.shape, entry.module, entry.initial
+    )
 
 
 def layers_of(entries: Sequence[CacheEntry]) -> dict[str, str]:
     """Module path by layer number: the first part of an entry's name (`3` of `3.key`)."""
-    return {entry.name.split(".")[0]: entry.module for entry in entries if "." in entry.name}
+    return {entry.name.split(".")[0]: entry.module for entry in entries if entry.group == "key_values"}
 
 
 def sample_tensors(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ class Method:
     name: str
     schedule: str | None = None
     steps: int | None = None
-    extrapolation: int = 0
+    extrapolation: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Settings:
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:
-    """The methods of a list such as `balanced,FRRP+o1,teacache:0.1,steps:20`. `full` always comes first.
+    """The methods of a list such as `balanced,FRRP+o0,teacache:0.1,steps:20`. `full` always comes first.
 
-    `+o1` and `+o2` extrapolate at that order.
+    `+o0` repeats what a step does not compute, `+o2` extrapolates it at order 2; order 1 is the default.
 
     Raises:
         PlanError: neither a schedule nor `steps:N`.
@@ -86,9 +86,9 @@ def _method(name: str) -> Method:
         return Method(name, steps=int(argument))
     schedule, _, order = name.partition("+o")
     if order not in ("", "0", "1", "2"):
-        raise PlanError(f"the order of extrapolation is 0, 1 or 2, as in FRRP+o1, got {name!r}")
+        raise PlanError(f"the order of extrapolation is 0, 1 or 2, as in FRRP+o2, got {name!r}")
     make_schedule(schedule, 2, np.zeros(2))
-    return Method(name, schedule=schedule, extrapolation=int(order or 0))
+    return Method(name, schedule=schedule, extrapolation=int(order or 1))
 
 
 def bench_quality(

@@ -18,6 +18,7 @@ from .cli_calibrate import CalibrationFile, calibrate, expectation, load_calibra
 from .cli_common import (
     ContextRatio,
     Device,
+    Extrapolation,
     Frames,
     Height,
     Inner,
@@ -98,6 +99,7 @@ def edit(
     calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
+    extrapolation: Extrapolation = 1,
     keep_masked: Annotated[
         bool, typer.Option(help="Let the model see what the video has inside the mask; else it sees grey there.")
     ] = False,
@@ -143,7 +145,7 @@ def edit(
     _edit(
         pipe, request, out, schedule, inner,
         baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration, margin=margin,
-        context_ratio=context_ratio,
+        context_ratio=context_ratio, extrapolation=extrapolation,
     )  # fmt: skip
 
 
@@ -168,6 +170,7 @@ def make_plan(
     calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
+    extrapolation: Extrapolation = 1,
 ) -> None:
     """Partition the tokens of an edit and schedule its steps.
 
@@ -183,7 +186,9 @@ def make_plan(
         schedule = f"optimal:{budget}"
     known = load_calibration(calibration)
     pixels = read_mask(mask, num_frames, height, width)
-    partition: dict[str, Any] = {"margin": margin, "context_ratio": context_ratio, "calibration": known}
+    partition: dict[str, Any] = {
+        "margin": margin, "context_ratio": context_ratio, "extrapolation": extrapolation, "calibration": known,
+    }  # fmt: skip
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, torch_dtype("float32"), "cpu")

@@ -25,6 +25,10 @@ Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask
 ContextRatio = Annotated[
     float, typer.Option(help="Share of context tokens that PARTIAL steps compute.", min=0.0, max=1.0)
 ]
+Extrapolation = Annotated[
+    int,
+    typer.Option(help="Order at which outputs that a step does not compute are predicted; 0 repeats.", min=0, max=2),
+]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Frames = Annotated[int, typer.Option(help="Frames to edit: one more than a multiple of 4.", min=1)]
 Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]

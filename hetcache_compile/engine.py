@@ -123,6 +123,8 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         if kind is StepKind.FULL:
             if session.check_finite:
                 check_finite(latents, branch.step)
+            if self not in branch.filled:
+                self.forget(buffers)
             branch.filled.discard(self)  # an error must not leave half of a cache
         indices = {name: session.index(name, self.device) for name in ("active_index", "context_index")}
         watch = Stopwatch(self.device)
@@ -130,6 +132,15 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         self._keep(branch, buffers, written)
         session.count(kind, watch.stop(), load_seconds)
         return outputs
+
+    def forget(self, buffers: Buffers) -> None:
+        """Put what a full step reads into the state before the first step of an edit."""
+        reads = {spec.name for spec in form_of(self.manifest, "full").inputs}
+        for entry in self.manifest.cache:
+            if entry.input in reads:
+                shape = [size for size in entry.shape if isinstance(size, int)]
+                empty = torch.full(shape, entry.initial or 0.0, dtype=getattr(torch, entry.dtype), device=self.device)
+                buffers[entry.input] = empty
 
     def _keep(self, branch: Branch, buffers: Buffers, written: Buffers) -> None:
         """What a step wrote is what the next one reads. The two buffers of an entry that is both take turns."""
@@ -146,7 +157,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         kind: str,
         inputs: Buffers,
         indices: Mapping[str, torch.Tensor],
-        cache: Mapping[str, torch.Tensor],
+        cache: Buffers,
         run: Callable[[Buffers, Buffers], None] | None = None,
     ) -> tuple[Buffers, Buffers]:
         """Run one form.
@@ -162,7 +173,10 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
             The model's outputs by name, and the cache entries that were written, by the names they are read by.
         """
         form = form_of(self.manifest, kind)
-        known = {**inputs, **indices, **cache}
+        if kind == "full" and not cache:
+            cache = {}
+            self.forget(cache)
+        known = {**cache, **inputs, **indices}
         missing = [spec.name for spec in form.inputs if spec.name not in known]
         if missing:
             raise EngineError(f"the {kind} form lacks {', '.join(missing)}: run a full step first")

@@ -37,13 +37,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """A tensor that passes from step to step: what leaves a form as `output` enters later ones as `input`."""
+    """A tensor that passes from step to step: what leaves a form as `output` enters later ones as `input`.
+
+    Before the first step of an edit it must hold `initial`; null: whatever it likes.
+    """
 
     input: str
     output: str
     dtype: str
     shape: tuple[int | str, ...]
     module: str
+    initial: float | None = None
 
 
 @dataclass(frozen=True)

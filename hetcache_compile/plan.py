@@ -155,7 +155,7 @@ class Plan:
         )
         context = choose_context(active, distance, cached_ratio=cached_ratio)
         timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
-        search = _search(calibration, timesteps, active.size / kind.size)
+        search = _search(calibration, timesteps, active.size / kind.size, extrapolation)
         steps = make_schedule(schedule, num_inference_steps, search=search)
         return cls(grid, active, context, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation)
 
@@ -263,6 +263,7 @@ def plan_for(
     num_reference_images: int = 0,
     schedule: Schedule = "balanced",
     calibration: Calibration | None = None,
+    extrapolation: int = 1,
     **partition: Any,
 ) -> Plan:
     """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
@@ -278,8 +279,8 @@ def plan_for(
         num_reference_images: how many reference images the call has.
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
         calibration: of this model, for an `"optimal:..."` schedule.
-        partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation` of
-            `Plan.from_mask`.
+        extrapolation: order at which outputs that a step does not compute are predicted; a straight line by default.
+        partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple` of `Plan.from_mask`.
 
     Raises:
         PlanError: the size is no multiple of what the model needs, or the pipeline lacks a part.
@@ -317,23 +318,24 @@ def plan_for(
         temporal_factor=temporal,
         temporal_patch=patch_t,
         reference_frames=num_reference_images,
+        extrapolation=extrapolation,
         **partition,
     )
     timesteps = scheduler.timesteps.double().cpu().numpy()
-    search = _search(calibration, timesteps, plan.num_active / plan.num_tokens)
+    search = _search(calibration, timesteps, plan.num_active / plan.num_tokens, extrapolation)
     steps = make_schedule(schedule, len(distances), distances, search)
     return replace(plan, steps=steps, timesteps=timesteps, distances=distances, schedule=_schedule_name(schedule))
 
 
 def _search(
-    calibration: Calibration | None, timesteps: NDArray[np.float64], share: float
+    calibration: Calibration | None, timesteps: NDArray[np.float64], share: float, order: int
 ) -> Callable[[str], tuple[StepKind, ...]] | None:
     """The search for the best schedule of an edit, where there is a calibration."""
     if calibration is None:
         return None
     from .optimal import optimal_schedule
 
-    return lambda budget: optimal_schedule(calibration, budget, timesteps, share)
+    return lambda budget: optimal_schedule(calibration, budget, timesteps, share, order)
 
 
 def atomically(path: Path, write: Callable[[str], object]) -> None:

@@ -21,7 +21,6 @@ second-order solver, a test on frozen inputs) replaces it instead.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -36,6 +35,8 @@ from .refusal import Refusal, UnsupportedGraphError
 
 aten = torch.ops.aten
 MAX_ORDER = 2
+NEVER = -1e30
+"""The time of a value that was not computed yet. Not NaN, which engines may take for equal to itself."""
 Call = Callable[..., Node]
 
 
@@ -59,7 +60,9 @@ def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
     outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
     points = {entry: inputs.points(entry, order) for entry in outputs}
     call = _caller(graph)
-    now = call(aten.amax.default, call(aten._to_copy.default, time, dtype=torch.float32))
+    # The latest time, where tokens have their own: those of a given first frame stand still at 0.
+    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=torch.float32), [-1])
+    now = call(aten.amax.default, flat, [0])
     if form.kind != "full":
         for entry in outputs:
             predict(call, entry, points[entry], now)
@@ -86,11 +89,11 @@ def history_of(entry: CacheEntry, order: int) -> list[CacheEntry]:
 
 
 def times_of(entry: CacheEntry, order: int) -> CacheEntry:
-    """When each row's values were computed, latest first; NaN where nothing was computed yet."""
+    """When each row's values were computed, latest first; `NEVER` where nothing was computed yet."""
     rows = entry.shape[entry.dim] if entry.rows == "tokens" else 1
     name, shape = f"{entry.name}.times", (order + 1, rows)
     return replace(
-        entry, name=name, rows="none", dim=0, shape=shape, dtype=torch.float32, tokens=Tokens(0), initial=math.nan
+        entry, name=name, rows="none", dim=0, shape=shape, dtype=torch.float32, tokens=Tokens(0), initial=NEVER
     )
 
 
@@ -114,9 +117,9 @@ def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
 
 
 def lagrange_weights(call: Call, points: Points, now: Node) -> list[Node]:
-    """The weight `[rows]` of each value at time `now`. Points of time NaN count for nothing."""
+    """The weight `[rows]` of each value at time `now`. Values that were never computed count for nothing."""
     times = [call(aten.select.int, points.times, 0, i) for i in range(len(points.values))]
-    known = [call(aten.eq.Tensor, time, time) for time in times]
+    known = [call(aten.gt.Scalar, time, 0.5 * NEVER) for time in times]
     one, zero = (call(aten.full_like.default, times[0], value) for value in (1.0, 0.0))
     weights = []
     for i, time in enumerate(times):
@@ -138,8 +141,10 @@ def push(
     latest = call(aten.select.int, points.times, 0, 0)
     moves = call(aten.ne.Tensor, latest, now)
     if kind == "partial" and entry.rows == "tokens":
-        nowhere = call(aten.zeros_like.default, moves)
-        moves = call(aten.logical_and.default, moves, call(aten.index_fill.int_Scalar, nowhere, 0, computed.args[2], 1))
+        index = computed.args[2]
+        active = call(aten._to_copy.default, call(aten.ones_like.default, index), dtype=torch.float32)
+        active = call(aten.index_copy.default, call(aten.zeros_like.default, latest), 0, index, active)
+        moves = call(aten.logical_and.default, moves, call(aten.ne.Scalar, active, 0))
     shape = [1] * len(entry.shape)
     shape[entry.dim] = -1
     by_row = call(aten.view.default, moves, shape)
