@@ -55,7 +55,33 @@ def reference_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def quality_table(result: dict) -> str:
+    rows = [
+        "| method | speed-up | PSNR in the mask | worst clip | PSNR in the context |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["summary"].items():
+        if row["fidelity"] is None:
+            continue
+        figures = (
+            row["fidelity"]["generative"]["psnr_db"], row["worst_psnr_db"], row["fidelity"]["context"]["psnr_db"]
+        )  # fmt: skip
+        decibels = " | ".join("identical" if figure is None else f"{figure:.1f} dB" for figure in figures)
+        rows.append(f"| {name} | {row['speedup']:.2f}x | {decibels} |")
+    settings, shares = result["settings"], [clip["masked"] for clip in result["clips"].values()]
+    clips = next(iter(result["summary"].values()))["clips"]
+    rows.append("")
+    rows.append(
+        f"Reference model, {clips} held-out clips (masks of {', '.join(f'{share:.0%}' for share in sorted(shares))}), "
+        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}; PSNR to the uncached "
+        f"result, medians over the clips; {result['processor']}, {result['threads']} threads, torch "
+        f"{result['versions']['torch']}: `{result['command']}`. `steps:N`: no cache, fewer steps. `+o0`: REUSE repeats."
+    )
+    return "\n".join(rows)
+
+
 PAGES = {
+    "quality": (quality_table, "README.md"),
     "steps": (steps_table, "README.md"),
     "reference": (reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
 }

@@ -48,10 +48,37 @@ def bench_engine(folder: Path, provider: str, rounds: int, progress: Progress) -
         progress: called before each round.
 
     Returns:
-        What `bench.json` holds: per form seconds (median, p90, enqueue, first run), ratios, the plan's total.
+        What `bench.json` holds: per form seconds (median, p90, enqueue, first run), ratios, the plan's total; and
+        partial / full at the smallest, usual and largest M of an export with `--dynamic-active`.
     """
     engine = load(folder, provider)
-    timed = prepare(engine, folder)
+    timed = prepare(engine, folder, {})
+    time_forms(engine, timed, rounds, lambda number: progress("timing", number, rounds))
+    result = summarise(engine, timed, folder, provider)
+    active = engine.manifest.dynamic_dims.get("num_active")
+    sizes = sorted({active.min, active.opt, active.max}) if active else []
+    for number, num_active in enumerate(sizes):
+        progress("timing other budgets", number, len(sizes))
+        indices = some_indices(engine, num_active)
+        forms = {kind: form for kind, form in prepare(engine, folder, indices).items() if kind in ("full", "partial")}
+        time_forms(engine, forms, rounds, lambda number: None)
+        seconds = {kind: median(form.seconds) for kind, form in forms.items()}
+        share = num_active / engine.manifest.plan.num_tokens
+        result["by_active_share"][f"{share:.3f}"] = seconds["partial"] / seconds["full"]
+    return result
+
+
+def some_indices(engine: Engine, num_active: int) -> Tensors:
+    """Evenly spread active tokens; all others are context."""
+    num_tokens = engine.manifest.plan.num_tokens
+    is_active = torch.zeros(num_tokens, dtype=torch.bool)
+    is_active[torch.arange(num_active) * num_tokens // num_active] = True
+    indices = {"active_index": is_active.nonzero()[:, 0], "context_index": (~is_active).nonzero()[:, 0]}
+    return {name: index.to(engine.device) for name, index in indices.items()}
+
+
+def time_forms(engine: Engine, timed: Mapping[str, Timed], rounds: int, progress: Callable[[int], None]) -> None:
+    """First run, warm-up, and interleaved rounds."""
     for form in timed.values():
         start = time.perf_counter()
         form.run()
@@ -63,7 +90,7 @@ def bench_engine(folder: Path, provider: str, rounds: int, progress: Progress) -
         if isinstance(engine.runner, TensorRTRunner):
             capture(form)
     for number in range(rounds):
-        progress("timing", number, rounds)
+        progress(number)
         for form in timed.values():
             wait(engine.device)
             start = time.perf_counter()
@@ -71,8 +98,7 @@ def bench_engine(folder: Path, provider: str, rounds: int, progress: Progress) -
             form.enqueue_seconds.append(time.perf_counter() - start)
             wait(engine.device)
             form.seconds.append(time.perf_counter() - start)
-    progress("timing", rounds, rounds)
-    return summarise(engine, timed, folder, provider)
+    progress(rounds)
 
 
 def wait(device: torch.device) -> None:
@@ -81,15 +107,18 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def prepare(engine: Engine, folder: Path) -> dict[str, Timed]:
-    """Every form on fixed memory: `partial` and `reuse` read the very buffers that `full` writes."""
+def prepare(engine: Engine, folder: Path, indices: Tensors) -> dict[str, Timed]:
+    """Every form on fixed memory: `partial` and `reuse` read the very buffers that `full` writes.
+
+    Inputs are the samples of the export, with other `indices` if given.
+    """
     manifest = engine.manifest
     names = {entry.output: entry.input for entry in manifest.cache}
     cache: Tensors = {}
     timed: dict[str, Timed] = {}
     for kind in (kind for kind in ORDER if kind in manifest.forms):
         samples = {name: tensor.to(engine.device) for name, tensor in read_samples(folder, kind).items()}
-        inputs = {**samples, **{name: cache[name] for name in samples if name in cache}}
+        inputs = {name: cache.get(name, indices.get(name, sample)) for name, sample in samples.items()}
         start = time.perf_counter()
         run = engine.runner.prepare(kind)
         load_seconds = time.perf_counter() - start
@@ -157,6 +186,7 @@ def summarise(engine: Engine, timed: Mapping[str, Timed], folder: Path, provider
         "plan_seconds": total,
         "uncached_seconds": uncached * sum(steps.values()),
         "predicted_speedup": uncached * sum(steps.values()) / total,
+        "by_active_share": {},
         "peak_bytes": peak_bytes(engine.device),
     }
 
@@ -191,7 +221,10 @@ def plot(result: Mapping[str, Any], path: str) -> None:
             yerr=[[0], [max(0.0, form["p90_seconds"] / form["median_seconds"] - 1) * form["time_ratio"]]],
             fmt="o", label=f"{kind}, {1000 * form['median_seconds']:.1f} ms",
         )  # fmt: skip
-    axes.set(xlabel="FLOPs / full", ylabel="time / full", title=f"{result['model']}\n{result['runs_on']}")
+    shares = [float(share) for share in result["by_active_share"]]
+    if shares:
+        axes.plot(shares, list(result["by_active_share"].values()), marker="x", label="partial / full against M/N")
+    axes.set(xlabel="FLOPs / full, or M/N", ylabel="time / full", title=f"{result['model']}\n{result['runs_on']}")
     axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -210,7 +243,9 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def conclusions(result: Mapping[str, Any]) -> list[str]:
     """What the figures say, in sentences."""
     steps = ", ".join(f"{count} {kind}" for kind, count in result["steps"].items())
+    shares = ", ".join(f"{ratio:.3f} at {share}" for share, ratio in result["by_active_share"].items())
     return [
+        *([f"partial / full by M/N: {shares}"] if shares else []),
         f"M/N = {result['active_share']:.3f}; time ratio of partial over its FLOP ratio: "
         f"{result['partial_time_over_flop_ratio']:.2f}; full over plain (cost of the cache outputs): "
         f"{result['cache_outputs_cost']:.2f}",

@@ -118,7 +118,7 @@ def calibrate(
     for number, (name, request) in enumerate(requests.items()):
         progress("clips", number, len(requests))
         if name not in calibration.clips:
-            plan = make_plan(pipe, request, "full", **partition)
+            plan = make_plan(pipe, request, "full", extrapolation=0, **partition)
             calibration = calibration.add(name, *measure_clip(pipe, request, plan, calibration, progress))
             calibration.save(out)
     progress("clips", len(requests), len(requests))

@@ -58,7 +58,10 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class Run:
-    """One way of running the edit. `frames` is None where only the time was asked for."""
+    """One way of running the edit. `frames` is None where only the time was asked for.
+
+    `stats` is that of a session. It counts nothing where the graph was refused and ran plainly.
+    """
 
     frames: Frames | None
     seconds: list[float]
@@ -70,14 +73,14 @@ class Run:
 
         The medians keep one hiccup of the machine from deciding a comparison.
         """
-        if self.stats is None:
+        if not self.stats or not self.stats.kinds:
             return len(self.seconds) * median(self.seconds)
         return sum(self.stats.steps[kind] * seconds for kind, seconds in self.median_seconds.items())
 
     @property
     def median_seconds(self) -> dict[str, float]:
         """Median seconds of a model call by step kind, everything between call and return included."""
-        if self.stats is None:
+        if not self.stats or not self.stats.kinds:
             return {StepKind.FULL.name: median(self.seconds)}
         by_kind: dict[str, list[float]] = {}
         for kind, seconds in zip(self.stats.kinds, self.seconds, strict=True):

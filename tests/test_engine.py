@@ -6,6 +6,8 @@ import dataclasses
 import json
 import sys
 
+import exported
+import models
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hetcache_compile.media import to_pictures, write_video
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
+from hetcache_compile.export import latency
 from hetcache_compile.export.exporter import export_model
 
 FRAMES, SIZE, STEPS = 5, 64, 20
@@ -226,6 +229,13 @@ def test_bench_engine_times_every_form(folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert f"polygraphy run {folder / 'partial.onnx'} --onnxrt --data-loader-script" in out
     assert f"trtexec --onnx={folder / 'full.onnx'} --stronglyTyped --loadInputs='context_index':" in out
+
+
+def test_bench_engine_times_other_budgets_of_an_export_with_free_sizes():
+    result = latency.bench_engine(exported.export("fp32", 23, True), "ort-cpu", 2, lambda *_: None)
+    assert list(result["by_active_share"]) == [f"{active / models.NUM_TOKENS:.3f}" for active in (20, 27, 40)]
+    assert all(ratio > 0 for ratio in result["by_active_share"].values())
+    assert "partial / full by M/N" in latency.conclusions(result)[0]
 
 
 def test_the_exported_package_has_no_hidden_state(folder):

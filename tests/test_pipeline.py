@@ -8,8 +8,9 @@ import torch
 
 import hetcache_compile as hetcache
 from hetcache_compile.demo import save_random_checkpoint
-from hetcache_compile.editing import EditRequest, load_pipeline, make_plan, run_compiled, run_hetcache
+from hetcache_compile.editing import EditRequest, Run, load_pipeline, make_plan, run_compiled, run_hetcache
 from hetcache_compile.media import to_pictures
+from hetcache_compile.session import Stats
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 
@@ -182,3 +183,9 @@ def test_compared_runs_leave_the_pipeline_as_it_was(pipe, mask):
     assert np.array_equal(cached.frames, uncached.frames)
     assert len(cached.seconds) == len(uncached.seconds) == 2 * STEPS
     assert ("hetcache", STEPS, STEPS) in stages
+
+
+def test_a_refused_graph_is_timed_as_the_plain_run_that_it_was():
+    run = Run(None, [0.3, 0.1, 0.2], Stats())
+    assert run.median_seconds == {"FULL": 0.2}
+    assert run.total_seconds == pytest.approx(0.6)
