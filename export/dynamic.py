@@ -76,7 +76,22 @@ def free_sizes(first: Lowered, second: Lowered) -> None:
         mine[different[0]] = -1
         args, kwargs = pytree.tree_unflatten(mine, spec)
         node.args, node.kwargs = tuple(args), kwargs
+        _view_a_copy(node)
     first.module.recompile()
+
+
+def _view_a_copy(node: Node) -> None:
+    """A `view` of a contiguous copy in place of a `reshape`: torch.onnx takes a reshape that has to copy apart, and
+    writes the traced size where the -1 stood. ONNX knows no strides, so the copy costs nothing there."""
+    if node.target is not aten.reshape.default:
+        return
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    with node.graph.inserting_before(node):
+        copied = node.graph.call_function(aten.clone.default, (operand,), {"memory_format": torch.contiguous_format})
+    copied.meta = {**operand.meta, "val": operand.meta["val"].clone(memory_format=torch.contiguous_format)}
+    node.replace_input_with(operand, copied)
+    node.target = aten.view.default
 
 
 def named_dims(
