@@ -220,7 +220,10 @@ class _Inputs:
 
 
 def _time(inputs: list[Node], name: str | None) -> Node:
-    found = [node for node in inputs if (name is None and "timestep" in node.name) or node.name == name]
+    # Dynamo writes l_timestep_ for timestep; audio_timestep or timestep_r are other inputs.
+    found = [node for node in inputs if node.name.lower().removeprefix("l_").strip("_") == (name or "timestep")]
+    if not found and name is None:
+        found = [node for node in inputs if "timestep" in node.name]
     if len(found) != 1:
         names = ", ".join(node.name for node in inputs if not node.name.startswith("p_"))
         reason = "extrapolation needs the time of a step, and no input is called timestep"
