@@ -30,9 +30,9 @@ from torch.overrides import TorchFunctionMode
 from hetcache_compile import reference
 from hetcache_compile.bench_quality import describe_clip, weights_digest
 from hetcache_compile.editing import EditRequest, make_plan, run_pipeline
+from hetcache_compile.files import atomically
 from hetcache_compile.media import Clip
 from hetcache_compile.partition import TokenKind, classify
-from hetcache_compile.plan import atomically
 from hetcache_compile.report import provenance
 from hetcache_compile.schedule import time_distances
 

@@ -19,8 +19,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from hetcache_compile.files import atomically
 from hetcache_compile.partition import TokenKind
-from hetcache_compile.plan import atomically
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

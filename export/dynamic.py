@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..manifest import CacheSpec, DynamicDim, TensorSpec
-from ..passes.forms import Budgets
+from ..passes.cache import Budgets
 from ..plan import Plan
 from .lower import Lowered
 

@@ -27,7 +27,8 @@ from ..manifest import (
     TensorSpec,
     WeightsSpec,
 )
-from ..passes.forms import CacheEntry, Form
+from ..passes.cache import CacheEntry
+from ..passes.forms import Form
 from . import dynamic
 from .flops import count_flops
 from .lower import FIRST_FUSED_OPSET, Lowered, lower

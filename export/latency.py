@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..engine import Engine, load
+from ..files import atomically
 from ..manifest import Manifest
-from ..plan import atomically
 from ..report import processor_name
 from ..runners import TensorRTRunner
 from ..schedule import StepKind

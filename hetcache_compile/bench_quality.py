@@ -21,10 +21,11 @@ import torch
 from .backend import hetcache_backend
 from .editing import EditRequest, Progress, Run, compiled, make_plan, run_pipeline, run_planned, warm_up
 from .errors import InputFileError, PlanError
+from .files import atomically
 from .forms import form_key
 from .media import Clip, Frames
 from .metrics import BAND, Comparison, check_extra, compare
-from .plan import Plan, atomically
+from .plan import Plan
 from .report import provenance
 from .schedule import make_schedule
 

@@ -13,26 +13,21 @@ one kind. Two facts keep the record small:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import safe_open, save_file
 from scipy.interpolate import RegularGridInterpolator
 
 from .errors import CalibrationError
+from .files import ArrayFile
 from .partition import TokenKind
-from .plan import atomically
 
 Array = NDArray[np.float64]
-FORMAT, SCHEMA_VERSION = "hetcal", 1
+FILE = ArrayFile("hetcal", "calibration", 1, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
 
 
@@ -221,9 +216,7 @@ class Calibration:
         if self.costs is not None:
             arrays |= {"cost_shares": self.costs.shares, "cost_partial": self.costs.partial}
             header["costs"] = {"full": self.costs.full, "reuse": self.costs.reuse, "inner": self.costs.inner}
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "calibration": json.dumps(header)}
-        atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        FILE.save(path, arrays, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -232,30 +225,16 @@ class Calibration:
         Raises:
             CalibrationError: the file is missing, cut short, no calibration, or of another schema version.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CalibrationError(f"{path} is a safetensors file but not a calibration")
-                if metadata.get("schema_version") != str(SCHEMA_VERSION):
-                    raise CalibrationError(
-                        f"{path} has calibration schema {metadata.get('schema_version')}, this version reads "
-                        f"{SCHEMA_VERSION}: calibrate anew"
-                    )
-                header = json.loads(metadata["calibration"])
-                arrays = {name: file.get_tensor(name).numpy() for name in ARRAYS}
-                costs = None
-                if header["costs"] is not None:
-                    shares, partial = (file.get_tensor(f"cost_{name}").numpy() for name in ("shares", "partial"))
-                    times = header["costs"]
-                    costs = Costs(float(times["full"]), float(times["reuse"]), shares, partial, str(times["inner"]))
-            return cls(**arrays, clips=tuple(header["clips"]), costs=costs, settings=dict(header["settings"]))
-        except FileNotFoundError as error:
-            raise CalibrationError(f"no calibration at {path}") from error
-        except CalibrationError as error:
-            raise error if str(path) in str(error) else CalibrationError(f"{path}: {error}") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{path} cannot be read as a calibration: {error}") from error
+
+        def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Calibration:
+            times, costs = header["costs"], None
+            if times is not None:
+                measured = arrays["cost_shares"], arrays["cost_partial"]
+                costs = Costs(float(times["full"]), float(times["reuse"]), *measured, str(times["inner"]))
+            recorded = {name: arrays[name] for name in ARRAYS}
+            return cls(**recorded, clips=tuple(header["clips"]), costs=costs, settings=dict(header["settings"]))
+
+        return FILE.load(path, decode)
 
 
 def _interpolate(sources: NDArray[np.int64], offsets: NDArray[np.int64], values: Array, points: Array) -> Array:

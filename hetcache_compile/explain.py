@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch.fx import Node
 
+from .files import atomically
 from .forms import Forms
 from .passes.axis import Accumulate, Attend, Enter, Leave, Tokens
 from .passes.flops import node_flops
 from .passes.refusal import module_path, shape_of, source_line
-from .plan import atomically
 
 ROOMS = {
     "inputs": ("computed whole, depends on no token", "#c9d3df"),

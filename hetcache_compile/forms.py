@@ -14,8 +14,9 @@ from .capture import Program, capture
 from .errors import SessionError
 from .passes.analyse import Analysis, analyse
 from .passes.buffers import buffer_entry
+from .passes.cache import Budgets, CacheEntry
 from .passes.extrapolate import extrapolate
-from .passes.forms import FORMS, Budgets, CacheEntry, Form
+from .passes.forms import FORMS, Form
 from .passes.inputs import TokenInputs
 from .plan import Plan
 

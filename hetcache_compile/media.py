@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from .errors import InputFileError
-from .plan import atomically
+from .files import atomically
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 Frames = NDArray[np.uint8]

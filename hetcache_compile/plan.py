@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import safe_open, save_file
 
 from .errors import MaskError, PlanError, PlanFileError
+from .files import ArrayFile
 from .partition import Grid, TokenKind, check_grid, choose_active, choose_context, classify, to_token_grid
+from .passes.cache import Budgets
 from .passes.extrapolate import MAX_ORDER
-from .passes.forms import Budgets
 from .schedule import Schedule, StepKind, make_schedule, time_distances
 
 if TYPE_CHECKING:
     from .calibration import Calibration
 
-FORMAT, SCHEMA_VERSION = "hetplan", 1
-ARRAYS = ("active_index", "context_index", "token_kind", "steps", "timesteps", "distances")
+FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
+ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,14 +206,8 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file with a JSON header, atomically."""
         header = {"grid": list(self.grid), "schedule": self.schedule, "extrapolation": self.extrapolation}
-        arrays = {
-            name: torch.from_numpy(np.array([int(s) for s in self.steps], dtype=np.uint8))
-            if name == "steps"
-            else torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
-            for name in ARRAYS
-        }
-        metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "plan": json.dumps(header)}
-        atomically(Path(path), lambda temporary: save_file(arrays, temporary, metadata=metadata))
+        steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
+        FILE.save(path, {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -227,29 +216,17 @@ class Plan:
         Raises:
             PlanFileError: the file is missing, cut short, no plan, or of another schema version.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise PlanFileError(f"{path} is a safetensors file but not a plan")
-                if metadata.get("schema_version") != str(SCHEMA_VERSION):
-                    raise PlanFileError(
-                        f"{path} has plan schema {metadata.get('schema_version')}, this version reads "
-                        f"{SCHEMA_VERSION}: make the plan anew"
-                    )
-                header = json.loads(metadata["plan"])
-                arrays = {name: file.get_tensor(name).numpy() for name in ARRAYS}
-            steps = tuple(StepKind(int(step)) for step in arrays.pop("steps"))
+
+        def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Plan:
             return cls(
-                grid=tuple(header["grid"]), steps=steps, schedule=str(header["schedule"]),
-                extrapolation=int(header.get("extrapolation", 0)), **arrays,
-            )  # fmt: skip
-        except PlanFileError:
-            raise
-        except FileNotFoundError as error:
-            raise PlanFileError(f"no plan at {path}") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise PlanFileError(f"{path} cannot be read as a plan: {error}") from error
+                grid=tuple(header["grid"]),
+                steps=tuple(StepKind(int(step)) for step in arrays["steps"]),
+                schedule=str(header["schedule"]),
+                extrapolation=int(header.get("extrapolation", 0)),
+                **{name: arrays[name] for name in ARRAYS},
+            )
+
+        return FILE.load(path, decode)
 
 
 def plan_for(
@@ -336,20 +313,6 @@ def _search(
     from .optimal import optimal_schedule
 
     return lambda budget: optimal_schedule(calibration, budget, timesteps, share, order)
-
-
-def atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: nobody sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _schedule_name(schedule: Schedule) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .files import atomically
 from .partition import TokenKind
-from .plan import Plan, atomically
+from .plan import Plan
 from .schedule import StepKind
 
 TOKEN_COLOURS = {

@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 from .bench_quality import FULL, Method, file_name, frames_file, load_frames, save_result
+from .files import atomically
 from .media import Clip, stack_side_by_side, tint, write_video
 from .metrics import METRICS, REGIONS, Comparison
-from .plan import atomically
 
 HEADER = (
     "method", "speed-up", "PSNR", "worst", "SSIM", "FLIP", "flicker", "PSNR band", "PSNR context",

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .editing import EditRequest, Run
+from .files import atomically
 from .media import stack_side_by_side, tint, write_video
 from .metrics import psnr
-from .plan import Plan, atomically
+from .plan import Plan
 from .preview import save_preview
 from .schedule import StepKind
 

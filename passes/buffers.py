@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .forms import MASK_COLUMNS, Budgets, CacheEntry, Form, has_side_effect
+from .cache import Budgets, CacheEntry
+from .forms import MASK_COLUMNS, Form, has_side_effect
 from .indices import rows_of
 
 aten = torch.ops.aten

@@ -30,7 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from .axis import Tokens
-from .forms import CacheEntry, Form, has_side_effect, verify_shapes
+from .cache import CacheEntry
+from .forms import Form, has_side_effect, verify_shapes
 from .refusal import Refusal, UnsupportedGraphError
 
 aten = torch.ops.aten

@@ -18,11 +18,10 @@ more.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
@@ -31,63 +30,14 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from .analyse import Analysis
 from .axis import Accumulate, Attend, Enter, Gather, Keep, Leave, Parts, Resize, Tokens
+from .cache import Budgets, CacheEntry, cache_layout, with_rows
 from .indices import rows_of, runs_of
-from .refusal import module_path, shape_of
+from .refusal import shape_of
 
 aten = torch.ops.aten
 
-Rows = Literal["context", "tokens", "none"]
-Group = Literal["key_values", "output", "hidden"]
 MASK_COLUMNS = "hetcache mask columns"
 """In a node's `meta`: it puts the columns of a mask in the order of cached and fresh keys."""
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """One tensor that passes from step to step.
-
-    `rows` says what its dim `dim` counts: the C context tokens (keys and values), all rows of a token axis, or
-    nothing that has to do with tokens (a sum over the context, a whole tensor). `module` is the module path it
-    comes from. `group` says what it is for: the attentions, the output, or hidden states that are needed whole.
-    `initial` is what it must hold before the first step, where that matters.
-    """
-
-    name: str
-    rows: Rows
-    dim: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    module: str
-    tokens: Tokens
-    group: Group = "key_values"
-    initial: float | None = None
-
-    @property
-    def input_name(self) -> str:
-        """Its name where a form reads it, and its key in a cache dict: `past_key_values.3.key`."""
-        return f"past_{self.group}.{self.name}"
-
-    @property
-    def output_name(self) -> str:
-        """Its name where a form writes it: `present.3.key`."""
-        return f"present.{self.name}" if self.group == "key_values" else f"present_{self.group}.{self.name}"
-
-    def empty(self, device: torch.device) -> torch.Tensor:
-        """Memory for it, holding what it must hold before the first step."""
-        return torch.full(self.shape, self.initial or 0.0, dtype=self.dtype, device=device)
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size in memory."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """M active and C cached context tokens: all a form's shapes know of a plan."""
-
-    num_active: int
-    num_context: int
 
 
 @dataclass(frozen=True)
@@ -102,52 +52,6 @@ class Form:
     indices: tuple[str, ...]
     reads: tuple[CacheEntry, ...]
     writes: tuple[CacheEntry, ...]
-
-
-def cache_layout(analysis: Analysis, budgets: Budgets) -> dict[tuple[Node, str], CacheEntry]:
-    """Every cache entry of a graph, by the node it belongs to and its role there, in graph order."""
-    layout: dict[tuple[Node, str], CacheEntry] = {}
-    numbers: Counter[str] = Counter()
-    for node, edits in analysis.edits.items():
-        for edit in edits:
-            if isinstance(edit, Attend):
-                for role, operand in (("key", edit.key), ("value", edit.value)):
-                    rows = len(edit.tokens.whole) * budgets.num_context - budgets.num_context
-                    shape = _with_rows(shape_of(operand), edit.tokens.dim, rows)
-                    name = f"{numbers['key_values']}.{role}"
-                    layout[node, role] = _entry(operand, name, "context", edit.tokens, node, shape)
-                numbers["key_values"] += 1
-            elif isinstance(edit, Accumulate):
-                name = f"{numbers['key_values']}.sum"
-                layout[node, "sum"] = _entry(node, name, "none", edit.left_tokens, node)
-                numbers["key_values"] += 1
-    for edit, group in _ends(analysis):
-        rows_kind: Rows = "tokens" if isinstance(edit, Leave) else "none"
-        tokens = edit.tokens if isinstance(edit, Leave) else Tokens(0)
-        if (edit.operand, "whole") not in layout:
-            layout[edit.operand, "whole"] = replace(
-                _entry(edit.operand, str(numbers[group]), rows_kind, tokens, edit.operand), group=group
-            )
-            numbers[group] += 1
-    return layout
-
-
-def _ends(analysis: Analysis) -> list[tuple[Leave | Keep, Group]]:
-    """Where token tensors become whole: first those a reuse step reads, then those inside the model."""
-    ends: list[tuple[Leave | Keep, Group]] = [
-        (edit, "output" if node in analysis.after else "hidden")
-        for node, edits in analysis.edits.items()
-        for edit in edits
-        if isinstance(edit, Leave | Keep)
-    ]
-    return sorted(ends, key=lambda end: end[1] == "hidden")
-
-
-def _entry(
-    operand: Node, name: str, rows: Rows, tokens: Tokens, near: Node, shape: tuple[int, ...] | None = None
-) -> CacheEntry:
-    value = operand.meta["val"]
-    return CacheEntry(name, rows, tokens.dim, shape or shape_of(operand), value.dtype, module_path(near), tokens)
 
 
 class FormWriter:
@@ -443,14 +347,10 @@ def _rows_of(node: Node, analysis: Analysis, budgets: Budgets) -> tuple[int, ...
     state = analysis.states[node]
     born = any(isinstance(edit, Enter) for edit in analysis.edits.get(node, ()))
     if isinstance(state, Tokens) and not born:
-        return _with_rows(shape_of(node), state.dim, state.size(budgets.num_active))
+        return with_rows(shape_of(node), state.dim, state.size(budgets.num_active))
     if isinstance(state, Parts) and isinstance(first := state.states[0], Tokens):
-        return _with_rows(shape_of(node), first.dim, first.size(budgets.num_active))
+        return with_rows(shape_of(node), first.dim, first.size(budgets.num_active))
     return shape_of(node)
-
-
-def _with_rows(shape: tuple[int, ...], dim: int, rows: int) -> tuple[int, ...]:
-    return (*shape[:dim], rows, *shape[dim + 1 :])
 
 
 def fake_mode(module: GraphModule) -> FakeTensorMode:

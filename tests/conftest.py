@@ -15,7 +15,8 @@ from models import Case
 from hetcache_compile import Forms, Plan
 from hetcache_compile.capture import Program, capture
 from hetcache_compile.passes.analyse import Analysis, analyse
-from hetcache_compile.passes.forms import FORMS, Budgets, Form
+from hetcache_compile.passes.cache import Budgets
+from hetcache_compile.passes.forms import FORMS, Form
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from models_check import check
 from zoo import ENTRIES
 
-from hetcache_compile.plan import atomically
+from hetcache_compile.files import atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 JSON, TABLE = DOCS / "models.json", DOCS / "models.md"

@@ -11,7 +11,6 @@ import torch
 from models import wan
 from safetensors.torch import load_file, save_file
 
-import hetcache_compile.plan as plan_module
 from hetcache_compile import PRESETS, MaskError, Plan, PlanError, PlanFileError, StepKind, TokenKind
 from hetcache_compile.partition import choose_active, choose_context, classify, to_token_grid
 from hetcache_compile.schedule import make_schedule, threshold_schedule, time_distances
@@ -237,7 +236,7 @@ def test_a_save_that_fails_leaves_what_was_there(plan, tmp_path, monkeypatch):
         save_file(arrays, file, metadata=metadata)
         raise OSError("disk full")
 
-    monkeypatch.setattr(plan_module, "save_file", fail)
+    monkeypatch.setattr("hetcache_compile.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         plan.with_schedule("full").save(path)
     assert path.read_bytes() == before

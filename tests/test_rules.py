@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from hetcache_compile.passes.analyse import Analysis
 from hetcache_compile.passes.axis import FREE, AxisState, Edit, Enter, Flow, Grid, Place, Tokens
-from hetcache_compile.passes.forms import Budgets, CacheEntry, write_full, write_partial
+from hetcache_compile.passes.cache import Budgets, CacheEntry
+from hetcache_compile.passes.forms import write_full, write_partial
 from hetcache_compile.passes.query import Query, Rule
 from hetcache_compile.passes.rules import ELEMENTWISE, RULES, elementwise, fresh, like_first
 

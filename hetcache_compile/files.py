@@ -1,0 +1,83 @@
+"""Files that are whole or not there: atomic writes, and arrays with a JSON header in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save_file
+
+from .errors import HetCacheError
+
+T = TypeVar("T")
+Arrays = dict[str, NDArray[Any]]
+PathLike = str | os.PathLike[str]
+
+
+def atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: nobody sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(descriptor)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """A kind of file: arrays and a JSON header in safetensors, with a schema version.
+
+    Attributes:
+        format: its name in the file, such as `hetplan`.
+        noun: what a reader calls it, such as `plan`.
+        version: of its schema. Files of another version are refused.
+        remedy: what to do then.
+        error: raised for any file that cannot be read.
+    """
+
+    format: str
+    noun: str
+    version: int
+    remedy: str
+    error: type[HetCacheError]
+
+    def save(self, path: PathLike, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> None:
+        """Write the file, atomically."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        metadata = {"format": self.format, "schema_version": str(self.version), self.noun: json.dumps(header)}
+        atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    def load(self, path: PathLike, decode: Callable[[dict[str, Any], Arrays], T]) -> T:
+        """What `decode(header, arrays)` makes of the file. Whatever goes wrong is the format's error, with the path."""
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != self.format:
+                    raise self.error(f"{path} is a safetensors file but not a {self.noun}")
+                if metadata.get("schema_version") != str(self.version):
+                    raise self.error(
+                        f"{path} has {self.noun} schema {metadata.get('schema_version')}, this version reads "
+                        f"{self.version}: {self.remedy}"
+                    )
+                arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            return decode(json.loads(metadata[self.noun]), arrays)
+        except FileNotFoundError as error:
+            raise self.error(f"no {self.noun} at {path}") from error
+        except self.error as error:
+            raise error if str(path) in str(error) else self.error(f"{path}: {error}") from error
+        except (SafetensorError, HetCacheError, OSError, KeyError, TypeError, ValueError) as error:
+            raise self.error(f"{path} cannot be read as a {self.noun}: {error}") from error
