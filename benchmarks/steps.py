@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hetcache_compile as hetcache
 from hetcache_compile.backend import hetcache_backend, inner_backend
-from hetcache_compile.passes.buffers import write_in_place
+from hetcache_compile.forms import buffered
 from hetcache_compile.report import processor_name
 from hetcache_compile.timing import Stopwatch
 
@@ -70,7 +70,7 @@ def count_flops() -> FlopCounterMode:
 
 def prepare(forms, kind: str, kwargs: dict, inner):
     """A compiled form with its cache in place, as the backend runs it, and its FLOPs by torch's counter."""
-    form = write_in_place(forms.by_kind[kind], forms.plan.budgets, forms.plan.num_tokens)
+    form = buffered(forms.by_kind[kind], forms.plan)
     inputs = forms.program.flat_inputs((), kwargs)
     device = kwargs["hidden_states"].device
     indices = [torch.as_tensor(getattr(forms.plan, name), device=device) for name in form.indices]

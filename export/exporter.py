@@ -140,10 +140,7 @@ def describe(source: Source, forms: Forms, options: ExportOptions) -> tuple[dict
     if options.dynamic_active:
         dims = dynamic.dynamic_dims(forms.plan, options.dynamic_active)
         budgets = dynamic.second_budgets(forms.plan.budgets, dims)
-        by_kind = {
-            kind: write_form(kind, forms.program, forms.analysis, budgets, forms.plan.extrapolation)
-            for kind in forms.by_kind
-        }
+        by_kind = {kind: write_form(kind, forms.program, forms.analysis, budgets, forms.plan) for kind in forms.by_kind}
         others, other_specs = lower_forms(forms, by_kind, options)
         for kind, form in lowered.items():
             dynamic.free_sizes(form, others[kind])

@@ -17,9 +17,8 @@ from torch.fx import GraphModule
 
 from .capture import Program, capture, with_input_names
 from .errors import NonFiniteError, UnsupportedGraphError
-from .forms import form_key, write_form
+from .forms import buffered, form_key, write_form
 from .passes.analyse import Analysis, analyse
-from .passes.buffers import write_in_place
 from .passes.forms import Form
 from .passes.inputs import TokenInputs
 from .plan import Plan
@@ -167,8 +166,8 @@ class CompiledGraph:
         """The compiled form for these budgets, with its cache in place."""
         key = (form_key(plan), kind.form)
         if key not in known.forms:
-            form = write_form(kind.form, known.program, analysis, plan.budgets, plan.extrapolation)
-            form = write_in_place(form, plan.budgets, plan.num_tokens)
+            form = write_form(kind.form, known.program, analysis, plan.budgets, plan)
+            form = buffered(form, plan)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
             buffers = [torch.empty(e.shape, dtype=e.dtype, device=device) for e in form.reads]

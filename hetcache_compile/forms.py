@@ -13,11 +13,15 @@ from torch.utils import _pytree as pytree
 from .capture import Program, capture
 from .errors import SessionError
 from .passes.analyse import Analysis, analyse
-from .passes.buffers import buffer_entry
+from .passes.buffers import write_in_place
 from .passes.cache import Budgets, CacheEntry
 from .passes.extrapolate import extrapolate
 from .passes.forms import FORMS, Form
 from .passes.inputs import TokenInputs
+from .passes.layout import keep_all_rows
+from .passes.merge import merge_context
+from .passes.predict import predict_context
+from .passes.select import Selection, select_active
 from .plan import Plan
 
 Cache = dict[str, torch.Tensor]
@@ -49,9 +53,8 @@ class Forms:
 
     @property
     def buffer_bytes(self) -> int:
-        """Size of the buffers that a session keeps for one branch (see `passes.buffers`)."""
-        entries = (buffer_entry(e, self.plan.budgets, self.plan.num_tokens) for e in self.cache_entries)
-        return sum(entry.num_bytes for entry in entries)
+        """Size of the buffers that a session keeps for one branch (see `passes.layout`)."""
+        return sum(entry.num_bytes for entry in buffered(self.by_kind["full"], self.plan).reads)
 
     def for_plan(self, plan: Plan) -> Forms:
         """The same forms for another mask with the same grid and budgets."""
@@ -93,12 +96,28 @@ class Forms:
 
 def form_key(plan: Plan) -> tuple[Any, ...]:
     """All that the forms know of a plan: plans that agree in it share their forms."""
-    return plan.grid, plan.budgets, plan.extrapolation
+    selection = plan.selection if plan.selects_at_run_time else None
+    return plan.grid, plan.budgets, plan.num_merged, plan.extrapolation, plan.context_extrapolation, selection
 
 
-def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets, extrapolation: int) -> Form:
-    """One form of a program, functional: every pass that makes it, in order."""
-    return extrapolate(FORMS[kind](program.module, analysis, budgets), extrapolation)
+def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets, plan: Plan) -> Form:
+    """One form of a program at these budgets, functional: every pass that makes it, in order."""
+    form = FORMS[kind](program.module, analysis, budgets)
+    if plan.selects_at_run_time:
+        form = keep_all_rows(form, plan.num_tokens)
+        form = select_active(form, Selection(plan.selection, plan.num_tokens, budgets.num_active))
+    if plan.num_merged < plan.num_context:
+        form = merge_context(form, plan.num_context, plan.num_merged)
+    if plan.context_extrapolation:
+        form = predict_context(form)
+    return extrapolate(form, plan.extrapolation)
+
+
+def buffered(form: Form, plan: Plan) -> Form:
+    """A functional form as it runs in a process: on buffers, with all rows where every inactive token is cached."""
+    if plan.num_active + plan.num_merged == plan.num_tokens:
+        form = keep_all_rows(form, plan.num_tokens)
+    return write_in_place(form)
 
 
 def rewrite(
@@ -125,5 +144,5 @@ def rewrite(
     """
     program = capture(getattr(model, "_orig_mod", model), args, kwargs or {})
     analysis = analyse(program.module, plan.grid, token_inputs)
-    by_kind = {kind: write_form(kind, program, analysis, plan.budgets, plan.extrapolation) for kind in FORMS}
+    by_kind = {kind: write_form(kind, program, analysis, plan.budgets, plan) for kind in FORMS}
     return Forms(program, analysis, plan, by_kind)

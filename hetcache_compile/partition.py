@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 from .errors import MaskError, PlanError
+from .passes.choose import STRATEGIES
 
 Grid = tuple[int, int, int]
+SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
+"""How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
 
 
 class TokenKind(IntEnum):
@@ -117,13 +120,16 @@ def choose_active(
     margin_ratio: float,
     context_ratio: float,
     multiple: int,
+    selection: str = "uniform",
 ) -> NDArray[np.int64]:
     """The tokens a PARTIAL step computes, sorted: `[M]` with M a multiple of `multiple` (or N).
 
-    All generative tokens, the nearest `margin_ratio` of the margin, and `context_ratio` of the context, spread
-    evenly over its range of distances. M is then rounded up by promoting the nearest tokens left: a budget is
-    filled with useful tokens, never with padding.
+    All generative tokens, the nearest `margin_ratio` of the margin, and `context_ratio` of the context: none of it,
+    at random, or spread evenly over its range of distances (which full steps may change later). M is then rounded up
+    by promoting the nearest tokens left: a budget is filled with useful tokens, never with padding.
     """
+    if selection not in SELECTIONS:
+        raise PlanError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
     for name, ratio in (("margin_ratio", margin_ratio), ("context_ratio", context_ratio)):
         if not 0 <= ratio <= 1:
             raise PlanError(f"{name} must lie between 0 and 1, got {ratio}")
@@ -135,7 +141,9 @@ def choose_active(
     active = kind == TokenKind.GENERATIVE
     active[margin[: round(margin_ratio * margin.size)]] = True
     share = round(context_ratio * context.size)
-    if share:
+    if selection == "random":
+        active[np.random.default_rng(0).choice(context, share, replace=False)] = True
+    elif selection != "none" and share:
         active[context[(np.arange(share) * context.size) // share]] = True
     budget = min(-(-int(active.sum()) // multiple) * multiple, active.size)
     rest = nearest_first[~active[nearest_first]]
@@ -154,3 +162,37 @@ def choose_context(
     rest = np.argsort(distance, kind="stable")
     rest = rest[inactive[rest]]
     return np.sort(rest[: round(cached_ratio * rest.size)])
+
+
+def merge_context(
+    context: NDArray[np.int64], distance: NDArray[np.float64], grid: Grid, *, merged_ratio: float
+) -> NDArray[np.int64]:
+    """Clusters `[C]` of the cached tokens, C' = `merged_ratio` * C of them; empty where nothing is merged.
+
+    Half of the clusters hold one token each: those nearest to the mask, which get most attention. The others are boxes
+    of neighbours with as nearly equal numbers of tokens as can be: the farther tokens are halved at the median of
+    their longest side, again and again (a k-d tree's leaves).
+    """
+    if not 0 < merged_ratio <= 1:
+        raise PlanError(f"merged_ratio must be above 0 and at most 1, got {merged_ratio}")
+    count = max(1, round(merged_ratio * context.size))
+    if count >= context.size:
+        return np.zeros(0, dtype=np.int64)
+    single = (count - 1) // 2
+    order = np.argsort(distance[context], kind="stable")
+    cluster = np.empty(context.size, dtype=np.int64)
+    cluster[order[:single]] = np.arange(single)
+    places = np.stack(np.unravel_index(context, grid), axis=1)
+    number = single
+    boxes = [(order[single:], count - single)]
+    while boxes:
+        members, parts = boxes.pop()
+        if parts == 1:
+            cluster[members] = number
+            number += 1
+            continue
+        extent = np.ptp(places[members], axis=0)
+        along = members[np.argsort(places[members, int(extent.argmax())], kind="stable")]
+        cut = members.size * (parts // 2) // parts
+        boxes += [(along[:cut], parts // 2), (along[cut:], parts - parts // 2)]
+    return cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,16 +15,30 @@ from numpy.typing import NDArray
 
 from .errors import MaskError, PlanError, PlanFileError
 from .files import ArrayFile
-from .partition import Grid, TokenKind, check_grid, choose_active, choose_context, classify, to_token_grid
+from .partition import (
+    SELECTIONS,
+    Grid,
+    TokenKind,
+    check_grid,
+    choose_active,
+    choose_context,
+    classify,
+    merge_context,
+    to_token_grid,
+)
 from .passes.cache import Budgets
+from .passes.choose import STRATEGIES
 from .passes.extrapolate import MAX_ORDER
+from .passes.select import NUM_QUERIES
 from .schedule import Schedule, StepKind, make_schedule, time_distances
 
 if TYPE_CHECKING:
     from .calibration import Calibration
 
 FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
-ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances")
+ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster")
+OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection")
+"""What the file's header holds beside the grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +55,12 @@ class Plan:
         distances: float64 `[S]` of `time_distances`, or empty.
         schedule: how `steps` was asked for.
         extrapolation: order at which outputs that a step does not compute are predicted (see `passes.extrapolate`).
+        context_extrapolation: 1 where cached K/V are predicted from two FULL steps, which takes their memory twice (see
+            `passes.predict`); 0 where they are read as they are.
+        selection: how the context among the active tokens is chosen (see `partition.SELECTIONS`). Where full steps
+            choose it (`passes.select`), `active_index` is what they start from.
+        context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.merge`), or empty
+            where none are merged.
     """
 
     grid: Grid
@@ -51,6 +72,9 @@ class Plan:
     distances: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     schedule: str = "list"
     extrapolation: int = 0
+    context_extrapolation: int = 0
+    selection: str = "uniform"
+    context_cluster: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -68,12 +92,30 @@ class Plan:
             raise PlanError(f"token_kind must hold a kind for each of the {self.num_tokens} tokens")
         if self.extrapolation not in range(MAX_ORDER + 1):
             raise PlanError(f"extrapolation must be 0 to {MAX_ORDER}, got {self.extrapolation}")
+        if self.context_extrapolation not in (0, 1):
+            raise PlanError(f"context_extrapolation must be 0 or 1, got {self.context_extrapolation}")
+        if self.selection not in SELECTIONS:
+            raise PlanError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+        if self.selects_at_run_time and both.size < self.num_tokens:
+            raise PlanError(f"selection {self.selection!r} needs every token active or cached: use cached_ratio 1")
+        self._check_clusters()
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
         if any(array.shape not in ((0,), (len(self.steps),)) for array in (self.timesteps, self.distances)):
             raise PlanError(
                 f"timesteps and distances must be empty or hold one value for each of {len(self.steps)} steps"
             )
+
+    def _check_clusters(self) -> None:
+        cluster = self.context_cluster
+        if not cluster.size:
+            return
+        if cluster.dtype != np.int64 or cluster.shape != self.context_index.shape:
+            raise PlanError(f"context_cluster must be int64 [{self.num_context}], got {cluster.dtype} {cluster.shape}")
+        if np.unique(cluster).tolist() != list(range(self.num_merged)):
+            raise PlanError("the clusters of context_cluster must be numbered from 0, and none may be empty")
+        if self.selects_at_run_time:
+            raise PlanError(f"selection {self.selection!r} changes the context while it runs: it cannot be merged")
 
     @property
     def num_tokens(self) -> int:
@@ -91,9 +133,37 @@ class Plan:
         return int(self.context_index.size)
 
     @property
+    def num_merged(self) -> int:
+        """C': keys and values that stand for the C cached tokens."""
+        return int(self.context_cluster.max()) + 1 if self.context_cluster.size else self.num_context
+
+    @property
+    def context_log_size(self) -> NDArray[np.float32]:
+        """Float32 `[C']`: the log of how many tokens a centroid stands for."""
+        return np.log(np.bincount(self.context_cluster)).astype(np.float32)
+
+    @property
     def budgets(self) -> Budgets:
         """M and C: plans that share them share their compiled forms."""
         return Budgets(self.num_active, self.num_context)
+
+    @property
+    def selects_at_run_time(self) -> bool:
+        """Whether FULL steps choose the active tokens."""
+        return self.selection in STRATEGIES
+
+    @property
+    def always_active(self) -> NDArray[np.bool_]:
+        """Bool `[N]`: active tokens that are not context, whatever FULL steps choose."""
+        mask = np.zeros(self.num_tokens, dtype=np.bool_)
+        mask[self.active_index] = True
+        return np.asarray(mask & (self.token_kind != TokenKind.CONTEXT))
+
+    @property
+    def query_index(self) -> NDArray[np.int64]:
+        """Int64 `[NUM_QUERIES]`: generative tokens, spread evenly, that measure how relevant the others are."""
+        generative = np.flatnonzero(self.token_kind == TokenKind.GENERATIVE)
+        return generative[(np.arange(NUM_QUERIES) * generative.size) // NUM_QUERIES]
 
     @classmethod
     def from_mask(
@@ -112,6 +182,9 @@ class Plan:
         temporal_patch: int = 1,
         reference_frames: int = 0,
         extrapolation: int = 0,
+        context_extrapolation: int = 0,
+        selection: str = "uniform",
+        merged_ratio: float = 1.0,
         calibration: Calibration | None = None,
     ) -> Plan:
         """A plan from a mask in pixels or on the token grid.
@@ -130,6 +203,9 @@ class Plan:
             temporal_patch: latent frames per token frame.
             reference_frames: latent frames of reference images, in front.
             extrapolation: order at which outputs that a step does not compute are predicted.
+            context_extrapolation: 1 to predict cached K/V too.
+            selection: how the context among the active tokens is chosen, see `partition.SELECTIONS`.
+            merged_ratio: C' / C: how many keys and values stand for the cached tokens. 1 merges none.
             calibration: of the model, for an `"optimal:..."` schedule; its noise schedule is taken for the edit's.
 
         Raises:
@@ -146,13 +222,18 @@ class Plan:
         )
         kind, distance = classify(generative, margin)
         active = choose_active(
-            kind, distance, margin_ratio=margin_ratio, context_ratio=context_ratio, multiple=multiple
-        )
+            kind, distance, margin_ratio=margin_ratio, context_ratio=context_ratio, multiple=multiple,
+            selection=selection,
+        )  # fmt: skip
         context = choose_context(active, distance, cached_ratio=cached_ratio)
         timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
         search = _search(calibration, timesteps, active.size / kind.size, extrapolation)
         steps = make_schedule(schedule, num_inference_steps, search=search)
-        return cls(grid, active, context, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation)
+        return cls(
+            grid, active, context, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation,
+            context_extrapolation=context_extrapolation, selection=selection,
+            context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio),
+        )  # fmt: skip
 
     @classmethod
     def from_token_mask(
@@ -163,6 +244,7 @@ class Plan:
         num_inference_steps: int = 50,
         schedule: Schedule = "balanced",
         extrapolation: int = 0,
+        context_extrapolation: int = 0,
     ) -> Plan:
         """A plan in which exactly the tokens `active` (bool `[N]`) are active and all others are context.
 
@@ -180,7 +262,10 @@ class Plan:
         kind = np.where(array, TokenKind.GENERATIVE, TokenKind.CONTEXT).astype(np.uint8)
         steps = make_schedule(schedule, num_inference_steps)
         indices = np.flatnonzero(array), np.flatnonzero(~array)
-        return cls(grid, *indices, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation)
+        return cls(
+            grid, *indices, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation,
+            context_extrapolation=context_extrapolation,
+        )  # fmt: skip
 
     def with_schedule(self, schedule: Schedule) -> Plan:
         """The same partition with other step kinds."""
@@ -194,18 +279,19 @@ class Plan:
     def describe(self) -> str:
         """The plan in two lines."""
         counts = {kind: int((self.token_kind == kind).sum()) for kind in TokenKind}
+        merged = f" in {self.num_merged} centroids" if self.num_merged < self.num_context else ""
         tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
         share = self.num_active / self.num_tokens
         return (
             f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
-            f"C = {self.num_context} cached\n"
+            f"C = {self.num_context} cached{merged}\n"
             f"{len(self.steps)} steps ({self.schedule}, extrapolation {self.extrapolation}): "
             f"{''.join(kind.letter for kind in self.steps)}"
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file with a JSON header, atomically."""
-        header = {"grid": list(self.grid), "schedule": self.schedule, "extrapolation": self.extrapolation}
+        header = {"grid": list(self.grid), **{name: getattr(self, name) for name in OPTIONS}}
         steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
         FILE.save(path, {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header)
 
@@ -218,12 +304,10 @@ class Plan:
         """
 
         def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Plan:
+            fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
+            fields |= {name: header[name] for name in OPTIONS if name in header}
             return cls(
-                grid=tuple(header["grid"]),
-                steps=tuple(StepKind(int(step)) for step in arrays["steps"]),
-                schedule=str(header["schedule"]),
-                extrapolation=int(header.get("extrapolation", 0)),
-                **{name: arrays[name] for name in ARRAYS},
+                grid=tuple(header["grid"]), steps=tuple(StepKind(int(step)) for step in arrays["steps"]), **fields
             )
 
         return FILE.load(path, decode)
@@ -240,7 +324,7 @@ def plan_for(
     num_reference_images: int = 0,
     schedule: Schedule = "balanced",
     calibration: Calibration | None = None,
-    extrapolation: int = 1,
+    extrapolation: int | None = None,
     **partition: Any,
 ) -> Plan:
     """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
@@ -256,7 +340,8 @@ def plan_for(
         num_reference_images: how many reference images the call has.
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
         calibration: of this model, for an `"optimal:..."` schedule.
-        extrapolation: order at which outputs that a step does not compute are predicted; a straight line by default.
+        extrapolation: order at which outputs that a step does not compute are predicted. By default a straight line
+            where the model takes a `timestep`, else 0.
         partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple` of `Plan.from_mask`.
 
     Raises:
@@ -268,6 +353,8 @@ def plan_for(
     if model is None or not hasattr(pipe, "vae_scale_factor_temporal"):
         raise PlanError(f"{type(pipe).__name__} is no video pipeline with a transformer")
     model = getattr(model, "_orig_mod", model)
+    if extrapolation is None:
+        extrapolation = int("timestep" in inspect.signature(model.forward).parameters)
     patch_t, patch_h, patch_w = model.config.patch_size
     temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
     if height % (spatial * patch_h) or width % (spatial * patch_w):

@@ -15,7 +15,7 @@ from .axis import Accumulate, Attend, Keep, Leave, Tokens
 from .refusal import module_path, shape_of
 
 Rows = Literal["context", "tokens", "none"]
-Group = Literal["key_values", "output", "hidden"]
+Group = Literal["key_values", "output", "hidden", "selection"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class CacheEntry:
 
     `rows` says what its dim `dim` counts: the C context tokens (keys and values), all rows of a token axis, or
     nothing that has to do with tokens (a sum over the context, a whole tensor). `module` is the module path it
-    comes from. `group` says what it is for: the attentions, the output, or hidden states that are needed whole.
+    comes from. `group` says what it is for: the attentions, the output, hidden states that are needed whole, or which
+    tokens are active.
     `initial` is what it must hold before the first step, where that matters.
     """
 

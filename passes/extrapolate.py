@@ -21,24 +21,18 @@ second-order solver, a test on frozen inputs) replaces it instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from .axis import Tokens
 from .cache import CacheEntry
-from .forms import Form, has_side_effect, verify_shapes
-from .refusal import Refusal, UnsupportedGraphError
+from .forms import Form
+from .state import NEVER, Call, StateInputs, caller, now_of
 
 aten = torch.ops.aten
 MAX_ORDER = 2
-NEVER = -1e30
-"""The time of a value that was not computed yet. Not NaN, which engines may take for equal to itself."""
-Call = Callable[..., Node]
 
 
 def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
@@ -55,15 +49,11 @@ def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
     if order == 0:
         return form
     graph = copy.deepcopy(form.module.graph)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    time = _time(placeholders[: len(placeholders) - len(form.indices) - len(form.reads)], time_input)
-    inputs = _Inputs(graph, form, placeholders)
+    inputs = StateInputs(graph, form)
     outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
-    points = {entry: inputs.points(entry, order) for entry in outputs}
-    call = _caller(graph)
-    # The latest time, where tokens have their own: those of a given first frame stand still at 0.
-    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=torch.float32), [-1])
-    now = call(aten.amax.default, flat, [0])
+    points = {entry: _points(inputs, entry, order) for entry in outputs}
+    now = now_of(graph, form, time_input)
+    call = caller(graph, "extrapolate", now.next)
     if form.kind != "full":
         for entry in outputs:
             predict(call, entry, points[entry], now)
@@ -138,7 +128,7 @@ def push(
     graph: Graph, entry: CacheEntry, points: Points, computed: Node, now: Node, kind: str
 ) -> dict[CacheEntry, Node]:
     """What history and times hold after the step: rows that it computed at a new time move down by one."""
-    call = _caller(graph, graph.output_node())
+    call = caller(graph, "extrapolate", graph.output_node())
     latest = call(aten.select.int, points.times, 0, 0)
     moves = call(aten.ne.Tensor, latest, now)
     if kind == "partial" and entry.rows == "tokens":
@@ -164,69 +154,10 @@ def _without_predictions(graph: Graph, merged: Node, cached: Node) -> Node:
     """What a partial step keeps: its active rows in what was computed before."""
     assert merged.target is aten.index_copy.default
     _, dim, index, fresh = merged.args
-    return _caller(graph, graph.output_node())(aten.index_copy.default, cached, dim, index, fresh)
+    return caller(graph, "extrapolate", graph.output_node())(aten.index_copy.default, cached, dim, index, fresh)
 
 
-def _caller(graph: Graph, place: Node | None = None) -> Call:
-    """A function that adds calls in front of `place`, by default in front of the whole body."""
-    before = place or next(node for node in graph.nodes if node.op != "placeholder")
-
-    def call(op: Any, *args: Any, **kwargs: Any) -> Node:
-        with graph.inserting_before(before):
-            node = graph.call_function(op, args, kwargs)
-        node.meta["hetcache"] = "extrapolate"
-        return node
-
-    return call
-
-
-class _Inputs:
-    """The placeholders of a form, which the pass adds to behind the ones there are."""
-
-    def __init__(self, graph: Graph, form: Form, placeholders: list[Node]) -> None:
-        self.graph, self.form, self.last = graph, form, placeholders[-1]
-        values = [node.meta["val"] for node in placeholders if isinstance(node.meta["val"], FakeTensor)]
-        self.mode = values[0].fake_mode
-        self.device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
-        self.inputs = dict(zip(form.reads, placeholders[len(placeholders) - len(form.reads) :], strict=True))
-        for entry in form.writes:
-            if entry.group == "output" and entry not in self.inputs:
-                self.read(entry)
-
-    def points(self, entry: CacheEntry, order: int) -> Points:
-        """The inputs that hold an output's values and times."""
-        kept, times = history_of(entry, order), times_of(entry, order)
-        return Points([self.read(e) for e in (entry, *kept)], self.read(times), kept, times)
-
-    def read(self, entry: CacheEntry) -> Node:
-        """The input that holds an entry."""
-        if entry not in self.inputs:
-            with self.graph.inserting_after(self.last):
-                node = self.graph.placeholder(entry.input_name.replace(".", "_"))
-            with self.mode:
-                node.meta["val"] = torch.empty(entry.shape, dtype=entry.dtype, device=self.device)
-            self.inputs[entry] = self.last = node
-        return self.inputs[entry]
-
-    def finish(self, writes: dict[CacheEntry, Node]) -> Form:
-        """The form with more state. History is stored first: it reads what the outputs are about to overwrite."""
-        output = self.graph.output_node()
-        results = list(output.args[0])  # type: ignore[arg-type]
-        output.args = ((*results[: len(results) - len(self.form.writes)], *writes.values()),)
-        self.graph.eliminate_dead_code(has_side_effect)
-        self.graph.lint()
-        module = GraphModule(self.form.module, self.graph)
-        verify_shapes(module, {})
-        return Form(self.form.kind, module, self.form.indices, tuple(self.inputs), tuple(writes))
-
-
-def _time(inputs: list[Node], name: str | None) -> Node:
-    # Dynamo writes l_timestep_ for timestep; audio_timestep or timestep_r are other inputs.
-    found = [node for node in inputs if node.name.lower().removeprefix("l_").strip("_") == (name or "timestep")]
-    if not found and name is None:
-        found = [node for node in inputs if "timestep" in node.name]
-    if len(found) != 1:
-        names = ", ".join(node.name for node in inputs if not node.name.startswith("p_"))
-        reason = "extrapolation needs the time of a step, and no input is called timestep"
-        raise UnsupportedGraphError([Refusal(reason, help=f"the inputs are {names}")])
-    return found[0]
+def _points(inputs: StateInputs, entry: CacheEntry, order: int) -> Points:
+    """The inputs that hold an output's values and times."""
+    kept, times = history_of(entry, order), times_of(entry, order)
+    return Points([inputs.read(e) for e in (entry, *kept)], inputs.read(times), kept, times)

@@ -36,6 +36,8 @@ from .refusal import shape_of
 
 aten = torch.ops.aten
 
+CONTEXT = "hetcache context"
+"""In a node's `meta`: it puts cached rows of keys or values, an entry's `input_name`, in front of the fresh ones."""
 MASK_COLUMNS = "hetcache mask columns"
 """In a node's `meta`: it puts the columns of a mask in the order of cached and fresh keys."""
 
@@ -90,7 +92,7 @@ class FormWriter:
         return self.reads[entry]
 
     def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Node:
-        mode, device = fake_mode(self.source), _device(self.source)
+        mode, device = fake_mode(self.source), device_of(self.source)
         node = self.graph.placeholder(name)
         with mode:
             node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
@@ -117,7 +119,7 @@ class FormWriter:
         """The rows that `selected` names along a token axis, with whole rows or `runs_only`; made once."""
         key = (selected, tokens.at(0), runs_only)
         if key not in self.row_indices:
-            number, device = prod(self.analysis.grid), _device(self.source)
+            number, device = prod(self.analysis.grid), device_of(self.source)
 
             def call(op: Any, *args: Any, **kwargs: Any) -> Node:
                 return self.call(op, args, near, kwargs)
@@ -252,8 +254,10 @@ def _with_context(
         if not isinstance(edit, Attend):
             continue
         for position, role, fresh in ((1, "key", edit.key), (2, "value", edit.value)):
-            rows = [writer.cache_input(writer.layout[node, role]), writer.new[fresh]]
+            entry = writer.layout[node, role]
+            rows = [writer.cache_input(entry), writer.new[fresh]]
             arguments[position] = writer.call(aten.cat.default, (rows, edit.tokens.dim), node)
+            arguments[position].meta[CONTEXT] = entry.input_name
         if edit.mask is not None:
             assert context_index is not None
             mask = replaced.get(edit.mask) or writer.new[edit.mask]
@@ -361,7 +365,8 @@ def fake_mode(module: GraphModule) -> FakeTensorMode:
     return mode
 
 
-def _device(module: GraphModule) -> torch.device:
+def device_of(module: GraphModule) -> torch.device:
+    """Where the graph runs: the first device of its inputs that is not the CPU, if any."""
     values = (node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder")
     devices = [value.device for value in values if isinstance(value, torch.Tensor)]
     return next((device for device in devices if device.type != "cpu"), devices[0])

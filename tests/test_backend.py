@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 import hetcache_compile as hetcache
 from hetcache_compile import Forms, Plan, StepKind
-from hetcache_compile.passes.buffers import buffer_entry
+from hetcache_compile.passes.layout import all_rows
 
 N = NUM_TOKENS
 TOLERANCE = 1e-5  # absolute, fp32, outputs are of the order of 1
@@ -235,7 +235,7 @@ def test_cache_bytes(shared: Shared, num_context: int) -> None:
     model, fast, _ = shared
     plan = plan_of("FPR", 35, num_context)
     entries = model.forms(plan).cache_entries
-    one_branch = sum(buffer_entry(entry, plan.budgets, N).num_bytes for entry in entries)
+    one_branch = sum(all_rows(entry, N).num_bytes for entry in entries)
     # keys and values of two blocks [1, 2 heads, rows, 12], and the output [1, N, 5 channels in patches of 4]
     rows = N if num_context == N - 35 else num_context
     assert one_branch == 4 * (2 * 2 * 2 * rows * 12 + N * 20)
@@ -462,9 +462,7 @@ def test_two_experts(fresh: None) -> None:
     check(outputs[:3], expected(forms_high, "FPR", calls[:3]))
     check(outputs[3:], expected(forms_low, "FPR", calls[3:]))
     assert session.stats.kinds == [StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE] * 2
-    assert session.stats.cache_bytes == 2 * sum(
-        buffer_entry(entry, plan.budgets, N).num_bytes for entry in forms_low.cache_entries
-    )
+    assert session.stats.cache_bytes == 2 * sum(all_rows(entry, N).num_bytes for entry in forms_low.cache_entries)
     # Frozen inputs, both in turn in one session: each stays with its own weights and its own cache.
     with hetcache.session(plan_of("FFPPRRPPRR")) as session:
         for _ in range(5):

@@ -19,7 +19,7 @@ from conftest import Captured
 from models import NUM_TOKENS, Case, to_tokens
 
 from hetcache_compile import Plan, StepKind
-from hetcache_compile.passes.buffers import write_in_place
+from hetcache_compile.forms import buffered
 from hetcache_compile.passes.forms import Form
 
 N = NUM_TOKENS
@@ -261,7 +261,7 @@ def test_cache_is_what_the_entries_say(captured: Callable[[Case], Captured]) -> 
 
 def run_in_place(model: Captured, form: Form, plan: Plan, buffers: dict[str, torch.Tensor], kwargs: Any) -> Any:
     """Run a form whose cache is in place, on buffers that are made when first needed."""
-    form = write_in_place(form, plan.budgets, plan.num_tokens)
+    form = buffered(form, plan)
     assert form.writes == ()
     for entry in form.reads:
         buffers.setdefault(entry.input_name, torch.full(entry.shape, torch.nan, dtype=entry.dtype))

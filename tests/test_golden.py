@@ -17,8 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 import hetcache_compile as hetcache
-from hetcache_compile.forms import Forms
-from hetcache_compile.passes.buffers import write_in_place
+from hetcache_compile.forms import Forms, buffered
 from hetcache_compile.passes.normalise import (
     PASSES,
     drop_asserts,
@@ -90,7 +89,7 @@ def compact(module: GraphModule) -> str:
 def changes(forms: Forms, kind: str) -> str:
     """The lines in which a form with its cache in place differs from the functional one."""
     functional = forms.by_kind[kind]
-    in_place = write_in_place(functional, forms.plan.budgets, forms.plan.num_tokens)
+    in_place = buffered(functional, forms.plan)
     old, new = (compact(form.module).splitlines() for form in (functional, in_place))
     return "\n".join(line.rstrip() for line in ndiff(old, new) if line[0] in "+-")
 
@@ -194,6 +193,7 @@ def test_full_in_place(forms: Forms) -> None:
     assert_expected_inline(
         changes(forms, "full"),
         """\
+- context_index: input -> (22,)
 + past_key_values_0_key: input
 + past_key_values_0_value: input
 + past_output_0: input
@@ -211,15 +211,19 @@ def test_partial_in_place(forms: Forms) -> None:
     assert_expected_inline(
         changes(forms, "partial"),
         """\
+- past_key_values_0_key: input -> (1, 2, 22, 7)
++ past_key_values_0_key: input -> (1, 2, 30, 7)
+- past_key_values_0_value: input -> (1, 2, 22, 7)
++ past_key_values_0_value: input -> (1, 2, 30, 7)
 - cat: cat([past_key_values_0_key, mul_1], 2) -> (1, 2, 30, 7)
 - cat_1: cat([past_key_values_0_value, transpose_3], 2) -> (1, 2, 30, 7)
 - sdpa: sdpa(mul, cat, cat_1) -> (1, 2, 8, 7)
-+ index_copy_1: index_copy(past_key_values_0_key, 2, active_index, mul_1)
-+ index_copy_2: index_copy(past_key_values_0_value, 2, active_index, transpose_3)
++ index_copy_1: index_copy(past_key_values_0_key, 2, active_index, mul_1) -> (1, 2, 30, 7)
++ index_copy_2: index_copy(past_key_values_0_value, 2, active_index, transpose_3) -> (1, 2, 30, 7)
 + sdpa: sdpa(mul, index_copy_1, index_copy_2) -> (1, 2, 8, 7)
-+ copy_: copy_(past_key_values_0_key, index_copy_1)
-+ copy__1: copy_(past_key_values_0_value, index_copy_2)
-+ copy__2: copy_(past_output_0, index_copy)
++ copy_: copy_(past_output_0, index_copy)
++ copy__1: copy_(past_key_values_0_key, index_copy_1)
++ copy__2: copy_(past_key_values_0_value, index_copy_2)
 - return (_unsafe_view, index_copy)
 + return (_unsafe_view,)""",
     )

@@ -13,7 +13,7 @@ from models_check import distance, random_plan
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.passes.buffers import write_in_place
+from hetcache_compile.forms import buffered
 
 GRID, N, TEXT, WIDTH = (2, 3, 5), 30, 11, 14
 
@@ -89,7 +89,7 @@ def test_joint_buffers_in_place(num_context: int) -> None:
     for seed, kind in enumerate(["full", "partial", "reuse", "partial", "full", "partial"]):
         kwargs = joint_inputs(seed)
         expected, cache = forms.run(kind, cache, (), kwargs)
-        form = write_in_place(forms.by_kind[kind], plan.budgets, plan.num_tokens)
+        form = buffered(forms.by_kind[kind], plan)
         for entry in form.reads:
             buffers.setdefault(entry.input_name, torch.full(entry.shape, torch.nan, dtype=entry.dtype))
         indices = [torch.from_numpy(getattr(plan, name)) for name in form.indices]

@@ -1,0 +1,117 @@
+"""Let a full step choose the active tokens of the partial steps after it.
+
+The choice is data: the full form emits `active_index`, the partial form reads it as it reads any other part of the
+cache. No shape changes, nothing is compiled anew. It needs keys and values of all tokens in the cache, since any
+context token may become active (see `layout`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .axis import Tokens
+from .cache import CacheEntry
+from .choose import NUM_CLUSTERS
+from .forms import Form, has_side_effect, verify_shapes
+from .refusal import Refusal, UnsupportedGraphError, shape_of
+from .state import Call, caller, index_inputs
+
+aten = torch.ops.aten
+NUM_QUERIES = 256
+"""Generative queries that relevance is measured with, spread evenly over the mask."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a full step chooses: one of `choose.STRATEGIES`, for M of N tokens."""
+
+    strategy: str
+    num_tokens: int
+    num_active: int
+
+    @property
+    def entry(self) -> CacheEntry:
+        """The active tokens as a part of the cache: int64 `[M]`."""
+        return CacheEntry("active_index", "none", 0, (self.num_active,), torch.int64, "", Tokens(0), group="selection")
+
+
+def select_active(form: Form, selection: Selection) -> Form:
+    """The form with its active tokens chosen in full steps.
+
+    Args:
+        form: functional, with all rows of keys and values in its cache.
+        selection: how.
+
+    Raises:
+        UnsupportedGraphError: no attention shows which tokens matter.
+    """
+    if form.kind == "reuse":
+        return form
+    if form.kind == "partial":
+        assert form.indices == ("active_index",), "all rows are kept, so nothing else is an index"
+        return replace(form, indices=(), reads=(selection.entry, *form.reads))
+    graph = copy.deepcopy(form.module.graph)
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    writes = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
+    assert not form.indices, "all rows are kept, so nothing is an index"
+    indices = {"query_index": ((NUM_QUERIES,), torch.int64), "always_active": ((selection.num_tokens,), torch.bool)}
+    query_index, always_active = index_inputs(graph, form, indices)
+    call = caller(graph, "select", graph.output_node())
+    attentions = [found for entry, key in writes.items() if (found := _attention(entry, key)) is not None]
+    if not attentions:
+        reason = "no attention shows which context tokens matter"
+        raise UnsupportedGraphError([Refusal(reason, help="make the plan with selection='uniform'")])
+    masses = [_mass(call, found, query_index, selection.num_tokens) for found in attentions]
+    relevance = call(aten.mean.dim, call(aten.stack.default, masses), [0])
+    middle = attentions[len(attentions) // 2]
+    active = call(
+        torch.ops.hetcache.choose_active.default, relevance, _states(call, middle, selection.num_tokens),
+        always_active, selection.num_active, selection.strategy, NUM_CLUSTERS,
+    )  # fmt: skip
+    graph.output_node().args = ((*results, active),)
+    graph.eliminate_dead_code(has_side_effect)
+    graph.lint()
+    module = GraphModule(form.module, graph)
+    verify_shapes(module, {})
+    return replace(form, module=module, indices=tuple(indices), writes=(*form.writes, selection.entry))
+
+
+@dataclass(frozen=True)
+class _Attention:
+    query: Node
+    key: Node
+    tokens: Tokens
+    scale: float | None
+
+
+def _attention(entry: CacheEntry, key: Node) -> _Attention | None:
+    """The attention whose keys an entry holds, if its queries and keys are the tokens, with nothing folded in."""
+    if not entry.name.endswith(".key") or entry.tokens.folds != 1 or len(entry.tokens.whole) != 2:
+        return None
+    for user in key.users:
+        if user.target is aten.scaled_dot_product_attention.default and user.args[1] is key:
+            query = user.args[0]
+            assert isinstance(query, Node)
+            if entry.dim == len(shape_of(key)) - 2 and shape_of(query)[-2] == shape_of(key)[-2]:
+                return _Attention(query, key, entry.tokens, user.kwargs.get("scale"))  # type: ignore[arg-type]
+    return None
+
+
+def _mass(call: Call, found: _Attention, query_index: Node, num_tokens: int) -> Node:
+    offset = found.tokens.whole[0]
+    rows = call(aten.add.Scalar, query_index, offset) if offset else query_index
+    mass = call(torch.ops.hetcache.attention_mass.default, found.query, found.key, rows, found.scale)
+    return call(aten.slice.Tensor, mass, 0, offset, offset + num_tokens)
+
+
+def _states(call: Call, found: _Attention, num_tokens: int) -> Node:
+    """Keys of one attention as `[N, E]`: what a token is, as attention sees it."""
+    offset = found.tokens.whole[0]
+    keys = call(aten.slice.Tensor, found.key, -2, offset, offset + num_tokens)
+    rank = len(shape_of(found.key))
+    rows = call(aten.permute.default, keys, [rank - 2, *range(rank - 2), rank - 1])
+    return call(aten.reshape.default, rows, [num_tokens, -1])

@@ -1,0 +1,188 @@
+"""Merged context: centroids stand for their members exactly where these are equal, and are near them else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Case
+
+import hetcache_compile as hetcache
+from hetcache_compile.errors import PlanError, UnsupportedGraphError
+from hetcache_compile.partition import merge_context
+
+CASE = Case("vace")
+N = CASE.num_tokens
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CASE.build()
+
+
+def plan(cluster: np.ndarray, active: int = 20) -> hetcache.Plan:
+    order = np.random.default_rng(0).permutation(N)
+    mask = np.zeros(N, dtype=bool)
+    mask[order[:active]] = True
+    whole = hetcache.Plan.from_token_mask(mask, CASE.grid, num_inference_steps=2, schedule="F")
+    return replace(whole, context_cluster=cluster)
+
+
+def test_exact_where_every_cluster_has_one_member(model) -> None:
+    """Numbered in another order than the tokens, so that merging does happen."""
+    call = CASE.call(model, 0)
+    merged = plan(np.random.default_rng(1).permutation(N - 20))
+    forms = hetcache.rewrite(model, merged, (), call)
+    assert forms.plan.num_merged == forms.plan.num_context
+    expected, cache = forms.full(**call)
+    actual, _ = forms.partial(cache, **call)
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=0)
+
+
+class Attention(torch.nn.Module):
+    """One attention over a grid of 2 x 2 x 5 tokens whose keys and values do not depend on where a token is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Conv3d(3, 12, 1)
+        self.qkv = torch.nn.Linear(12, 36)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x.transpose(1, 2).unflatten(2, (2, 2, 5))
+
+
+def latents_of(cluster: np.ndarray, active: np.ndarray, *, equal: bool) -> torch.Tensor:
+    """Random latents; members of a cluster get those of its first member, if `equal`."""
+    values = torch.randn(1, 3, 20, generator=torch.Generator().manual_seed(1))
+    context = np.flatnonzero(~active)
+    if equal:
+        for number in np.unique(cluster):
+            members = context[cluster == number]
+            values[:, :, members] = values[:, :, members[:1]]
+    return values.view(1, 3, 2, 2, 5)
+
+
+def merged_error(*, equal: bool, sizes: bool = True) -> float:
+    active = np.arange(20) % 3 == 0
+    cluster = np.array([0, 0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 2, 2], dtype=np.int64)
+    latents = latents_of(cluster, active, equal=equal)
+    whole = hetcache.Plan.from_token_mask(active, (2, 2, 5), num_inference_steps=2, schedule="F")
+    model = Attention()
+    forms = hetcache.rewrite(model, replace(whole, context_cluster=cluster), (latents,))
+    expected, cache = forms.full(latents)
+    assert cache["past_key_values.0.key"].shape == (1, 2, 4, 6)
+    if not sizes:
+        forms = forms.for_plan(replace(forms.plan, context_cluster=np.arange(4).repeat([4, 3, 3, 3])))
+    actual, _ = forms.partial(cache, latents)
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def test_exact_where_the_members_of_a_cluster_are_equal() -> None:
+    assert merged_error(equal=True) < 1e-6
+
+
+def test_the_bias_counts() -> None:
+    """The same centroids with other sizes give another result: the test above does not pass by chance."""
+    assert merged_error(equal=True, sizes=False) > 1e-3
+
+
+def test_not_exact_where_they_differ() -> None:
+    assert merged_error(equal=False) > 1e-3
+
+
+def test_the_backend_runs_merged_context_as_the_functional_forms_do(model) -> None:
+    cluster = np.random.default_rng(0).integers(0, 30, N - 20)
+    cluster[:30] = np.arange(30)
+    merged = replace(plan(cluster), steps=tuple(map(hetcache.StepKind, (0, 1, 2))))
+    calls = [CASE.call(model, seed) for seed in range(3)]
+    forms = hetcache.rewrite(model, merged, (), calls[0])
+    cache, expected = {}, []
+    for kind, call in zip(("full", "partial", "reuse"), calls, strict=True):
+        output, cache = forms.run(kind, cache, (), call)
+        expected.append(output[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="hetcache", options={"inner": "eager"})
+    with hetcache.session(merged) as session:
+        actual = [compiled(**call)[0] for call in calls]
+    assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 1}
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+    assert (
+        session.stats.cache_bytes == 0
+        or forms.buffer_bytes < hetcache.rewrite(model, plan(np.zeros(0, np.int64)), (), calls[0]).buffer_bytes
+    )
+
+
+def test_an_attention_with_a_mask_is_refused() -> None:
+    class Masked(Attention):
+        def forward(self, latents, mask):
+            x = self.embed(latents).flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind(0)
+            x = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            return x.transpose(1, 2).unflatten(2, (2, 2, 5))
+
+    active = np.arange(20) % 3 == 0
+    whole = hetcache.Plan.from_token_mask(active, (2, 2, 5), num_inference_steps=2, schedule="F")
+    merged = replace(whole, context_cluster=np.arange(13) // 2)
+    arguments = torch.randn(1, 3, 2, 2, 5), torch.randn(1, 1, 20, 20)
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)with a mask.*merged_ratio=1"):
+        hetcache.rewrite(Masked(), merged, arguments)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.9])
+def test_clusters_partition_the_context(ratio: float) -> None:
+    grid = (4, 8, 9)
+    distance = np.random.default_rng(0).random(288)
+    context = np.sort(np.random.default_rng(1).permutation(288)[:200])
+    cluster = merge_context(context, distance, grid, merged_ratio=ratio)
+    sizes = np.bincount(cluster)
+    assert sizes.size == round(ratio * 200)
+    assert sizes.min() >= 1
+    single = (sizes.size - 1) // 2
+    assert (sizes[:single] == 1).all()
+    assert np.ptp(sizes[single:]) <= 1 + sizes[single:].max() // 4
+    nearest = context[np.argsort(distance[context], kind="stable")[:single]]
+    assert set(context[cluster < single]) == set(nearest)
+
+
+def test_clusters_are_near_one_another() -> None:
+    """Boxes of neighbours: their members are nearer than random ones."""
+    grid = (4, 8, 9)
+    context = np.arange(288)
+    cluster = merge_context(context, np.arange(288.0), grid, merged_ratio=0.1)
+    places = np.stack(np.unravel_index(context, grid), axis=1)
+
+    def spread(labels: np.ndarray) -> float:
+        return float(np.mean([places[labels == label].var(axis=0).sum() for label in np.unique(labels)]))
+
+    assert spread(cluster) < 0.4 * spread(np.random.default_rng(0).permutation(cluster))
+
+
+def test_nothing_is_merged_at_ratio_one() -> None:
+    assert merge_context(np.arange(9), np.arange(9.0), (1, 3, 3), merged_ratio=1.0).size == 0
+
+
+@pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan")])
+def test_ratios_out_of_range(ratio: float) -> None:
+    with pytest.raises(PlanError, match="merged_ratio"):
+        merge_context(np.arange(9), np.arange(9.0), (1, 3, 3), merged_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    "cluster", [np.arange(N - 21), np.full(N - 20, 1), np.zeros(N - 20), np.arange(N - 20) * 2], ids=str
+)
+def test_wrong_clusters(cluster: np.ndarray) -> None:
+    with pytest.raises(PlanError, match="cluster"):
+        plan(cluster)

@@ -1,0 +1,219 @@
+"""Full steps that choose the active tokens: by brute force, by hand, and through the forms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import Case
+
+import hetcache_compile as hetcache
+from hetcache_compile.errors import PlanError, UnsupportedGraphError
+from hetcache_compile.partition import SELECTIONS, TokenKind
+from hetcache_compile.passes import choose
+from hetcache_compile.passes.choose import STRATEGIES, attention_mass, choose_active, kmeans, spread
+
+CASE = Case("vace")
+N = CASE.num_tokens
+KINDS = ("full", "partial", "full", "partial", "reuse")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CASE.build()
+
+
+@pytest.fixture(scope="module")
+def calls(model):
+    """Other latents and another time in each step."""
+    made = [CASE.call(model, seed) for seed in range(len(KINDS))]
+    for step, call in enumerate(made):
+        call["timestep"] = torch.full_like(call["timestep"], 900 - 100 * step)
+    return made
+
+
+def plan(selection: str, **options) -> hetcache.Plan:
+    mask = np.zeros(CASE.grid, dtype=bool)
+    mask[0, 0, 0] = mask[1, 1, 1] = True
+    settings = {"context_ratio": 0.4, "margin": 1, "multiple": 1, "extrapolation": 1, **options}
+    return hetcache.Plan.from_mask(
+        mask, CASE.grid, num_inference_steps=len(KINDS), schedule=list(KINDS), selection=selection, **settings
+    )
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("block", [1, 2**24])
+def test_attention_mass_is_the_mean_of_the_attention_matrix(heads: int, block: int, monkeypatch) -> None:
+    monkeypatch.setattr(choose, "BLOCK", block)
+    query, key = torch.randn(2, 4, 31, 6), torch.randn(2, heads, 31, 6)
+    rows = torch.tensor([3, 4, 4, 30])
+    keys = key.repeat_interleave(4 // heads, dim=1)
+    matrix = (query @ keys.transpose(-1, -2) / 6**0.5).softmax(dim=-1)
+    torch.testing.assert_close(attention_mass(query, key, rows), matrix[:, :, rows].mean(dim=(0, 1, 2)))
+    assert float(attention_mass(query, key, rows).sum()) == pytest.approx(1)
+
+
+def test_kmeans_ends_where_no_row_has_a_nearer_centre() -> None:
+    generator = torch.Generator().manual_seed(0)
+    middles = 10 * torch.randn(5, 8, generator=generator)
+    labels = torch.arange(200) % 5
+    states = middles[labels] + torch.randn(200, 8, generator=generator)
+    counts = torch.arange(200) >= 20
+    cluster, distance = kmeans(states, counts, 5)
+    assert (cluster[~counts] == 5).all()
+    found, truth = cluster[counts], labels[counts]
+    centres = torch.stack([states[counts][found == number].mean(dim=0) for number in range(5)])
+    brute = torch.cdist(states[counts], centres).square()
+    assert (brute.argmin(dim=1) == found).all()
+    torch.testing.assert_close(distance[counts], brute.min(dim=1).values, atol=1e-3, rtol=1e-3)
+    assert all(len(set(found[truth == number].tolist())) == 1 for number in range(5))
+
+
+def test_kmeans_with_fewer_rows_than_clusters() -> None:
+    cluster, distance = kmeans(torch.eye(6), torch.arange(6) < 3, 16)
+    assert len(set(cluster[:3].tolist())) == 3
+    assert float(distance[:3].max()) < 1e-6
+
+
+def test_the_best_of_each_cluster_in_proportion_to_its_size() -> None:
+    """Brute force: of clusters of 60, 30 and 10 rows, the best 20 rows are the best 12, 6 and 2 of each."""
+    generator = torch.Generator().manual_seed(0)
+    cluster = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)[torch.randperm(100, generator=generator)]
+    score = torch.rand(100, generator=generator) + cluster  # globally, cluster 2 would win
+    chosen = spread(score, cluster, 3).topk(20).indices
+    for number, quota in enumerate((12, 6, 2)):
+        members = torch.nonzero(cluster == number).flatten()
+        best = members[score[members].argsort(descending=True)[:quota]]
+        assert set(best.tolist()) == set(chosen[cluster[chosen] == number].tolist())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_chosen_tokens_are_distinct_sorted_and_the_same_each_time(strategy: str) -> None:
+    relevance, states = torch.rand(100), torch.randn(100, 8)
+    always = torch.arange(100) % 9 == 0
+    chosen = choose_active(relevance, states, always, 40, strategy, 16)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert chosen.shape == (40,)
+    assert set(torch.nonzero(always).flatten().tolist()) <= set(chosen.tolist())
+    torch.testing.assert_close(choose_active(relevance, states, always, 40, strategy, 16), chosen)
+    if strategy == "attention":
+        rest = torch.nonzero(~always).flatten()
+        best = rest[relevance[rest].argsort(descending=True)[: 40 - int(always.sum())]]
+        assert set(chosen.tolist()) == set(best.tolist()) | set(torch.nonzero(always).flatten().tolist())
+
+
+@pytest.mark.parametrize("context_extrapolation", [0, 1])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_forms_follow_what_full_steps_choose(model, calls, strategy: str, context_extrapolation: int) -> None:
+    """A partial step is that of a fixed plan with the same tokens, and the backend does what the forms do."""
+    chosen_by = plan(strategy, context_extrapolation=context_extrapolation)
+    forms = hetcache.rewrite(model, chosen_by, (), calls[0])
+    cache, outputs, chosen = {}, [], []
+    for kind, call in zip(KINDS, calls, strict=True):
+        output, cache = forms.run(kind, cache, (), call)
+        outputs.append(output[0])
+        chosen.append(cache["past_selection.active_index"].clone())
+    assert not torch.equal(chosen[0], chosen[2])
+    active = chosen[0].numpy()
+    fixed = replace(
+        chosen_by, selection="uniform", active_index=active, context_index=np.setdiff1d(np.arange(N), active)
+    )
+    fixed_forms = hetcache.rewrite(model, fixed, (), calls[0])
+    _, fixed_cache = fixed_forms.full(**calls[0])
+    expected, _ = fixed_forms.partial(fixed_cache, **calls[1])
+    torch.testing.assert_close(outputs[1], expected[0], atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="hetcache", options={"inner": "eager"})
+    with hetcache.session(chosen_by):
+        torch.testing.assert_close([compiled(**call)[0] for call in calls], outputs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_inputs(model, calls, strategy: str) -> None:
+    forms = hetcache.rewrite(model, plan(strategy), (), calls[0])
+    expected, cache = forms.full(**calls[0])
+    torch.testing.assert_close(expected[0], model(**calls[0])[0], atol=1e-5, rtol=0)
+    for kind in ("partial", "reuse"):
+        output, cache = forms.run(kind, cache, (), calls[0])
+        torch.testing.assert_close(output[0], expected[0], atol=1e-5, rtol=0)
+
+
+def test_another_mask_with_the_same_budgets_compiles_nothing(model, calls) -> None:
+    compiled_forms = []
+
+    def inner(graph, inputs):
+        compiled_forms.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": inner})
+    first = plan("hetcache", multiple=N // 2)
+    mask = np.zeros(CASE.grid, dtype=bool)
+    mask[2, 3, 2:5] = True
+    second = hetcache.Plan.from_mask(
+        mask, CASE.grid, num_inference_steps=2, schedule="FP", selection="hetcache", multiple=N // 2, extrapolation=1,
+    )  # fmt: skip
+    assert second.num_active == first.num_active
+    with hetcache.session(first):
+        [compiled(**call) for call in calls[:2]]
+    before = len(compiled_forms)
+    with hetcache.session(second):
+        [compiled(**call) for call in calls[:2]]
+    assert len(compiled_forms) == before
+
+
+def test_all_generative_and_one_generative_token(model, calls) -> None:
+    for mask in (np.ones(CASE.grid, dtype=bool), np.eye(1, N, 17, dtype=bool).reshape(CASE.grid)):
+        chosen_by = hetcache.Plan.from_mask(
+            mask, CASE.grid, num_inference_steps=2, schedule="FP", selection="hetcache", margin=0, multiple=1
+        )
+        forms = hetcache.rewrite(model, chosen_by, (), calls[0])
+        expected, cache = forms.full(**calls[0])
+        output, _ = forms.partial(cache, **calls[0])
+        torch.testing.assert_close(output[0], expected[0], atol=1e-5, rtol=0)
+
+
+def test_a_model_without_such_attention_is_refused() -> None:
+    class Linear(torch.nn.Module):
+        """Linear attention: a sum over tokens is cached, and no score says which of them matter."""
+
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            x = latents.flatten(2).transpose(1, 2)
+            return (x @ (x.relu().transpose(1, 2) @ x)).transpose(1, 2).unflatten(2, CASE.grid)
+
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)no attention shows.*selection='uniform'"):
+        hetcache.rewrite(Linear(), plan("attention", extrapolation=0), (torch.randn(1, 3, *CASE.grid),))
+
+
+def test_controls() -> None:
+    plans = {name: plan(name) for name in SELECTIONS}
+    assert (plans["none"].token_kind[plans["none"].active_index] != TokenKind.CONTEXT).all()
+    assert plans["random"].num_active == plans["uniform"].num_active == plans["hetcache"].num_active
+    assert not np.array_equal(plans["random"].active_index, plans["uniform"].active_index)
+    np.testing.assert_array_equal(plan("random").active_index, plans["random"].active_index)
+    assert [p.selects_at_run_time for p in plans.values()] == [False] * 3 + [True] * 3
+
+
+def test_wrong_selections() -> None:
+    with pytest.raises(PlanError, match="selection must be one of none, uniform"):
+        plan("best")
+    with pytest.raises(PlanError, match="cached_ratio 1"):
+        plan("attention", cached_ratio=0.5)
+    with pytest.raises(PlanError, match="cannot be merged"):
+        plan("attention", merged_ratio=0.5)
+
+
+def test_a_plan_keeps_its_options_in_its_file(tmp_path) -> None:
+    for made in (plan("hetcache", context_extrapolation=1), plan("random", merged_ratio=0.5)):
+        made.save(tmp_path / "a.hetplan")
+        loaded = hetcache.Plan.load(tmp_path / "a.hetplan")
+        assert (loaded.selection, loaded.context_extrapolation) == (made.selection, made.context_extrapolation)
+        np.testing.assert_array_equal(loaded.context_cluster, made.context_cluster)
