@@ -47,24 +47,23 @@ def select_active(form: Form, selection: Selection) -> Form:
         selection: how.
 
     Raises:
-        UnsupportedGraphError: no attention shows which tokens matter.
+        UnsupportedGraphError: no attention shows which tokens matter, or what is cached depends on which are active.
     """
     if form.kind == "reuse":
         return form
+    if "context_index" in form.indices:
+        raise _refusal("a sum over fixed context tokens is cached (linear attention)")
     if form.kind == "partial":
-        assert form.indices == ("active_index",), "all rows are kept, so nothing else is an index"
         return replace(form, indices=(), reads=(selection.entry, *form.reads))
     graph = copy.deepcopy(form.module.graph)
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     writes = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
-    assert not form.indices, "all rows are kept, so nothing is an index"
     indices = {"query_index": ((NUM_QUERIES,), torch.int64), "always_active": ((selection.num_tokens,), torch.bool)}
     query_index, always_active = index_inputs(graph, form, indices)
     call = caller(graph, "select", graph.output_node())
     attentions = [found for entry, key in writes.items() if (found := _attention(entry, key)) is not None]
     if not attentions:
-        reason = "no attention shows which context tokens matter"
-        raise UnsupportedGraphError([Refusal(reason, help="make the plan with selection='uniform'")])
+        raise _refusal("no attention shows which context tokens matter")
     masses = [_mass(call, found, query_index, selection.num_tokens) for found in attentions]
     relevance = call(aten.mean.dim, call(aten.stack.default, masses), [0])
     middle = attentions[len(attentions) // 2]
@@ -78,6 +77,10 @@ def select_active(form: Form, selection: Selection) -> Form:
     module = GraphModule(form.module, graph)
     verify_shapes(module, {})
     return replace(form, module=module, indices=tuple(indices), writes=(*form.writes, selection.entry))
+
+
+def _refusal(reason: str) -> UnsupportedGraphError:
+    return UnsupportedGraphError([Refusal(reason, help="make the plan with selection='uniform'")])
 
 
 @dataclass(frozen=True)

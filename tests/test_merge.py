@@ -119,10 +119,8 @@ def test_the_backend_runs_merged_context_as_the_functional_forms_do(model) -> No
         actual = [compiled(**call)[0] for call in calls]
     assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 1}
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
-    assert (
-        session.stats.cache_bytes == 0
-        or forms.buffer_bytes < hetcache.rewrite(model, plan(np.zeros(0, np.int64)), (), calls[0]).buffer_bytes
-    )
+    whole = hetcache.rewrite(model, plan(np.zeros(0, dtype=np.int64)), (), calls[0])
+    assert forms.buffer_bytes < 0.5 * whole.buffer_bytes
 
 
 def test_an_attention_with_a_mask_is_refused() -> None:

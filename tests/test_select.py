@@ -181,7 +181,7 @@ def test_all_generative_and_one_generative_token(model, calls) -> None:
         torch.testing.assert_close(output[0], expected[0], atol=1e-5, rtol=0)
 
 
-def test_a_model_without_such_attention_is_refused() -> None:
+def test_linear_attention_is_refused() -> None:
     class Linear(torch.nn.Module):
         """Linear attention: a sum over tokens is cached, and no score says which of them matter."""
 
@@ -189,7 +189,7 @@ def test_a_model_without_such_attention_is_refused() -> None:
             x = latents.flatten(2).transpose(1, 2)
             return (x @ (x.relu().transpose(1, 2) @ x)).transpose(1, 2).unflatten(2, CASE.grid)
 
-    with pytest.raises(UnsupportedGraphError, match=r"(?s)no attention shows.*selection='uniform'"):
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)a sum over fixed context.*selection='uniform'"):
         hetcache.rewrite(Linear(), plan("attention", extrapolation=0), (torch.randn(1, 3, *CASE.grid),))
 
 
