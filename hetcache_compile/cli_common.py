@@ -7,18 +7,20 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .errors import PlanError
+from .schedule import preset_options
 
 console = Console(stderr=True)
 
 Schedule = Annotated[
     str,
     typer.Option(
-        help="full, quality, balanced, fast, teacache:THRESHOLD, optimal:BUDGET (with --calibration), "
-        "or a cycle of F, P and R such as FRRP."
+        help="full, quality, balanced, fast, paper-slow, paper-fast, teacache:THRESHOLD, optimal:BUDGET "
+        "(with --calibration), or a cycle of F, P and R such as FRRP."
     ),
 ]
 Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask, in tokens.")]
@@ -50,6 +52,15 @@ def progress_bars() -> Iterator[Any]:
             bars.update(tasks[stage], completed=step)
 
         yield update
+
+
+def chosen(context: typer.Context, schedule: str, **options: Any) -> dict[str, Any]:
+    """Options of a plan, but for those that a preset has of its own and the user did not give."""
+    own = preset_options(schedule)
+    given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return {
+        name: value for name, value in options.items() if name not in own or context.get_parameter_source(name) in given
+    }
 
 
 def check_size(height: int, width: int, num_frames: int) -> None:
