@@ -121,7 +121,7 @@ def caption(result: Result) -> str:
         f"Reference model, {len(masked)} held-out clips, guidance {result['guidance_scale']:g}. PSNR to the uncached "
         "result inside the mask, median over the clips of a size; speed-up in transformer time over the same model "
         f"compiled without us; {result['processor']}, {result['threads']} threads, torch "
-        f"{result['versions']['torch']}: `{result['command']}`. Of each line the best method that is fast enough, if any."
+        f"{result['versions']['torch']}: `{result['command']}`. A line shows the best method that is fast enough."
     )
     return " ".join([text, *troubles(result)])
 

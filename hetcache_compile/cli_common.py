@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -57,10 +56,12 @@ def progress_bars() -> Iterator[Any]:
 def chosen(context: typer.Context, schedule: str, **options: Any) -> dict[str, Any]:
     """Options of a plan, but for those that a preset has of its own and the user did not give."""
     own = preset_options(schedule)
-    given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-    return {
-        name: value for name, value in options.items() if name not in own or context.get_parameter_source(name) in given
-    }
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+    return {name: value for name, value in options.items() if name not in own or given(name)}
 
 
 def check_size(height: int, width: int, num_frames: int) -> None:
