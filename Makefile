@@ -33,7 +33,7 @@ bench: .venv/ready   ## measure the forms into benchmarks/results, and put the f
 	$(BIN)/python benchmarks/tables.py
 
 front: .venv/ready   ## fidelity against time, also of other caches, into README.md (hours; goes on where it was cut short)
-	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps cache-dit
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[peers]"  # without it: no cache-dit
 	$(BIN)/python benchmarks/front.py
 	$(BIN)/python benchmarks/tables.py
 
