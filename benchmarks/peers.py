@@ -67,18 +67,30 @@ class Rival:
             with quiet():
                 if self._frozen is None:
                     self._frozen = self.frozen_input_error(pipe, plain, request, progress)
-                ways = [self.best[self.peer.label]] if self.peer.label in self.best else list(WAYS)
-                runs = {
-                    way: self.run(pipe, plain, request, way, progress) for way in (ways if self.timed else WAYS[-1:])
-                }
+                runs, broken = self.try_ways(pipe, plain, request, progress)
         except Exception as error:
-            raise MethodError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+            raise MethodError(reason(error)) from error
         finally:
             pipe.transformer = ours
         way = min(runs, key=lambda name: sum(runs[name].seconds))
         if self.timed:
             self.best[self.peer.label] = way
-        return runs[way], {"way": way, "frozen_input_error": self._frozen}
+        return runs[way], {"way": way, "frozen_input_error": self._frozen, **({"broken": broken} if broken else {})}
+
+    def try_ways(
+        self, pipe: Any, plain: Any, request: EditRequest, progress: Progress
+    ) -> tuple[dict[str, Run], dict[str, str]]:
+        """A run of each way that works, and why the others do not. Raises what the last raised if none does."""
+        ways = [self.best[self.peer.label]] if self.peer.label in self.best else list(WAYS)
+        runs, broken = {}, {}
+        for way in ways if self.timed else WAYS[-1:]:
+            try:
+                runs[way] = self.run(pipe, plain, request, way, progress)
+            except Exception as error:
+                broken[way], last = reason(error), error
+        if not runs:
+            raise last
+        return runs, broken
 
     def run(self, pipe: Any, plain: Any, request: EditRequest, way: str, progress: Progress) -> Run:
         """One edit; where it counts, after another one that compiles."""
@@ -136,6 +148,12 @@ def rivals(names: list[str], timed: bool, best: dict[str, str]) -> list[Method]:
         kind, _, setting = name.partition(":")
         methods.append(Method(name, runner=Rival(PEERS[kind], float(setting), timed, best)))
     return methods
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def is_video(value: Any) -> bool:

@@ -68,22 +68,23 @@ def load_copy(model):
 
 
 def test_a_timed_rival_takes_its_fastest_way_and_keeps_to_it(pipe, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(peers, "WAYS", ("compiled blocks", "eager"))
     seconds = {"compiled blocks": 1.0, "eager": 2.0}
     tried = []
 
     def run(self, pipe, plain, request, way, progress):
         tried.append(way)
+        if way not in seconds:
+            raise ValueError("broken\nin detail")
         return peers.Run(None, [seconds[way]])
 
     monkeypatch.setattr(peers.Rival, "run", run)
     monkeypatch.setattr(peers.Rival, "frozen_input_error", lambda *_: 0.0)
     best = {}
     rivals = peers.rivals(["taylorseer:2", "taylorseer:3"], timed=True, best=best)
-    for method in rivals:
-        run_of, more = method.runner(pipe, None, nothing)
-        assert (more["way"], run_of.seconds) == ("compiled blocks", [1.0])
-    assert tried == ["compiled blocks", "eager", "compiled blocks"]
+    found = [method.runner(pipe, None, nothing) for method in rivals]
+    assert [(more["way"], run_of.seconds) for run_of, more in found] == [("compiled blocks", [1.0])] * 2
+    assert [more.get("broken") for _, more in found] == [{"compiled": "ValueError: broken"}, None]
+    assert tried == [*peers.WAYS, "compiled blocks"]
     assert best == {"diffusers TaylorSeer": "compiled blocks"}
 
 
