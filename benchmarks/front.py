@@ -67,7 +67,10 @@ def as_many_steps(name: str, steps: int) -> bool:
 
 def timed_clips(clips: Sequence[Clip]) -> list[Clip]:
     """The first clip of each mask size."""
-    return list({mask_size(clip.name): clip for clip in reversed(clips)}.values())[::-1]
+    first: dict[str, Clip] = {}
+    for clip in clips:
+        first.setdefault(mask_size(clip.name), clip)
+    return list(first.values())
 
 
 def measure(

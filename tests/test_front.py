@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import front
 import front_report
@@ -102,6 +103,11 @@ def test_methods_are_split_and_step_reduction_must_reduce():
     assert rivals == peers.NAMES
     assert {front.family(name) for name in everything} == set(front_report.JOINED)
     assert front.family("pab:3") == "diffusers PyramidAttentionBroadcast"
+
+
+def test_times_are_taken_on_the_first_clip_of_each_size(clip):
+    clips = [replace(clip, name=name) for name in ("00-box-5", "01-box-20", "03-ellipse-5", "04-ellipse-20")]
+    assert front.timed_clips(clips) == clips[:2]
 
 
 def test_the_papers_presets_cost_what_its_table_says():
