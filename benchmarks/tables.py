@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from front_report import front_table
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -55,33 +57,8 @@ def reference_table(result: dict) -> str:
     return "\n".join(rows)
 
 
-def quality_table(result: dict) -> str:
-    rows = [
-        "| method | speed-up | PSNR in the mask | worst clip | PSNR in the context |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, row in result["summary"].items():
-        if row["fidelity"] is None:
-            continue
-        figures = (
-            row["fidelity"]["generative"]["psnr_db"], row["worst_psnr_db"], row["fidelity"]["context"]["psnr_db"]
-        )  # fmt: skip
-        decibels = " | ".join("identical" if figure is None else f"{figure:.1f} dB" for figure in figures)
-        rows.append(f"| {name} | {row['speedup']:.2f}x | {decibels} |")
-    settings, shares = result["settings"], [clip["masked"] for clip in result["clips"].values()]
-    clips = next(iter(result["summary"].values()))["clips"]
-    rows.append("")
-    rows.append(
-        f"Reference model, {clips} held-out clips (masks of {', '.join(f'{share:.0%}' for share in sorted(shares))}), "
-        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}; PSNR to the uncached "
-        f"result, medians over the clips; {result['processor']}, {result['threads']} threads, torch "
-        f"{result['versions']['torch']}: `{result['command']}`. `steps:N`: no cache, fewer steps. `+o0`: REUSE repeats."
-    )
-    return "\n".join(rows)
-
-
 PAGES = {
-    "quality": (quality_table, "README.md"),
+    "front": (front_table, "README.md"),
     "steps": (steps_table, "README.md"),
     "reference": (reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
 }
@@ -90,9 +67,10 @@ PAGES = {
 def main() -> None:
     out_of_date = False
     for name, (table, page) in PAGES.items():
-        path = ROOT / page
-        text = path.read_text()
-        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        path, measured = ROOT / page, ROOT / "benchmarks" / "results" / f"{name}.json"
+        if not measured.exists():
+            continue
+        text, result = path.read_text(), json.loads(measured.read_text())
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         found = re.search(pattern, text, re.DOTALL)
         assert found, f"{page} has no markers for {name}"

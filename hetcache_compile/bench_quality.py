@@ -1,8 +1,7 @@
 """`hetcache bench quality`: how much faster each method is, and how far its result is from the uncached one.
 
-A method is `full` (the plain compiled model: the uncached result), `steps:N` (the plain model with fewer steps) or any
-schedule. Every clip x method is a *cell*. Cells are written as they are done, and a run that was cut short goes on
-with those that are missing.
+Methods are those of `methods.py`. Every clip x method is a *cell*. Cells are written as they are done, and a run that
+was cut short goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -19,30 +18,21 @@ import numpy as np
 import torch
 
 from .backend import hetcache_backend
+from .calibration import Calibration
 from .editing import EditRequest, Progress, Run, compiled, make_plan, run_pipeline, run_planned, warm_up
-from .errors import InputFileError, PlanError
+from .errors import InputFileError, MethodError, PlanError
 from .files import atomically
 from .forms import form_key
 from .media import Clip, Frames
+from .methods import FULL, Method
 from .metrics import BAND, Comparison, check_extra, compare
 from .plan import Plan
 from .report import provenance
-from .schedule import make_schedule
+from .schedule import preset_options
 
-FULL = "full"
 RESULT = "quality.json"
 BESIDE = 3
 """Steps of the plain model that are timed beside each cell: machines do not stay as fast as they were."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way of running an edit: a schedule, or the plain model with so many steps (None: as many as the rest)."""
-
-    name: str
-    schedule: str | None = None
-    steps: int | None = None
-    extrapolation: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,9 @@ class Settings:
     """What is the same in every cell.
 
     `levels` keeps the number of compilations small: M is rounded up to a multiple of N / levels, so that clips whose
-    masks are of about one size share their budgets, and with them their compiled forms.
+    masks are of about one size share their budgets, and with them their compiled forms. `margin` and `context_ratio`
+    hold where neither the method nor its preset says otherwise. Without `timed` only fidelity is measured, which a busy
+    machine does not change. `calibration` names the one that optimal schedules rest on.
     """
 
     model: str
@@ -63,37 +55,18 @@ class Settings:
     context_ratio: float = 0.05
     levels: int = 16
     band: int = BAND
-
-
-def parse_methods(text: str) -> tuple[Method, ...]:
-    """The methods of a list such as `balanced,FRRP+o0,teacache:0.1,steps:20`. `full` always comes first.
-
-    `+o0` repeats what a step does not compute, `+o2` extrapolates it at order 2; order 1 is the default.
-
-    Raises:
-        PlanError: neither a schedule nor `steps:N`.
-    """
-    names = [FULL, *(name.strip() for name in text.split(",") if name.strip())]
-    return tuple(_method(name) for name in dict.fromkeys(names))
-
-
-def _method(name: str) -> Method:
-    kind, _, argument = name.partition(":")
-    if name == FULL:
-        return Method(name)
-    if kind == "steps":
-        if not re.fullmatch("[1-9][0-9]*", argument):
-            raise PlanError(f"steps needs a number of steps, as in steps:20, got {name!r}")
-        return Method(name, steps=int(argument))
-    schedule, _, order = name.partition("+o")
-    if order not in ("", "0", "1", "2"):
-        raise PlanError(f"the order of extrapolation is 0, 1 or 2, as in FRRP+o2, got {name!r}")
-    make_schedule(schedule, 2, np.zeros(2))
-    return Method(name, schedule=schedule, extrapolation=int(order or 1))
+    timed: bool = True
+    calibration: str | None = None
 
 
 def bench_quality(
-    pipe: Any, clips: Sequence[Clip], methods: Sequence[Method], settings: Settings, out: Path, progress: Progress
+    pipe: Any,
+    clips: Sequence[Clip],
+    methods: Sequence[Method],
+    settings: Settings,
+    out: Path,
+    progress: Progress,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Run the cells that `out` lacks. The results are in `out/quality.json`, the frames in `out/frames`.
 
@@ -103,7 +76,7 @@ def bench_quality(
     Raises:
         InputFileError: no clips, clips of several sizes or of one name, or `out` holds results of another setting.
         MissingExtraError: the extra `quality` is not installed.
-        PlanError: no method `full` in front.
+        PlanError: no method `full` in front, or a method that asks for what cannot be planned.
     """
     check_extra()
     _check_clips(clips)
@@ -116,22 +89,14 @@ def bench_quality(
     missing = [(clip, method) for clip in clips for method in methods if not _done(result, out, clip, method)]
     if not missing:
         return result
-    bench = Bench(pipe, settings, progress)
+    bench = Bench(pipe, settings, progress, calibration)
+    bench.check(clips[0], methods)
     # Outside a session hetcache_backend's model is the plain one, so both can take turns on each clip.
     with compiled(pipe, backend=hetcache_backend, options={"inner": settings.inner}):
         for number, (clip, method) in enumerate(missing):
             progress("cells", number, len(missing))
-            run, plan, plain_call = bench.run(clip, method)
-            assert run.frames is not None
-            save_frames(frames_file(out, clip.name, method.name), run.frames)
-            uncached = load_frames(frames_file(out, clip.name, FULL)) if method.name != FULL else None
             cells = result["cells"].setdefault(clip.name, {})
-            num_calls = cells[FULL]["calls"]["FULL"] if FULL in cells else len(run.seconds)
-            cells[method.name] = {
-                **times(run, plan, plain_call, num_calls),
-                "fidelity": figures(run.frames, uncached, clip, settings),
-                "quality": figures(run.frames, clip.truth, clip, settings),
-            }
+            cells[method.name] = bench.cell(clip, method, out, cells.get(FULL))
             save_result(out, result)
     progress("cells", len(missing), len(missing))
     return result
@@ -140,13 +105,62 @@ def bench_quality(
 class Bench:
     """A compiled pipeline that remembers what it was warmed up for."""
 
-    def __init__(self, pipe: Any, settings: Settings, progress: Progress) -> None:
-        self.pipe, self.settings, self.progress = pipe, settings, progress
+    def __init__(
+        self, pipe: Any, settings: Settings, progress: Progress, calibration: Calibration | None = None
+    ) -> None:
+        self.pipe, self.settings, self.progress, self.calibration = pipe, settings, progress, calibration
         self._warm: set[Any] = set()
 
-    def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None, float]:
-        """One cell, the plan that it followed, and the median seconds of a plain call at that time."""
-        request = EditRequest(
+    def check(self, clip: Clip, methods: Sequence[Method]) -> None:
+        """Plan each method once, so that a wrong one is told before anything runs."""
+        for method in methods:
+            if method.needs_calibration and self.calibration is None:
+                raise PlanError(f"{method.name} needs a calibration: give the file of `hetcache calibrate`")
+            if method.schedule is not None:
+                self.plan(self.request(clip, method), method)
+
+    def cell(self, clip: Clip, method: Method, out: Path, full: dict[str, Any] | None) -> dict[str, Any]:
+        """What is recorded of one clip and method; `full` is the cell of the uncached result."""
+        try:
+            run, plan, plain_call, more = self.run(clip, method)
+        except MethodError as error:
+            return {"failed": str(error)}
+        assert run.frames is not None
+        save_frames(frames_file(out, clip.name, method.name), run.frames)
+        uncached = load_frames(frames_file(out, clip.name, FULL)) if full else None
+        num_calls = full["calls"]["FULL"] if full else len(run.seconds)
+        another = method.runner is not None
+        return {
+            **(times_of_another(run, plain_call, num_calls) if another else times(run, plan, plain_call, num_calls)),
+            **more,
+            "fidelity": figures(run.frames, uncached, clip, self.settings),
+            "quality": figures(run.frames, clip.truth, clip, self.settings),
+        }
+
+    def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None, float | None, dict[str, Any]]:
+        """One cell: its run, the plan that it followed, the median seconds of a plain call at that time, and more."""
+        request, timed = self.request(clip, method), self.settings.timed
+        plan = self.plan(request, method) if method.schedule else None
+        beside = None
+        if timed:
+            self.warm_up(request, None)
+            if plan is not None:
+                self.warm_up(request, plan)
+            if method.name != FULL:
+                short = replace(request, num_inference_steps=BESIDE)
+                plain = run_pipeline(self.pipe, short, "timing the plain model", self.progress, decode=False)
+                beside = plain.median_seconds["FULL"]
+        if method.runner is not None:
+            run, more = method.runner(self.pipe, request, self.progress)
+            return run, None, beside, more
+        if plan is not None:
+            return run_planned(self.pipe, request, plan, "denoising", self.progress), plan, beside, {}
+        run = run_pipeline(self.pipe, request, "denoising", self.progress)
+        return run, None, run.median_seconds["FULL"] if timed and method.name == FULL else beside, {}
+
+    def request(self, clip: Clip, method: Method) -> EditRequest:
+        """The edit of one cell."""
+        return EditRequest(
             video=clip.video,
             mask=clip.mask,
             prompt=clip.prompt,
@@ -155,20 +169,6 @@ class Bench:
             max_sequence_length=self.settings.max_sequence_length,
             seed=self.settings.seed,
         )
-        plan = self.plan(request, method) if method.schedule else None
-        self.warm_up(request, None)
-        if plan is not None:
-            self.warm_up(request, plan)
-        if method.name == FULL:
-            run = run_pipeline(self.pipe, request, "denoising", self.progress)
-            return run, None, run.median_seconds["FULL"]
-        short = replace(request, num_inference_steps=BESIDE)
-        beside = run_pipeline(self.pipe, short, "timing the plain model", self.progress, decode=False)
-        if plan is None:
-            run = run_pipeline(self.pipe, request, "denoising", self.progress)
-        else:
-            run = run_planned(self.pipe, request, plan, "denoising", self.progress)
-        return run, plan, beside.median_seconds["FULL"]
 
     def warm_up(self, request: EditRequest, plan: Plan | None) -> None:
         """Compile what is not compiled yet."""
@@ -180,14 +180,15 @@ class Bench:
     def plan(self, request: EditRequest, method: Method) -> Plan:
         """A plan whose budgets are those of the mask's size group."""
         assert method.schedule is not None
-        partition: dict[str, Any] = {
-            "margin": self.settings.margin,
-            "context_ratio": self.settings.context_ratio,
-            "extrapolation": method.extrapolation,
+        usual = {"margin": self.settings.margin, "context_ratio": self.settings.context_ratio}
+        num_tokens = make_plan(self.pipe, request, "full").num_tokens
+        options = {
+            "multiple": -(-num_tokens // self.settings.levels),
+            **usual,
+            **preset_options(method.schedule),
+            **method.options,
         }
-        num_tokens = make_plan(self.pipe, request, method.schedule, **partition).num_tokens
-        multiple = -(-num_tokens // self.settings.levels)
-        return make_plan(self.pipe, request, method.schedule, multiple=multiple, **partition)
+        return make_plan(self.pipe, request, method.schedule, calibration=self.calibration, **options)
 
 
 def figures(frames: Frames, reference: Frames | None, clip: Clip, settings: Settings) -> Comparison | None:
@@ -195,18 +196,35 @@ def figures(frames: Frames, reference: Frames | None, clip: Clip, settings: Sett
     return None if reference is None else compare(frames, reference, clip.mask, band=settings.band)
 
 
-def times(run: Run, plan: Plan | None, plain_call: float, num_calls: int) -> dict[str, Any]:
-    """What one cell took, against `num_calls` calls of the plain model of `plain_call` seconds each."""
+def times(run: Run, plan: Plan | None, plain_call: float | None, num_calls: int) -> dict[str, Any]:
+    """What one cell took, against `num_calls` calls of the plain model of `plain_call` seconds each.
+
+    None in place of every time where nothing was timed beside it.
+    """
     by_kind = run.median_seconds
     return {
-        "seconds": run.total_seconds,
-        "speedup": num_calls * plain_call / run.total_seconds,
+        "seconds": run.total_seconds if plain_call else None,
+        "speedup": num_calls * plain_call / run.total_seconds if plain_call else None,
         "calls": run.stats.steps if run.stats else {"FULL": len(run.seconds)},
-        "median_seconds": by_kind,
+        "median_seconds": by_kind if plain_call else None,
         "plain_call_seconds": plain_call,
-        "full_over_compiled": by_kind["FULL"] / plain_call,
+        "full_over_compiled": by_kind["FULL"] / plain_call if plain_call else None,
         "num_active": plan.num_active if plan else None,
         "num_tokens": plan.num_tokens if plan else None,
+    }
+
+
+def times_of_another(run: Run, plain_call: float | None, num_calls: int) -> dict[str, Any]:
+    """`times` of a method whose calls differ in ways of its own: their sum counts."""
+    return {
+        "seconds": sum(run.seconds) if plain_call else None,
+        "speedup": num_calls * plain_call / sum(run.seconds) if plain_call else None,
+        "calls": {"ALL": len(run.seconds)},
+        "median_seconds": None,
+        "plain_call_seconds": plain_call,
+        "full_over_compiled": None,
+        "num_active": None,
+        "num_tokens": None,
     }
 
 
@@ -263,6 +281,11 @@ def weights_digest(pipe: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_digest(path: Path | None) -> str | None:
+    """A short name for what is in a file, None for none."""
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def frames_file(out: Path, clip: str, method: str) -> Path:
     """Where the frames of a cell are."""
     return out / "frames" / file_name(clip) / f"{file_name(method)}.npz"
@@ -291,7 +314,8 @@ def save_result(out: Path, result: dict[str, Any]) -> None:
 
 
 def _done(result: dict[str, Any], out: Path, clip: Clip, method: Method) -> bool:
-    return method.name in result["cells"].get(clip.name, {}) and frames_file(out, clip.name, method.name).exists()
+    cell = result["cells"].get(clip.name, {}).get(method.name)
+    return cell is not None and ("failed" in cell or frames_file(out, clip.name, method.name).exists())
 
 
 def _check_clips(clips: Sequence[Clip]) -> None:

@@ -27,6 +27,7 @@ from .cli_common import (
     Steps,
     Width,
     check_size,
+    chosen,
     console,
     progress_bars,
     torch_device,
@@ -47,6 +48,7 @@ app.command()(calibrate)
 
 @app.command()
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     edit: Annotated[str, typer.Option(help="remove: take the object away; replace: put in another.")] = "remove",
     steps: Steps = 50,
@@ -76,11 +78,12 @@ def demo(
         guidance_scale=reference.GUIDANCE_SCALE,
         max_sequence_length=reference.MAX_TEXT_LENGTH,
     )
-    _edit(pipe, request, out, schedule, inner, baseline=True, eager=eager, margin=margin)
+    _edit(pipe, request, out, schedule, inner, baseline=True, eager=eager, **chosen(context, schedule, margin=margin))
 
 
 @app.command()
 def edit(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Local diffusers checkpoint, such as Wan2.1-VACE-1.3B-diffusers.")],
     video: Annotated[Path, typer.Option(help="Video file, or folder of pictures.")],
     mask: Annotated[Path, typer.Option(help="White where to generate: video, folder, picture or .npy.")],
@@ -144,13 +147,14 @@ def edit(
     )
     _edit(
         pipe, request, out, schedule, inner,
-        baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration, margin=margin,
-        context_ratio=context_ratio, extrapolation=extrapolation,
+        baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration,
+        **chosen(context, schedule, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation),
     )  # fmt: skip
 
 
 @app.command("plan")
 def make_plan(
+    context: typer.Context,
     mask: Annotated[Path, typer.Option(help="White where to generate: video, folder, picture or .npy.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")] = Path("edit.hetplan"),
     preview: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG.")] = None,
@@ -186,20 +190,19 @@ def make_plan(
         schedule = f"optimal:{budget}"
     known = load_calibration(calibration)
     pixels = read_mask(mask, num_frames, height, width)
-    partition: dict[str, Any] = {
-        "margin": margin, "context_ratio": context_ratio, "extrapolation": extrapolation, "calibration": known,
-    }  # fmt: skip
+    options = chosen(context, schedule, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation)
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, torch_dtype("float32"), "cpu")
         made = plan_for(
             pipe, mask=pixels, height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
-            num_reference_images=reference_images, schedule=schedule, **partition,
+            num_reference_images=reference_images, schedule=schedule, calibration=known, **options,
         )  # fmt: skip
     else:
         made = Plan.from_mask(
             pixels, (reference_images + (num_frames - 1) // 4 + 1, height // 16, width // 16),
-            num_inference_steps=steps, schedule=schedule, reference_frames=reference_images, **partition,
+            num_inference_steps=steps, schedule=schedule, reference_frames=reference_images, calibration=known,
+            **options,
         )  # fmt: skip
     made.save(out)
     if preview is not None:

@@ -33,7 +33,10 @@ bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_
 def bench_quality_command(
     methods: Annotated[
         str,
-        typer.Option(help="Comma-separated: schedules such as balanced, FRRP or teacache:0.1, and steps:N (uncached)."),
+        typer.Option(
+            help="Comma-separated: schedules such as balanced, FRRP, teacache:0.1 or optimal:3x, with options of the "
+            "plan such as balanced+o0+margin=1; and steps:N (uncached)."
+        ),
     ] = "quality,balanced,fast,steps:20",
     clips: Annotated[int, typer.Option(help="How many of the held-out clips.", min=1)] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the results; a run cut short goes on there.")] = Path(
@@ -57,6 +60,15 @@ def bench_quality_command(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="For optimal schedules: a file of `hetcache calibrate`. [default: the reference model's own]"
+        ),
+    ] = None,
+    fidelity_only: Annotated[
+        bool, typer.Option("--fidelity-only", help="Take no times: a busy machine does not change what is left.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     inner: Inner = "inductor",
     device: Device = "auto",
@@ -66,12 +78,16 @@ def bench_quality_command(
     Writes OUT/quality.json, quality.md, quality.png and a side-by-side video of each clip.
     """
     from . import reference
-    from .bench_quality import Settings, bench_quality, parse_methods
+    from .bench_quality import Settings, bench_quality, file_digest
+    from .calibration import Calibration
     from .editing import load_pipeline
+    from .methods import parse_methods
     from .quality_report import HEADER, busiest, write_report
     from .report import busy_machine_warning
 
     known = parse_methods(methods)
+    recorded = None if model and not calibration else calibration or reference.CALIBRATION
+    measured = Calibration.load(recorded) if recorded else None
     if video is None and mask is None:
         edits = reference.held_out(clips)
     else:
@@ -84,16 +100,17 @@ def bench_quality_command(
         model=str(model or "reference"), num_inference_steps=steps,
         guidance_scale=usual_guidance if guidance_scale is None else guidance_scale,
         max_sequence_length=max_sequence_length or usual_length, seed=seed, inner=inner, margin=margin,
-        context_ratio=context_ratio,
+        context_ratio=context_ratio, timed=not fidelity_only, calibration=file_digest(recorded),
     )  # fmt: skip
     with progress_bars() as progress:
-        result = bench_quality(pipe, edits, known, settings, out, progress)
+        result = bench_quality(pipe, edits, known, settings, out, progress, measured)
     table = Table(*HEADER, box=None)
     for row in write_report(out, result, edits, known):
         table.add_row(*row)
     # A figure cut off is worse than a line that a narrow terminal wraps.
     Console(width=max(140, console.width)).print(table)
-    if (warning := busy_machine_warning(busiest(result, edits, known))) is not None:
+    worst = busiest(result, edits, known)
+    if worst is not None and (warning := busy_machine_warning(worst)) is not None:
         console.print(f"warning: {warning}", style="yellow")
     print(f"wrote {out / 'quality.json'}")
 

@@ -112,7 +112,8 @@ def expectation(calibration: Calibration, plan: Plan) -> str:
     from .schedule import PRESETS, make_schedule
 
     timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
-    named = {name: make_schedule(name, len(plan.steps)) for name in PRESETS} | {plan.schedule: plan.steps}
+    cycles = [name for name, preset in PRESETS.items() if not preset.options]
+    named = {name: make_schedule(name, len(plan.steps)) for name in cycles} | {plan.schedule: plan.steps}
     share = plan.num_active / plan.num_tokens
     width = max(map(len, named))
     expected = {n: expect(calibration, steps, timesteps, share, plan.extrapolation) for n, steps in named.items()}

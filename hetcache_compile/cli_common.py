@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .errors import PlanError
+from .schedule import preset_options
 
 console = Console(stderr=True)
 
 Schedule = Annotated[
     str,
     typer.Option(
-        help="full, quality, balanced, fast, teacache:THRESHOLD, optimal:BUDGET (with --calibration), "
-        "or a cycle of F, P and R such as FRRP."
+        help="full, quality, balanced, fast, paper-slow, paper-fast, teacache:THRESHOLD, optimal:BUDGET "
+        "(with --calibration), or a cycle of F, P and R such as FRRP."
     ),
 ]
 Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask, in tokens.")]
@@ -50,6 +51,17 @@ def progress_bars() -> Iterator[Any]:
             bars.update(tasks[stage], completed=step)
 
         yield update
+
+
+def chosen(context: typer.Context, schedule: str, **options: Any) -> dict[str, Any]:
+    """Options of a plan, but for those that a preset has of its own and the user did not give."""
+    own = preset_options(schedule)
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+    return {name: value for name, value in options.items() if name not in own or given(name)}
 
 
 def check_size(height: int, width: int, num_frames: int) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "HetCacheError",
     "InputFileError",
     "MaskError",
+    "MethodError",
     "MissingExtraError",
     "NonFiniteError",
     "PlanError",
@@ -60,6 +61,10 @@ class MissingExtraError(HetCacheError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'hetcache-compile[{extra}]'")
+
+
+class MethodError(HetCacheError, RuntimeError):
+    """A method of another library cannot run on this model."""
 
 
 class ExportError(HetCacheError, RuntimeError):

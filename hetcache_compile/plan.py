@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from .passes.cache import Budgets
 from .passes.choose import STRATEGIES
 from .passes.extrapolate import MAX_ORDER
 from .passes.select import NUM_QUERIES
-from .schedule import Schedule, StepKind, make_schedule, time_distances
+from .schedule import Schedule, StepKind, make_schedule, preset_options, time_distances
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -324,8 +325,7 @@ def plan_for(
     num_reference_images: int = 0,
     schedule: Schedule = "balanced",
     calibration: Calibration | None = None,
-    extrapolation: int | None = None,
-    **partition: Any,
+    **options: Any,
 ) -> Plan:
     """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
 
@@ -340,21 +340,22 @@ def plan_for(
         num_reference_images: how many reference images the call has.
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
         calibration: of this model, for an `"optimal:..."` schedule.
-        extrapolation: order at which outputs that a step does not compute are predicted. By default a straight line
-            where the model takes a `timestep`, else 0.
-        partition: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple` of `Plan.from_mask`.
+        options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
+            `context_extrapolation`, `selection`, `merged_ratio` of `Plan.from_mask`. A preset's own options hold
+            unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`, else 0.
 
     Raises:
-        PlanError: the size is no multiple of what the model needs, or the pipeline lacks a part.
+        PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
     """
+    check_options(options)
     # Not `or`: the truth of a compiled module is its length, and most have none.
     models = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     model = next((model for model in models if model is not None), None)
     if model is None or not hasattr(pipe, "vae_scale_factor_temporal"):
         raise PlanError(f"{type(pipe).__name__} is no video pipeline with a transformer")
     model = getattr(model, "_orig_mod", model)
-    if extrapolation is None:
-        extrapolation = int("timestep" in inspect.signature(model.forward).parameters)
+    takes_time = "timestep" in inspect.signature(model.forward).parameters
+    options = {"extrapolation": int(takes_time), **preset_options(schedule), **options}
     patch_t, patch_h, patch_w = model.config.patch_size
     temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
     if height % (spatial * patch_h) or width % (spatial * patch_w):
@@ -382,13 +383,37 @@ def plan_for(
         temporal_factor=temporal,
         temporal_patch=patch_t,
         reference_frames=num_reference_images,
-        extrapolation=extrapolation,
-        **partition,
+        **options,
     )
     timesteps = scheduler.timesteps.double().cpu().numpy()
-    search = _search(calibration, timesteps, plan.num_active / plan.num_tokens, extrapolation)
+    search = _search(calibration, timesteps, plan.num_active / plan.num_tokens, plan.extrapolation)
     steps = make_schedule(schedule, len(distances), distances, search)
     return replace(plan, steps=steps, timesteps=timesteps, distances=distances, schedule=_schedule_name(schedule))
+
+
+OF_THE_EDIT = (
+    "num_inference_steps", "schedule", "temporal_factor", "temporal_patch", "reference_frames", "calibration"
+)  # fmt: skip
+"""Keywords of `Plan.from_mask` that are no choice of how to cache."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Whether these are options of `plan_for`, by name and type. Whether a value is in range is known with the edit.
+
+    Raises:
+        PlanError: no such option, or no value for it.
+    """
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(Plan.from_mask).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in OF_THE_EDIT
+    }
+    for name, value in options.items():
+        if name not in known:
+            raise PlanError(f"there is no option {name!r}: give one of {', '.join(known)}")
+        for kind, noun in ((Integral, "a whole number"), (Real, "a number"), (str, "a name")):
+            if isinstance(known[name], kind) and not isinstance(value, kind):
+                raise PlanError(f"{name} must be {noun}, got {value!r}")
 
 
 def _search(

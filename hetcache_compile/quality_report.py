@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .bench_quality import FULL, Method, file_name, frames_file, load_frames, save_result
+from .bench_quality import file_name, frames_file, load_frames, save_result
 from .files import atomically
 from .media import Clip, stack_side_by_side, tint, write_video
+from .methods import FULL, Method
 from .metrics import METRICS, REGIONS, Comparison
 
 HEADER = (
@@ -41,21 +42,23 @@ def write_report(
 def summarise(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the clips, and the lowest PSNR to the uncached result inside the mask."""
     fidelity = [cell["fidelity"] for cell in cells if cell["fidelity"]]
+    speedups = [cell["speedup"] for cell in cells if cell["speedup"] is not None]
     quality = [cell["quality"] for cell in cells if cell["quality"]]
     worst = min((_psnr(comparison["generative"]) for comparison in fidelity), default=math.inf)
     return {
         "clips": len(cells),
-        "speedup": median(cell["speedup"] for cell in cells),
+        "speedup": median(speedups) if speedups else None,
         "fidelity": typical(fidelity) if fidelity else None,
         "worst_psnr_db": _finite(worst),
         "quality": typical(quality) if quality else None,
     }
 
 
-def busiest(result: dict[str, Any], clips: Sequence[Clip], methods: Sequence[Method]) -> dict[str, Any]:
+def busiest(result: dict[str, Any], clips: Sequence[Clip], methods: Sequence[Method]) -> dict[str, Any] | None:
     """The cell whose FULL calls were least like the plain calls beside it (see `report.busy_machine_warning`)."""
     cells = [result["cells"][clip.name][method.name] for clip in clips for method in methods]
-    return max(cells, key=lambda cell: abs(math.log(cell["full_over_compiled"])))
+    timed = [cell for cell in cells if cell["full_over_compiled"] is not None]
+    return max(timed, key=lambda cell: abs(math.log(cell["full_over_compiled"])), default=None)
 
 
 def typical(comparisons: Sequence[Comparison]) -> Comparison:
@@ -95,7 +98,7 @@ def table_row(name: str, summary: dict[str, Any]) -> tuple[str, ...]:
     worst = summary["worst_psnr_db"]
     return (
         name,
-        f"{summary['speedup']:.2f}x",
+        "-" if summary["speedup"] is None else f"{summary['speedup']:.2f}x",
         figure(fidelity, "generative", "psnr_db", 1),
         "-" if fidelity is None else "identical" if worst is None else f"{worst:.1f}",
         figure(fidelity, "generative", "ssim", 4),
@@ -124,7 +127,12 @@ def markdown(rows: Sequence[tuple[str, ...]], result: dict[str, Any], num_clips:
 
 
 def save_plot(path: Path, cells: dict[str, list[dict[str, Any]]], summary: dict[str, Any]) -> None:
-    """Fidelity inside the mask against speed-up: a small mark for each clip, a large one for the medians."""
+    """Fidelity inside the mask against speed-up: a small mark for each clip, a large one for the medians.
+
+    Nothing is drawn where nothing was timed.
+    """
+    if any(of_method["speedup"] is None for of_method in summary.values()):
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,5 +165,6 @@ def save_side_by_side(out: Path, clip: Clip, cells: dict[str, dict[str, Any]]) -
         titles.append("ground truth")
     for name, cell in cells.items():
         videos.append(load_frames(frames_file(out, clip.name, name)))
-        titles.append("uncached" if name == FULL else f"{name}, {cell['speedup']:.2f}x")
+        speed = "" if cell["speedup"] is None else f", {cell['speedup']:.2f}x"
+        titles.append("uncached" if name == FULL else f"{name}{speed}")
     write_video(out / f"{file_name(clip.name)}.mp4", stack_side_by_side(videos, titles))

@@ -20,12 +20,12 @@ from hetcache_compile.bench_quality import (
     bench_quality,
     frames_file,
     load_frames,
-    parse_methods,
 )
 from hetcache_compile.demo import demo_clip, save_random_checkpoint
 from hetcache_compile.editing import EditRequest, load_pipeline, run_compiled
 from hetcache_compile.errors import HetCacheError, InputFileError, MissingExtraError, PlanError
 from hetcache_compile.media import Clip, read_video
+from hetcache_compile.methods import parse_method, parse_methods
 from hetcache_compile.metrics import METRICS, REGIONS, compare
 from hetcache_compile.quality_report import HEADER, busiest, summarise, write_report
 
@@ -85,6 +85,43 @@ def test_methods_are_schedules_or_fewer_steps_and_full_comes_first():
     assert [method.name for method in methods] == ["full", "balanced", "teacache:0.1", "steps:20"]
     assert [method.schedule for method in methods] == [None, "balanced", "teacache:0.1", None]
     assert [method.steps for method in methods] == [None, None, None, 20]
+
+
+def test_a_schedule_may_have_options_of_the_plan():
+    method = parse_method("teacache:0.1+o0+margin=1.5+cached_ratio=1")
+    assert method.schedule == "teacache:0.1"
+    assert method.options == {"extrapolation": 0, "margin": 1.5, "cached_ratio": 1}
+    assert isinstance(method.options["cached_ratio"], int)
+    assert parse_method("optimal:3x").needs_calibration
+    for text, message in (
+        ("F+warp=1", "no option 'warp': give one of margin, margin_ratio"),
+        ("F+margin=wide", "margin must be a number, got 'wide'"),
+        ("F+extrapolation=0.5", "extrapolation must be a whole number"),
+        ("F+margin", "written as in"),
+        ("F+schedule=F", "no option 'schedule'"),
+        ("optimal:fast", "budget"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            parse_method(text)
+
+
+def test_what_cannot_be_planned_is_told_before_anything_runs(pipe, tmp_path):
+    watch = Watch()
+    for text, message in (("F+margin=-1", "margin must be at least 0"), ("optimal:2x", "needs a calibration")):
+        with pytest.raises(PlanError, match=message):
+            bench_quality(pipe, CLIPS, parse_methods(text), SETTINGS, tmp_path, watch)
+    assert watch.begun == []
+
+
+def test_a_preset_brings_options_that_a_method_may_change(pipe):
+    request = EditRequest(CLIPS[0].video, CLIPS[0].mask, "", num_inference_steps=4)
+    bench = Bench(pipe, replace(SETTINGS, levels=32), Watch())
+    slow, fast, other = (
+        bench.plan(request, parse_method(text)) for text in ("paper-slow", "paper-fast", "paper-fast+margin=0+o2")
+    )
+    assert [plan.extrapolation for plan in (slow, fast, other)] == [0, 0, 2]
+    assert slow.steps == fast.steps
+    assert slow.num_active > fast.num_active > other.num_active
 
 
 @pytest.mark.parametrize("text", ["warp", "steps:", "steps:0", "steps:two", "teacache:", "teacache:-1", "PRF"])

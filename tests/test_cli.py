@@ -197,3 +197,15 @@ def test_bad_input_is_one_clear_line_and_status_2(case, hetcache_command, mask_f
     assert "Traceback" not in err
     assert not (tmp_path / "x.hetplan").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_brings_its_own_options_unless_they_are_given(hetcache_command, mask_file, tmp_path):
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    path = tmp_path / "a.hetplan"
+    plan = ("plan", "--model", tmp_path / "model", "--mask", mask_file, "-o", path, "--schedule", "paper-fast", *SMALL)
+    extrapolation = []
+    for given in ((), ("--extrapolation", 2)):
+        status, *_ = hetcache_command(*plan, *given)
+        assert status == 0
+        extrapolation.append(hetcache.Plan.load(path).extrapolation)
+    assert extrapolation == [0, 2]

@@ -1,0 +1,184 @@
+"""Fidelity to the uncached result against time, on the reference model: ours, the paper's, fewer steps, other caches.
+
+    python benchmarks/front.py                   # everything, into results/front.json and front.png: about six hours
+    python benchmarks/front.py --fidelity-only   # what a busy machine may do: all clips, no times
+    python benchmarks/front.py --clips 3 --methods balanced,steps:20,taylorseer:3 --steps 50
+
+Cells are kept in out/front, and a run that was cut short goes on there. Times depend on the mask's size and hardly on
+what is in the clip, so they are taken on one clip of each size; the other clips add fidelity. Every cell in out/front
+goes into the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peers
+from front_report import FEWER_STEPS, OURS, THE_PAPER, mask_size, save_plot
+
+from hetcache_compile import reference
+from hetcache_compile.bench_quality import RESULT, Settings, bench_quality, file_digest
+from hetcache_compile.calibration import Calibration
+from hetcache_compile.cli_common import progress_bars
+from hetcache_compile.files import atomically
+from hetcache_compile.media import Clip
+from hetcache_compile.methods import FULL, Method, parse_methods
+from hetcache_compile.report import provenance
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = (50, 20)
+SCHEDULES = (
+    "quality", "FRR", "FRPRPR", "FRRP", "balanced", "FRRPRRPRRPRR", "FRRR", "fast", "FRRRRPRRRRPRRRR",
+    "optimal:2x", "optimal:3x", "optimal:4x", "optimal:5x", "optimal:6x",
+)  # fmt: skip
+ADDITIONS = ("balanced+o0", "balanced+o2", "balanced+context_ratio=0", "balanced+margin=1", "balanced+margin=4")
+"""Of one schedule, each part in turn: without extrapolation, with more or less computed beside the mask."""
+PAPER = ("paper-slow", "paper-fast", "teacache:0.04+o0", "teacache:0.1+o0", "teacache:0.1")
+FEWER = tuple(f"steps:{number}" for number in (35, 25, 20, 16, 12, 10, 8, 6, 5))
+
+
+def family(name: str) -> str:
+    """Whose method it is."""
+    kind = name.partition(":")[0]
+    if kind in peers.PEERS:
+        return peers.PEERS[kind].label
+    if kind == "steps":
+        return FEWER_STEPS
+    paper = name.startswith("paper-") or (kind == "teacache" and name.endswith("+o0"))
+    return THE_PAPER if paper else OURS
+
+
+def chosen_methods(text: str | None, steps: int) -> tuple[list[str], list[str]]:
+    """Ours and step reduction, where that takes fewer steps than `full`; other libraries'."""
+    names = text.split(",") if text else [*SCHEDULES, *ADDITIONS, *PAPER, *FEWER, *peers.NAMES]
+    others = [name for name in names if name.partition(":")[0] in peers.PEERS]
+    return [name for name in names if name not in others and not as_many_steps(name, steps)], others
+
+
+def as_many_steps(name: str, steps: int) -> bool:
+    kind, _, number = name.partition(":")
+    return kind == "steps" and int(number) >= steps
+
+
+def timed_clips(clips: Sequence[Clip]) -> list[Clip]:
+    """The first clip of each mask size."""
+    first: dict[str, Clip] = {}
+    for clip in clips:
+        first.setdefault(mask_size(clip.name), clip)
+    return list(first.values())
+
+
+def measure(
+    pipe: Any, clips: Sequence[Clip], names: tuple[list[str], list[str]], steps: int, timed: bool, out: Path
+) -> None:
+    """The missing cells of one number of steps. Other libraries' methods run one by one: each starts Dynamo anew."""
+    settings = Settings(
+        "reference",
+        num_inference_steps=steps,
+        guidance_scale=reference.GUIDANCE_SCALE,
+        max_sequence_length=reference.MAX_TEXT_LENGTH,
+        inner="inductor" if timed else "eager",
+        timed=timed,
+        calibration=file_digest(reference.CALIBRATION),
+    )
+    calibration = Calibration.load(reference.CALIBRATION)
+    ours, others = names
+    best: dict[str, str] = {}
+    groups = [parse_methods(",".join(ours)), *([Method(FULL), rival] for rival in peers.rivals(others, timed, best))]
+    for group in groups:
+        print(steps, "steps:", ", ".join(method.name for method in group[1:]), flush=True)
+        with progress_bars() as progress:
+            bench_quality(pipe, clips, group, settings, folder(out, steps, timed), progress, calibration)
+
+
+def folder(out: Path, steps: int, timed: bool) -> Path:
+    return out / str(steps) / ("timed" if timed else "fidelity")
+
+
+def collect(out: Path, steps: int) -> dict[str, Any]:
+    """Every cell of one number of steps, in few figures."""
+    parts = {timed: read(folder(out, steps, timed) / RESULT) for timed in (True, False)}
+    clips = {name: clip["masked"] for part in parts.values() for name, clip in part.get("clips", {}).items()}
+    cells: dict[str, dict[str, Any]] = {}
+    for timed in (False, True):
+        for clip, methods in parts[timed].get("cells", {}).items():
+            for name, cell in methods.items():
+                if name != FULL:
+                    cells.setdefault(name, {})[clip] = brief(cell)
+    return {"masked": clips, "methods": {name: {"family": family(name), "cells": cells[name]} for name in cells}}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def brief(cell: dict[str, Any]) -> dict[str, Any]:
+    """The figures that front.json keeps of a cell."""
+    if "failed" in cell:
+        return cell
+    kept = (
+        "seconds",
+        "speedup",
+        "calls",
+        "median_seconds",
+        "num_active",
+        "num_tokens",
+        "way",
+        "broken",
+        "frozen_input_error",
+    )
+    regions = ("generative", "context", "overall")
+    return {
+        **{name: rounded(cell[name]) for name in kept if cell.get(name) is not None},
+        "psnr_db": {region: rounded(cell["fidelity"][region]["psnr_db"]) for region in regions},
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Five significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    text = json.dumps(result, separators=(",", ":"), allow_nan=False) + "\n"
+    atomically(path, lambda temporary: Path(temporary).write_text(text))
+    save_plot(path.with_suffix(".png"), result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=9, help="held-out clips; mask sizes take turns")
+    parser.add_argument("--methods", help="comma-separated, in place of all: as in hetcache bench quality, and peers'")
+    parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="numbers of steps")
+    parser.add_argument("--fidelity-only", action="store_true", help="no times")
+    parser.add_argument("--out", type=Path, default=Path("out/front"), help="where cells are kept")
+    parser.add_argument("--result", type=Path, default=RESULTS / "front.json")
+    options = parser.parse_args()
+    # Quality against ground truth is not asked here, and is slow to measure.
+    pipe, clips = reference.load(), [replace(clip, truth=None) for clip in reference.held_out(options.clips)]
+    for steps in map(int, options.steps.split(",")):
+        names = chosen_methods(options.methods, steps)
+        timed = [] if options.fidelity_only else timed_clips(clips)
+        if timed:
+            measure(pipe, timed, names, steps, timed=True, out=options.out)
+        if rest := [clip for clip in clips if clip not in timed]:
+            measure(pipe, rest, names, steps, timed=False, out=options.out)
+    measured = sorted((int(part.name) for part in options.out.iterdir()), reverse=True)
+    result = {
+        **provenance(str(pipe.device)),
+        "guidance_scale": reference.GUIDANCE_SCALE,
+        "steps": {str(steps): collect(options.out, steps) for steps in measured},
+    }
+    write(result, options.result)
+    print(f"wrote {options.result}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What `front.py` shows: points, fronts, the plot, the README's table. Needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hetcache_compile.files import atomically
+
+OURS, THE_PAPER, FEWER_STEPS = "hetcache_compile", "the paper's method", "fewer steps"
+JOINED = (OURS, THE_PAPER, FEWER_STEPS)
+LIBRARIES = ("diffusers", "cache-dit")
+SPEEDS = {50: (2.5, 4.0), 20: (2.5,)}
+"""The table's rows: number of steps -> the least speed-up."""
+WRONG = 1e-3
+"""A relative error on inputs that stay the same above which a cache is called wrong: rounding is far below."""
+
+Result = dict[str, Any]
+Point = dict[str, Any]
+
+
+def mask_size(clip: str) -> str:
+    """The nominal mask size in percent, which ends the clip's name."""
+    return clip.rsplit("-", 1)[-1]
+
+
+def sizes(result: Result) -> list[str]:
+    """The mask sizes measured, smallest first."""
+    return sorted({mask_size(clip) for part in result["steps"].values() for clip in part["masked"]}, key=int)
+
+
+def points(result: Result, steps: str, size: str) -> Iterator[Point]:
+    """A point for each method that was timed at this mask size: medians over clips.
+
+    A method that gave the uncached result itself has no finite PSNR, and no point.
+    """
+    for name, method in result["steps"][steps]["methods"].items():
+        cells = [cell for clip, cell in method["cells"].items() if mask_size(clip) == size and "failed" not in cell]
+        speeds = [cell["speedup"] for cell in cells if "speedup" in cell]
+        figures = [cell["psnr_db"]["generative"] for cell in cells]
+        if speeds and None not in figures:
+            place = {"speedup": median(speeds), "psnr_db": median(figures)}
+            yield {"method": name, "family": method["family"], **place}
+
+
+def upper_front(found: Sequence[Point]) -> list[Point]:
+    """The points than which none is both faster and better, slowest first."""
+    front: list[Point] = []
+    for point in sorted(found, key=lambda point: (-point["speedup"], -point["psnr_db"])):
+        if not front or point["psnr_db"] > front[-1]["psnr_db"]:
+            front.append(point)
+    return front[::-1]
+
+
+def families(result: Result) -> list[str]:
+    """Ours first, then the paper's and fewer steps, then other libraries'."""
+    found = [method["family"] for part in result["steps"].values() for method in part["methods"].values()]
+    return list(dict.fromkeys([*JOINED, *found]))
+
+
+def save_plot(path: Path, result: Result) -> None:
+    """A panel for each mask size and number of steps; fronts are joined, but for those of other libraries."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows, columns = list(result["steps"]), sizes(result)
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(4.6 * len(columns), 3.9 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for row, steps in enumerate(rows):
+        for column, size in enumerate(columns):
+            draw_panel(axes[row][column], list(points(result, steps, size)), families(result))
+            axes[row][column].set_title(f"{steps} steps, masks of {size} %")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
+    atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def draw_panel(axis: Any, found: Sequence[Point], labels: Sequence[str]) -> None:
+    for number, label in enumerate(labels):
+        of_family = [point for point in found if point["family"] == label]
+        joined = upper_front(of_family) if label in JOINED else []
+        style = {"color": f"C{number % 10}", "zorder": 3 if label == OURS else 2}
+        axis.plot([p["speedup"] for p in joined], [p["psnr_db"] for p in joined], **style)
+        place = [p["speedup"] for p in of_family], [p["psnr_db"] for p in of_family]
+        axis.scatter(*place, s=26, marker="oXs^vD<>Pph*"[number % 12], label=label, **style)
+    axis.set(xlabel="speed-up over the compiled model", ylabel="PSNR to the uncached result,\ninside the mask (dB)")
+    axis.grid(alpha=0.2)
+
+
+def front_table(result: Result) -> str:
+    """The best point of each family that is fast enough, by mask size."""
+    columns = sizes(result)
+    rows = ["| | " + " | ".join(f"masks of {size} %" for size in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for steps, speeds in SPEEDS.items():
+        if str(steps) in result["steps"]:
+            for speed in speeds:
+                rows.append(f"| **{steps} steps, at least {speed:g}x** |" + " |" * len(columns))
+                rows += [family_row(result, str(steps), speed, who, columns) for who in (*JOINED, *LIBRARIES)]
+    rows += ["", caption(result), "", "![Fidelity against speed-up](benchmarks/results/front.png)"]
+    return "\n".join(rows)
+
+
+def family_row(result: Result, steps: str, speed: float, who: str, columns: Sequence[str]) -> str:
+    cells = []
+    for size in columns:
+        fast = [p for p in points(result, steps, size) if p["family"].startswith(who) and p["speedup"] >= speed]
+        best = max(fast, key=lambda point: point["psnr_db"], default=None)
+        cells.append(f"{best['psnr_db']:.1f} dB, {best['speedup']:.1f}x: `{best['method']}`" if best else "-")
+    return f"| {who} | " + " | ".join(cells) + " |"
+
+
+def caption(result: Result) -> str:
+    masked = {clip: share for part in result["steps"].values() for clip, share in part["masked"].items()}
+    text = (
+        f"Reference model, {len(masked)} held-out clips, guidance {result['guidance_scale']:g}. PSNR to the uncached "
+        "result inside the mask, median over the clips of a size; speed-up in transformer time over the same model "
+        f"compiled without us; {result['processor']}, {result['threads']} threads, torch "
+        f"{result['versions']['torch']}: `{result['command']}`. A line shows the best method that is fast enough."
+    )
+    return " ".join([text, *troubles(result)])
+
+
+def troubles(result: Result) -> list[str]:
+    """What other libraries' caches got wrong: those that could not run, and those that err on unchanging inputs."""
+    failed: dict[str, str] = {}
+    wrong: dict[str, float] = {}
+    for part in result["steps"].values():
+        for method in part["methods"].values():
+            for cell in method["cells"].values():
+                if "failed" in cell:
+                    failed[method["family"]] = cell["failed"]
+                elif cell.get("frozen_input_error", 0) > WRONG:
+                    wrong[method["family"]] = max(wrong.get(method["family"], 0), cell["frozen_input_error"])
+    found = [f"{name} cannot run: {reason}." for name, reason in failed.items()]
+    if wrong:
+        listed = ", ".join(f"{name} ({error:.2f})" for name, error in wrong.items())
+        found.append(f"Wrong even where inputs stay the same, by their relative error: {listed}.")
+    return found

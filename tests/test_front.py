@@ -1,0 +1,186 @@
+"""The front: rivals on a tiny WanVACE, and how cells become points, fronts and the README's table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import front
+import front_report
+import numpy as np
+import peers
+import pytest
+import torch
+
+from hetcache_compile.bench_quality import RESULT, Settings, bench_quality
+from hetcache_compile.demo import demo_clip, save_random_checkpoint
+from hetcache_compile.editing import load_pipeline
+from hetcache_compile.media import Clip, read_video
+from hetcache_compile.methods import FULL, Method
+from hetcache_compile.schedule import PRESETS, make_schedule
+
+FRAMES, SIZE = 5, 64
+SETTINGS = Settings("tiny", num_inference_steps=6, max_sequence_length=16, inner="eager", timed=False)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    torch._dynamo.reset()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_random_checkpoint(folder, width=64, layers=2)
+    return load_pipeline(folder, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def clip():
+    video = read_video(demo_clip(), FRAMES, SIZE, SIZE, start=142)
+    mask = np.zeros((FRAMES, SIZE, SIZE), dtype=bool)
+    mask[:, 16:32, :16] = True
+    return Clip("00-box-5", np.where(mask[..., None], 127, video).astype(np.uint8), mask, "a cat")
+
+
+def nothing(*_):
+    pass
+
+
+def test_rivals_run_on_a_copy_and_failures_are_kept_as_their_reason(pipe, clip, tmp_path):
+    plain = pipe.transformer
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    names = ["taylorseer:2", "firstblock:0.4", "fastercache:2"]
+    methods = [Method(FULL), *peers.rivals(names, timed=False, best={})]
+    result = bench_quality(pipe, [clip], methods, SETTINGS, tmp_path, nothing)
+    assert pipe.transformer is plain
+    assert peers.forwards(plain) == peers.forwards(load_copy(plain))
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    cells = result["cells"][clip.name]
+    right, wrong, failed = (cells[name] for name in names)
+    assert right["frozen_input_error"] < 1e-5 < 1e-2 < wrong["frozen_input_error"]
+    assert right["way"] == "eager"
+    assert right["seconds"] is None
+    assert 10 < right["fidelity"]["generative"]["psnr_db"] < 100
+    assert "IndexError" in failed["failed"]
+    again = bench_quality(pipe, [clip], methods, SETTINGS, tmp_path, pytest.fail)
+    assert again["cells"] == result["cells"]
+
+
+def load_copy(model):
+    """The same architecture, never touched."""
+    return type(model).from_config(model.config)
+
+
+def test_a_timed_rival_takes_its_fastest_way_and_keeps_to_it(pipe, clip, tmp_path, monkeypatch):
+    seconds = {"compiled blocks": 1.0, "eager": 2.0}
+    tried = []
+
+    def run(self, pipe, plain, request, way, progress):
+        tried.append(way)
+        if way not in seconds:
+            raise ValueError("broken\nin detail")
+        return peers.Run(None, [seconds[way]])
+
+    monkeypatch.setattr(peers.Rival, "run", run)
+    monkeypatch.setattr(peers.Rival, "frozen_input_error", lambda *_: 0.0)
+    best = {}
+    rivals = peers.rivals(["taylorseer:2", "taylorseer:3"], timed=True, best=best)
+    found = [method.runner(pipe, None, nothing) for method in rivals]
+    assert [(more["way"], run_of.seconds) for run_of, more in found] == [("compiled blocks", [1.0])] * 2
+    assert [more.get("broken") for _, more in found] == [{"compiled": "ValueError: broken"}, None]
+    assert tried == [*peers.WAYS, "compiled blocks"]
+    assert best == {"diffusers TaylorSeer": "compiled blocks"}
+
+
+def test_a_package_that_is_missing_is_a_reason(pipe, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda _: None)
+    methods = [Method(FULL), *peers.rivals(["dbcache-f1b0:0.08"], timed=False, best={})]
+    result = bench_quality(pipe, [clip], methods, SETTINGS, tmp_path, nothing)
+    assert result["cells"][clip.name]["dbcache-f1b0:0.08"] == {"failed": "cache_dit is not installed"}
+
+
+def test_methods_are_split_and_step_reduction_must_reduce():
+    ours, others = front.chosen_methods("balanced,steps:20,steps:10,pab:3", 20)
+    assert (ours, others) == (["balanced", "steps:10"], ["pab:3"])
+    everything, rivals = front.chosen_methods(None, 50)
+    assert rivals == peers.NAMES
+    assert {front.family(name) for name in everything} == set(front_report.JOINED)
+    assert front.family("pab:3") == "diffusers PyramidAttentionBroadcast"
+
+
+def test_times_are_taken_on_the_first_clip_of_each_size(clip):
+    clips = [replace(clip, name=name) for name in ("00-box-5", "01-box-20", "03-ellipse-5", "04-ellipse-20")]
+    assert front.timed_clips(clips) == clips[:2]
+
+
+def test_the_papers_presets_cost_what_its_table_says():
+    """Shares of the uncached FLOPs: 30.68 and 23.60 of 72.60 PFLOPs; see `schedule.PAPER`."""
+    scheduler_steps, active = 50, {"paper-slow": 0.924, "paper-fast": 0.621}
+    distances = np.array(json.loads((front.RESULTS / "drift.json").read_text())["distances"])
+    for name, paper in (("paper-slow", 30.68 / 72.60), ("paper-fast", 23.60 / 72.60)):
+        letters = [kind.letter for kind in make_schedule(name, scheduler_steps, distances)]
+        share = (letters.count("F") + active[name] * letters.count("P")) / scheduler_steps
+        assert share == pytest.approx(paper, abs=0.015)
+        assert PRESETS[name].options["extrapolation"] == 0
+
+
+def cell(psnr_db, speedup=None):
+    figures = {"generative": {"psnr_db": psnr_db}, "context": {"psnr_db": 60.0}, "overall": {"psnr_db": psnr_db + 1}}
+    return {"fidelity": figures, "speedup": speedup, "calls": {"FULL": 4}, "num_active": None, "seconds": None}
+
+
+def test_cells_of_both_parts_are_merged_and_timed_ones_win(tmp_path):
+    parts = {
+        "timed": {"00-box-5": {FULL: {}, "fast": cell(40.0, 4.0)}},
+        "fidelity": {"00-box-5": {FULL: {}, "fast": cell(1.0)}, "03-box-5": {FULL: {}, "fast": cell(44.0)}},
+    }
+    for part, cells in parts.items():
+        path = tmp_path / "50" / part / RESULT
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"clips": {name: {"masked": 0.05} for name in cells}, "cells": cells}))
+    result = {"steps": {"50": front.collect(tmp_path, 50)}}
+    assert result["steps"]["50"]["masked"] == {"00-box-5": 0.05, "03-box-5": 0.05}
+    assert list(front_report.points(result, "50", "5")) == [
+        {"method": "fast", "family": front_report.OURS, "speedup": 4.0, "psnr_db": 42.0}
+    ]
+
+
+def test_a_front_holds_what_nothing_beats():
+    places = [(1.0, 50.0), (2.0, 55.0), (3.0, 40.0), (2.5, 39.0), (3.0, 41.0)]
+    found = [{"speedup": speedup, "psnr_db": psnr_db} for speedup, psnr_db in places]
+    assert front_report.upper_front(found) == [found[1], found[4]]
+
+
+@pytest.fixture
+def result():
+    def method(family, psnr_db, speedup, **more):
+        return {
+            "family": family,
+            "cells": {"00-box-5": {"psnr_db": {"generative": psnr_db}, "speedup": speedup, **more}},
+        }
+
+    methods = {
+        "balanced": method(front_report.OURS, 50.0, 3.7),
+        "fast": method(front_report.OURS, 46.0, 4.6),
+        "steps:20": method(front_report.FEWER_STEPS, 47.0, 2.6),
+        "pab:3": method("diffusers PAB", 30.0, 2.7, frozen_input_error=0.2),
+        "fastercache:2": {"family": "diffusers FasterCache", "cells": {"00-box-5": {"failed": "IndexError: out"}}},
+    }
+    return {
+        "command": "python benchmarks/front.py", "versions": {"torch": "2"}, "processor": "P", "threads": 2,
+        "guidance_scale": 2.0, "steps": {"50": {"masked": {"00-box-5": 0.05}, "methods": methods}},
+    }  # fmt: skip
+
+
+def test_the_table_shows_the_best_of_each_family_that_is_fast_enough(result):
+    table = front_report.front_table(result)
+    assert "| hetcache_compile | 50.0 dB, 3.7x: `balanced` |" in table
+    assert "| hetcache_compile | 46.0 dB, 4.6x: `fast` |" in table
+    assert "| fewer steps | 47.0 dB, 2.6x: `steps:20` |" in table
+    assert table.count("| fewer steps | - |") == 1
+    assert "| diffusers | 30.0 dB, 2.7x: `pab:3` |" in table
+    assert "diffusers FasterCache cannot run: IndexError: out." in table
+    assert "diffusers PAB (0.20)" in table
+    assert "20 steps" not in table
+
+
+def test_the_plot_is_drawn(result, tmp_path):
+    front_report.save_plot(tmp_path / "front.png", result)
+    assert (tmp_path / "front.png").stat().st_size > 10_000
