@@ -1,6 +1,7 @@
 """Export the real Wan2.1-VACE-1.3B architecture with random weights, and say what it takes.
 
-    python benchmarks/export_size.py --out out/engine        # writes benchmarks/results/export_size.json
+    python benchmarks/export_size.py --out out/engine         # writes benchmarks/results/export_size.json
+    python benchmarks/export_size.py --out out/engine --trt   # ... and builds engines: export_size_trt.json
 
 Nothing is computed, so the token grid is the real one of 33 frames at 480 x 832.
 """
@@ -89,7 +90,7 @@ def main() -> None:
         },
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "export_size.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"export_size{'_trt' * args.trt}.json").write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(args.out)
     print(json.dumps(result, indent=2))
 

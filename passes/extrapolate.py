@@ -61,17 +61,15 @@ def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
     outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
     points = {entry: inputs.points(entry, order) for entry in outputs}
     call = _caller(graph)
-    # The latest time, where tokens have their own: those of a given first frame stand still at 0.
-    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=torch.float32), [-1])
-    now = call(aten.amax.default, flat, [0])
+    now = {entry: latest_time(call, time, arithmetic_of(entry)) for entry in outputs}
     if form.kind != "full":
         for entry in outputs:
-            predict(call, entry, points[entry], now)
+            predict(call, entry, points[entry], now[entry])
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     computed = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
     writes = dict(computed)
     for entry in outputs if form.writes else ():
-        writes = {**push(graph, entry, points[entry], computed[entry], now, form.kind), **writes}
+        writes = {**push(graph, entry, points[entry], computed[entry], now[entry], form.kind), **writes}
         if form.kind == "partial" and entry.rows == "tokens":
             writes[entry] = _without_predictions(graph, computed[entry], points[entry].values[0])
     return inputs.finish(writes)
@@ -94,8 +92,19 @@ def times_of(entry: CacheEntry, order: int) -> CacheEntry:
     rows = entry.shape[entry.dim] if entry.rows == "tokens" else 1
     name, shape = f"{entry.name}.times", (order + 1, rows)
     return replace(
-        entry, name=name, rows="none", dim=0, shape=shape, dtype=torch.float32, tokens=Tokens(0), initial=NEVER
+        entry, name=name, rows="none", dim=0, shape=shape, dtype=arithmetic_of(entry), tokens=Tokens(0), initial=NEVER
     )
+
+
+def arithmetic_of(entry: CacheEntry) -> torch.dtype:
+    """The type that an output is predicted in, and its times are kept in: at least float32, and no less than its own."""
+    return torch.promote_types(entry.dtype, torch.float32)
+
+
+def latest_time(call: Call, time: Node, dtype: torch.dtype) -> Node:
+    """The time of a step, `[1]`. Where tokens have their own, the latest: those of a given first frame stand at 0."""
+    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=dtype), [-1])
+    return call(aten.amax.default, flat, [0])
 
 
 def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
@@ -107,7 +116,7 @@ def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
     total = None
     for value, weight in zip(points.values, lagrange_weights(call, points, now), strict=True):
         weight = call(aten.view.default, weight, shape)
-        term = call(aten.mul.Tensor, call(aten._to_copy.default, value, dtype=torch.float32), weight)
+        term = call(aten.mul.Tensor, call(aten._to_copy.default, value, dtype=arithmetic_of(entry)), weight)
         # Memory that was never written may hold NaN, which a weight of 0 does not take away.
         term = call(aten.masked_fill.Scalar, term, call(aten.eq.Scalar, weight, 0), 0)
         total = term if total is None else call(aten.add.Tensor, total, term)
@@ -143,7 +152,7 @@ def push(
     moves = call(aten.ne.Tensor, latest, now)
     if kind == "partial" and entry.rows == "tokens":
         index = computed.args[2]
-        active = call(aten._to_copy.default, call(aten.ones_like.default, index), dtype=torch.float32)
+        active = call(aten._to_copy.default, call(aten.ones_like.default, index), dtype=arithmetic_of(entry))
         active = call(aten.index_copy.default, call(aten.zeros_like.default, latest), 0, index, active)
         moves = call(aten.logical_and.default, moves, call(aten.ne.Scalar, active, 0))
     shape = [1] * len(entry.shape)
