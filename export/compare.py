@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..engine import BUDGETS, sized
 from ..errors import HetCacheError, MissingExtraError
 from ..forms import Forms, rewrite
 from ..manifest import FormSpec, Manifest
@@ -93,10 +94,10 @@ def tensorrt_function(folder: Path, manifest: Manifest, provider: str, kind: str
 
     def run(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         inputs = {name: tensor.to(runner.device) for name, tensor in tensors.items()}
-        sizes = {name: getattr(manifest.plan, name) for name in manifest.dynamic_dims}
+        sizes = {name: getattr(manifest.plan, name) for name in BUDGETS}
         outputs = {
             spec.name: torch.empty(
-                [size if isinstance(size, int) else sizes[size] for size in spec.shape],
+                sized(spec.shape, sizes),
                 dtype=getattr(torch, spec.dtype), device=runner.device,
             )
             for spec in manifest.forms[kind].outputs

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
+from ..engine import INDICES
 from ..errors import ExportError, MissingExtraError
 from ..forms import Forms, rewrite, write_form
 from ..manifest import (
@@ -28,9 +29,9 @@ from ..manifest import (
     WeightsSpec,
 )
 from ..passes.cache import CacheEntry
+from ..passes.flops import graph_flops
 from ..passes.forms import Form
 from . import dynamic
-from .flops import count_flops
 from .lower import FIRST_FUSED_OPSET, Lowered, lower
 from .source import CallShape, Source, describe_model, load_source
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.hetplan"
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "numpy")
-INDICES = ("active_index", "context_index")
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
 
@@ -179,7 +179,7 @@ def lower_forms(
         to_export["plain"] = Form("plain", forms.program.module, (), (), ())
     lowered = {kind: lower(form, forms.program, options.actual_opset) for kind, form in to_export.items()}
     specs = {
-        kind: FormSpec(f"{kind}.onnx", "", count_flops(form), *io_of(form, lowered[kind]))
+        kind: FormSpec(f"{kind}.onnx", "", graph_flops(form.module), *io_of(form, lowered[kind]))
         for kind, form in to_export.items()
     }
     return lowered, specs

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
-from ..engine import Engine
+from ..engine import INDICES, Engine
 from ..errors import ExportError
 from ..forms import Forms
 from ..manifest import Manifest
@@ -41,11 +41,11 @@ def verify_with_ort(
     """
     engine = Engine(manifest, OrtRunner(folder, manifest, "ort-cpu"), forms.plan)
     tensors = sample_tensors(forms, source.kwargs)
-    indices = {name: tensors[name] for name in ("active_index", "context_index")}
+    indices = {name: tensors[name] for name in INDICES}
     inputs = {name: tensor for name, tensor in tensors.items() if name not in indices}
     errors: dict[str, float] = {}
     expected: dict[str, torch.Tensor] = {}
-    cache: dict[str, torch.Tensor] = {}
+    cache = engine.begin(indices)
     for number, kind in enumerate(CHAIN):
         progress("checking with onnxruntime", number, len(CHAIN) + 1)
         with torch.no_grad():

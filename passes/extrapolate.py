@@ -97,7 +97,7 @@ def times_of(entry: CacheEntry, order: int) -> CacheEntry:
 
 
 def arithmetic_of(entry: CacheEntry) -> torch.dtype:
-    """The type that an output is predicted in, and its times are kept in: at least float32, and no less than its own."""
+    """The type that an output is predicted in and its times are kept in: its own, but at least float32."""
     return torch.promote_types(entry.dtype, torch.float32)
 
 

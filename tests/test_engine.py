@@ -138,8 +138,21 @@ def test_wrong_calls_and_plans_are_refused(folder, plan):
     with pytest.raises(hetcache.SessionError, match="export it with this plan"), hetcache.session(other):
         loaded(**kwargs)
     indices = {"active_index": torch.arange(plan.num_active), "context_index": torch.arange(plan.num_context)}
-    with pytest.raises(hetcache.HetCacheError, match="run a full step first"):
+    with pytest.raises(hetcache.HetCacheError, match="with a full step"):
         loaded.run_form("partial", kwargs, indices, {})
+
+
+def test_what_a_full_step_reads_begins_with_its_initial_value_at_the_plans_sizes(folder, plan):
+    loaded = engine.load(folder)
+    entries = {entry.input: entry for entry in loaded.manifest.cache}
+    indices = {"active_index": torch.arange(4), "context_index": torch.arange(9)}
+    state = loaded.begin(indices)
+    assert set(state) == {"past_output.0", "past_output.0.1", "past_output.0.times"}
+    assert (state["past_output.0.times"] == entries["past_output.0.times"].initial).all()
+    assert not state["past_output.0.1"].any()
+    free = dataclasses.replace(entries["past_output.0.1"], shape=(1, "num_context", 7))
+    loaded.manifest = dataclasses.replace(loaded.manifest, cache=(free,))
+    assert loaded.begin(indices)["past_output.0.1"].shape == (1, 9, 7)
 
 
 def test_values_that_are_no_numbers_stop_a_session(folder, plan):

@@ -58,7 +58,7 @@ def check_chain(folder: Path, plan: Plan, tolerance: float, dtype: str = "fp32")
     loaded = engine.load(folder)
     inputs = loaded.model_inputs(source.kwargs)
     indices = {name: torch.as_tensor(getattr(plan, name)) for name in ("active_index", "context_index")}
-    expected, cache = {}, {}
+    expected, cache = {}, loaded.begin(indices)
     for kind in CHAIN:
         with torch.no_grad():
             output, expected = forms.run(kind, expected, (), source.kwargs)
