@@ -64,7 +64,7 @@ def main() -> None:
     if args.trt:
         from hetcache_compile.export.trt import RTX, build_engines
 
-        finish.append(lambda folder, manifest, *_: build_engines(folder, manifest, RTX, ["8.9"], progress))
+        finish.append(lambda folder, manifest: build_engines(folder, manifest, RTX, ["8.9"], progress))
     manifest = export_model(
         f"{Path(__file__).stem}:wan_vace_1_3b", plan, args.out, ExportOptions(args.dtype), finish=finish,
         progress=progress,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import ExportError, HetCacheError
+
+if TYPE_CHECKING:
+    from .trt import EngineKind
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console(stderr=True)
@@ -62,11 +65,20 @@ def export(
     """
     from ..plan import Plan
     from .exporter import ExportOptions, export_model
+    from .serving import write_triton
     from .source import CallShape
+    from .trt import build_engines
+    from .verify import verify_with_ort
 
     known_plan = Plan.load(plan)
+    checked = _verifies(verify, dtype)
+    engines = _engine_kind(trt, dtype, compute_capability or [])
     options = ExportOptions(dtype, _opset(opset), baseline, _sizes(dynamic_active))
     with _progress() as progress:
+        finish: list[Any] = [write_triton]
+        if engines is not None:
+            capabilities = compute_capability or []
+            finish.append(partial(build_engines, kind=engines, capabilities=capabilities, progress=progress))
         manifest = export_model(
             model,
             known_plan,
@@ -74,7 +86,8 @@ def export(
             options,
             shape=CallShape(known_plan, batch, text_tokens),
             component=component,
-            finish=_finishers(trt, verify, dtype, compute_capability or [], progress),
+            checks=[partial(verify_with_ort, progress=progress)] if checked else [],
+            finish=finish,
             progress=progress,
         )
     print(f"wrote {out}: {', '.join(form.file for form in manifest.forms.values())}, opset {manifest.opset}")
@@ -86,25 +99,21 @@ def export(
         print(f"{len(engines.forms)} {kind} engines for {targets}{ran}")
 
 
-def _finishers(trt: str, verify: str, dtype: str, capabilities: list[str], progress: Any) -> list[Any]:
-    """What to do after the ONNX files are written; wrong options and missing packages are found before."""
-    from .serving import write_triton
-    from .trt import build_engines, check_capabilities, choose_kind
-    from .verify import verify_with_ort
+def _engine_kind(trt: str, dtype: str, capabilities: list[str]) -> EngineKind | None:
+    """Which engines to build; wrong options and missing packages are found before anything is written."""
+    from .trt import check_capabilities, choose_kind
 
-    steps: list[Any] = [lambda folder, manifest, *_: write_triton(folder, manifest)]
-    if _verifies(verify, dtype):
-        steps.append(functools.partial(verify_with_ort, progress=progress))
-    if capabilities and trt == "none":
-        raise ExportError("--compute-capability needs --trt=rtx")
-    if trt != "none":
-        kind = choose_kind(trt)
-        check_capabilities(kind, capabilities, dtype)
-        steps.append(lambda folder, manifest, *_: build_engines(folder, manifest, kind, capabilities, progress))
-    return steps
+    if trt == "none":
+        if capabilities:
+            raise ExportError("--compute-capability needs --trt=rtx")
+        return None
+    kind = choose_kind(trt)
+    check_capabilities(kind, capabilities, dtype)
+    return kind
 
 
 def _verifies(verify: str, dtype: str) -> bool:
+    """Whether to compare with torch on onnxruntime."""
     from importlib.util import find_spec
 
     if verify not in ("auto", "ort", "none"):

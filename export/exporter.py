@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -81,7 +82,8 @@ def export_model(
     *,
     shape: CallShape | None = None,
     component: str = "transformer",
-    finish: Sequence[Callable[[Path, Manifest, Source, Forms], Manifest]] = (),
+    checks: Sequence[Callable[[Path, Manifest, Source, Forms], Manifest]] = (),
+    finish: Sequence[Callable[[Path, Manifest], Manifest]] = (),
     progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Export a model for a plan.
@@ -93,8 +95,9 @@ def export_model(
         options: how to export.
         shape: batch and text length of the calls.
         component: which of a pipeline's models.
-        finish: what else to put into the folder (checks, engines) before it appears; each step gets the folder,
-            the manifest so far, the model and its forms, and returns the manifest.
+        checks: each gets the folder, the manifest so far, the model and its forms, and returns the manifest.
+        finish: what else to put into the folder (engines) before it appears; each gets the folder and the manifest
+            so far, and returns the manifest. The model is out of memory by then.
         progress: called before each part.
 
     Raises:
@@ -110,8 +113,12 @@ def export_model(
         progress("rewriting", 0, 1)
         forms = rewrite(source.model, plan, kwargs=source.kwargs)
         manifest = write_onnx(folder, source, forms, options, progress)
+        for check in checks:
+            manifest = check(folder, manifest, source, forms)
+        del source, forms
+        gc.collect()
         for step in finish:
-            manifest = step(folder, manifest, source, forms)
+            manifest = step(folder, manifest)
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
     return manifest
 

@@ -79,6 +79,6 @@ def export(dtype: str, opset: int, dynamic: bool = False) -> Path:
                 dtype, opset, baseline=(dtype, opset) == ("fp32", 20),
                 dynamic_active=(20, ACTIVE, 40) if dynamic else None,
             )  # fmt: skip
-            finish = [verify_with_ort] if dtype == "fp32" else []
-            export_model(str(checkpoint()), plan_of(), out, options, shape=shape(), finish=finish)
+            checks = [verify_with_ort] if dtype == "fp32" else []
+            export_model(str(checkpoint()), plan_of(), out, options, shape=shape(), checks=checks)
     return out

@@ -40,7 +40,7 @@ def folder(plan, tmp_path_factory):
     """`verify_with_ort` raises where a form is not within 1e-5 of torch."""
     out = tmp_path_factory.mktemp("reference") / "export"
     shape = CallShape(plan, text_tokens=reference.MAX_TEXT_LENGTH)
-    export_model(str(reference.FOLDER), plan, out, shape=shape, finish=[verify_with_ort])
+    export_model(str(reference.FOLDER), plan, out, shape=shape, checks=[verify_with_ort])
     return out
 
 
