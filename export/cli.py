@@ -6,23 +6,19 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..cli_common import TokenInput, progress_bars, token_inputs
 from ..errors import ExportError, HetCacheError
 
 if TYPE_CHECKING:
     from .trt import EngineKind
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console(stderr=True)
 
 
 @app.command()
@@ -56,6 +52,11 @@ def export(
     component: Annotated[str, typer.Option(help="Which model of the pipeline.")] = "transformer",
     batch: Annotated[int, typer.Option(help="Batch of a call; 2 for guidance in one call.", min=1)] = 1,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of a call.", min=1)] = 512,
+    call: Annotated[
+        Path | None,
+        typer.Option(help="A real call of the model: its keyword arguments, saved with torch.save. See the README."),
+    ] = None,
+    token_input: TokenInput = None,
     baseline: Annotated[bool, typer.Option(help="Export the unmodified model too, to measure against.")] = True,
 ) -> None:
     """Export a model's full, partial and reuse forms to ONNX and TensorRT, with the cache as inputs and outputs.
@@ -65,8 +66,8 @@ def export(
     """
     from ..plan import Plan
     from .exporter import ExportOptions, export_model
+    from .sample_call import CallShape
     from .serving import write_triton
-    from .source import CallShape
     from .trt import build_engines
     from .verify import verify_with_ort
 
@@ -74,7 +75,7 @@ def export(
     checked = _verifies(verify, dtype)
     engines = _engine_kind(trt, dtype, compute_capability or [])
     options = ExportOptions(dtype, _opset(opset), baseline, _sizes(dynamic_active))
-    with _progress() as progress:
+    with progress_bars() as progress:
         finish: list[Any] = [write_triton]
         if engines is not None:
             capabilities = compute_capability or []
@@ -86,6 +87,8 @@ def export(
             options,
             shape=CallShape(known_plan, batch, text_tokens),
             component=component,
+            call=call,
+            token_inputs=token_inputs(token_input),
             checks=[partial(verify_with_ort, progress=progress)] if checked else [],
             finish=finish,
             progress=progress,
@@ -139,25 +142,6 @@ def _sizes(text: str | None) -> tuple[int, int, int] | None:
         raise ExportError(f"--dynamic-active takes MIN:OPT:MAX, got {text}")
     smallest, usual, largest = map(int, parts)
     return smallest, usual, largest
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar for each stage: a function of stage, what is done, and how much there is."""
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for task in bars.tasks:  # a stage is done when the next one begins
-                    bars.update(task.id, completed=task.total)
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield update
-        for task in bars.tasks:
-            bars.update(task.id, completed=task.total)
 
 
 def spread_options(arguments: list[str]) -> list[str]:

@@ -23,8 +23,9 @@ from ..manifest import FormSpec, Manifest
 from ..plan import Plan
 from ..runners import TENSORRT_PROVIDERS, TensorRTRunner, has_driver
 from .load_samples import read
+from .sample_call import CallShape
 from .samples import SAMPLES_FOLDER
-from .source import CallShape, load_source
+from .source import load_source
 from .verify import TOLERANCES
 
 Arrays = dict[str, Any]

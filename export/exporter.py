@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
-from ..engine import INDICES
-from ..errors import ExportError, MissingExtraError
+from ..engine import INDICES, flat_inputs
+from ..errors import ExportError, MissingExtraError, Refusal, UnsupportedGraphError
 from ..forms import Forms, rewrite, write_form
 from ..manifest import (
     MANIFEST_FILE,
@@ -32,9 +32,11 @@ from ..manifest import (
 from ..passes.cache import CacheEntry
 from ..passes.flops import graph_flops
 from ..passes.forms import Form
+from ..passes.inputs import TokenInputs
 from . import dynamic
 from .lower import FIRST_FUSED_OPSET, Lowered, lower
-from .source import CallShape, Source, describe_model, load_source
+from .sample_call import REMEDY, CallShape
+from .source import Source, describe_model, load_source
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -82,6 +84,8 @@ def export_model(
     *,
     shape: CallShape | None = None,
     component: str = "transformer",
+    call: Path | None = None,
+    token_inputs: TokenInputs | None = None,
     checks: Sequence[Callable[[Path, Manifest, Source, Forms], Manifest]] = (),
     finish: Sequence[Callable[[Path, Manifest], Manifest]] = (),
     progress: Progress = lambda *_: None,
@@ -95,6 +99,8 @@ def export_model(
         options: how to export.
         shape: batch and text length of the calls.
         component: which of a pipeline's models.
+        call: a recorded call (see `sample_call.read_call`); by default one is made up.
+        token_inputs: see `hetcache_compile.rewrite`.
         checks: each gets the folder, the manifest so far, the model and its forms, and returns the manifest.
         finish: what else to put into the folder (engines) before it appears; each gets the folder and the manifest
             so far, and returns the manifest. The model is out of memory by then.
@@ -102,16 +108,16 @@ def export_model(
 
     Raises:
         ExportError: wrong options, nothing to export, or `out` is in use.
-        UnsupportedGraphError: the model cannot be rewritten.
+        UnsupportedGraphError: the model cannot be rewritten, or the plan is for another grid (`GridMismatchError`).
     """
     options = options or ExportOptions()
     options.check()
     require_onnx()
     with new_folder(out) as folder:
         progress("loading the model", 0, 1)
-        source = load_source(model, shape or CallShape(plan), options.dtype, component)
+        source = load_source(model, shape or CallShape(plan), options.dtype, component, call)
         progress("rewriting", 0, 1)
-        forms = rewrite(source.model, plan, kwargs=source.kwargs)
+        forms = rewrite_source(source, plan, token_inputs)
         manifest = write_onnx(folder, source, forms, options, progress)
         for check in checks:
             manifest = check(folder, manifest, source, forms)
@@ -121,6 +127,18 @@ def export_model(
             manifest = step(folder, manifest)
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
     return manifest
+
+
+def rewrite_source(source: Source, plan: Plan, token_inputs: TokenInputs | None = None) -> Forms:
+    """The forms of a model; where its call was made up, an error says that this may be the reason."""
+    try:
+        return rewrite(source.model, plan, kwargs=source.kwargs, token_inputs=token_inputs)
+    except UnsupportedGraphError as error:
+        if not source.made_up:
+            raise
+        names = ", ".join(source.kwargs)
+        hint = f"the sample call ({names}) was made up from the model's config: if it is not how the model is called"
+        raise UnsupportedGraphError([*error.reasons, Refusal(hint, help=REMEDY)]) from error
 
 
 def write_onnx(
@@ -168,7 +186,10 @@ def describe(source: Source, forms: Forms, options: ExportOptions) -> tuple[dict
         opset=options.actual_opset,
         versions=versions(),
         latents=forms.analysis.token_sources,
+        constants=constants_of(forms, source.kwargs),
+        unused=unused_inputs(forms, source.kwargs, specs),
         dynamic_dims=dims,
+        partial_flops=partial_flops(forms, options.dynamic_active),
         forms=specs,
         cache=cache,
         layers=layers_of(forms.cache_entries),
@@ -230,6 +251,40 @@ def sample_tensors(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, torch.T
         if name in forms.program.inputs and isinstance(value, torch.Tensor)
     }
     return tensors | {name: torch.as_tensor(getattr(forms.plan, name)) for name in INDICES}
+
+
+def constants_of(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a call that the graphs take for granted, by flat name.
+
+    Raises:
+        ExportError: a value that JSON cannot hold, or names that are not those of the graph's inputs.
+    """
+    flat = flat_inputs(kwargs)
+    if flat.keys() != set(forms.program.inputs):
+        odd = ", ".join(flat.keys() ^ set(forms.program.inputs))
+        raise ExportError(f"the inputs {odd} have other names in the graph: rename them in the model")
+    python = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
+    for name, value in python.items():
+        if not isinstance(value, bool | int | float | str | None):
+            raise ExportError(f"the call has a {type(value).__name__} as {name}, which a manifest cannot hold")
+    return python | {name: value.tolist() for name, value in forms.program.assumed.items()}
+
+
+def unused_inputs(forms: Forms, kwargs: Mapping[str, Any], specs: Mapping[str, FormSpec]) -> tuple[str, ...]:
+    """Tensors of a call that no form takes, by flat name."""
+    taken = {spec.name for form in specs.values() for spec in form.inputs}
+    tensors = (name for name, value in flat_inputs(kwargs).items() if isinstance(value, torch.Tensor))
+    return tuple(name for name in tensors if name not in taken)
+
+
+def partial_flops(forms: Forms, active: tuple[int, int, int] | None) -> dict[str, int]:
+    """FLOPs of a partial step at each of these M, by M."""
+    flops = {}
+    for size in active or ():
+        budgets = dynamic.budgets_at(forms.plan, size)
+        form = write_form("partial", forms.program, forms.analysis, budgets, forms.plan.extrapolation)
+        flops[str(size)] = graph_flops(form.module)
+    return flops
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -23,6 +23,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .backend import check_finite
 from .errors import EngineError, SessionError
@@ -83,11 +84,12 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         """The tensors of a call on the engine's device, in the exported types.
 
         Raises:
-            EngineError: an input is missing, of another shape, or was not exported.
+            EngineError: an input is missing, of another shape, was not exported, or has another value than the one
+                that the graphs were made for.
         """
         full = form_of(self.manifest, "full")
         specs = {spec.name: spec for spec in full.inputs if spec.role == "model"}
-        given = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        given = self._without_constants(flat_inputs(kwargs))
         if given.keys() != specs.keys():
             raise EngineError(
                 f"the engine was exported for the inputs {', '.join(specs)}, it was called with {', '.join(given)}"
@@ -101,6 +103,23 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
                 )
             inputs[name] = given[name].to(self.device, dtype_of(spec)).contiguous()
         return inputs
+
+    def _without_constants(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of a call that are no constants of the export and are needed."""
+        constants, tensors = self.manifest.constants, {}
+        for name, value in given.items():
+            plain = value.tolist() if isinstance(value, torch.Tensor) and name in constants else value
+            if name in constants and plain != constants[name]:
+                raise EngineError(
+                    f"the engine was exported for another value of {name}, on which its graphs depend: "
+                    "export it with this value"
+                )
+            if isinstance(value, torch.Tensor):
+                if name not in self.manifest.unused:
+                    tensors[name] = value
+            elif name not in constants and value not in (None, False):
+                raise EngineError(f"the engine was exported without {name}, it was called with {name}={value!r}")
+        return tensors
 
     def run_plain(self, inputs: Buffers) -> Buffers:
         """The model without a plan: the baseline form, or a full step whose cache is dropped."""
@@ -222,6 +241,12 @@ def named_sizes(form: FormSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str
         for dim, size in enumerate(spec.shape)
         if isinstance(size, str)
     }
+
+
+def flat_inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, those in lists and dicts one by one: `x_0` is the first of the list `x`."""
+    leaves, _ = pytree.tree_flatten_with_path(dict(kwargs))
+    return {"_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf for path, leaf in leaves}
 
 
 def sized(shape: Sequence[int | str], sizes: Mapping[str, int]) -> list[int]:

@@ -15,7 +15,8 @@ import torch
 
 from hetcache_compile import Plan
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.source import CallShape, Source, load_source
+from hetcache_compile.export.sample_call import CallShape
+from hetcache_compile.export.source import Source, load_source
 from hetcache_compile.export.verify import verify_with_ort
 
 ACTIVE = 27

@@ -26,7 +26,8 @@ pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export.exporter import ExportOptions, export_model, new_folder  # noqa: E402
-from hetcache_compile.export.source import CallShape, load_source  # noqa: E402
+from hetcache_compile.export.sample_call import CallShape  # noqa: E402
+from hetcache_compile.export.source import load_source  # noqa: E402
 from hetcache_compile.export.verify import relative_errors  # noqa: E402
 
 FORMS = [("fp32", 20, False), ("fp32", 23, True)]

@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export import trt
 from hetcache_compile.export.exporter import export_model
-from hetcache_compile.export.source import CallShape
+from hetcache_compile.export.sample_call import CallShape
 from hetcache_compile.export.verify import verify_with_ort
 from hetcache_compile.manifest import Manifest
 
