@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -42,9 +43,11 @@ def read_call(path: Path) -> dict[str, Any]:
     Raises:
         ExportError: no such file, or it holds something else.
     """
+    if not is_zipfile(path):
+        raise ExportError(f"{path} cannot be read as a recorded call: it is no file of torch.save")
     try:
         kwargs = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError) as error:
         raise ExportError(f"{path} cannot be read as a recorded call: {str(error).splitlines()[0]}") from error
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise ExportError(f"{path} holds no keyword arguments: save a dict of them with torch.save")
