@@ -14,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def main() -> None:
     if args.trt:
         from hetcache_compile.export.trt import RTX, build_engines
 
-        finish.append(lambda folder, manifest: build_engines(folder, manifest, RTX, ["8.9"], progress))
+        finish.append(partial(build_engines, kind=RTX, capabilities=["8.9"]))
     manifest = export_model(
         f"{Path(__file__).stem}:wan_vace_1_3b", plan, args.out, ExportOptions(args.dtype), finish=finish,
         progress=progress,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -67,7 +68,6 @@ def export(
     from ..plan import Plan
     from .exporter import ExportOptions, export_model
     from .sample_call import CallShape
-    from .serving import write_triton
     from .trt import build_engines
     from .verify import verify_with_ort
 
@@ -75,11 +75,8 @@ def export(
     checked = _verifies(verify, dtype)
     engines = _engine_kind(trt, dtype, compute_capability or [])
     options = ExportOptions(dtype, _opset(opset), baseline, _sizes(dynamic_active))
+    build = partial(build_engines, kind=engines, capabilities=compute_capability or []) if engines else None
     with progress_bars() as progress:
-        finish: list[Any] = [write_triton]
-        if engines is not None:
-            capabilities = compute_capability or []
-            finish.append(partial(build_engines, kind=engines, capabilities=capabilities, progress=progress))
         manifest = export_model(
             model,
             known_plan,
@@ -89,8 +86,8 @@ def export(
             component=component,
             call=call,
             token_inputs=token_inputs(token_input),
-            checks=[partial(verify_with_ort, progress=progress)] if checked else [],
-            finish=finish,
+            checks=[verify_with_ort] if checked else [],
+            finish=[build] if build else [],
             progress=progress,
         )
     print(f"wrote {out}: {', '.join(form.file for form in manifest.forms.values())}, opset {manifest.opset}")
@@ -163,16 +160,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an error: what is half written is removed
     try:
         app(spread_options(sys.argv[1:]))
-    except HetCacheError as error:
+    except (HetCacheError, OSError) as error:
         print(f"hetcache-export: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"hetcache-export: {error}", file=sys.stderr)
-        sys.exit(2)
-    except MemoryError:
-        print("hetcache-export: not enough memory; export with --dtype fp16 or --no-baseline", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("hetcache-export: interrupted", file=sys.stderr)

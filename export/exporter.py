@@ -18,7 +18,14 @@ import torch
 
 from .. import __version__
 from ..engine import INDICES, flat_inputs
-from ..errors import ExportError, MissingExtraError, Refusal, UnsupportedGraphError
+from ..errors import (
+    ExportError,
+    MissingExtraError,
+    NotEnoughMemoryError,
+    Refusal,
+    UnsupportedGraphError,
+    is_out_of_memory,
+)
 from ..forms import Forms, rewrite, write_form
 from ..manifest import (
     MANIFEST_FILE,
@@ -86,8 +93,8 @@ def export_model(
     component: str = "transformer",
     call: Path | None = None,
     token_inputs: TokenInputs | None = None,
-    checks: Sequence[Callable[[Path, Manifest, Source, Forms], Manifest]] = (),
-    finish: Sequence[Callable[[Path, Manifest], Manifest]] = (),
+    checks: Sequence[Callable[[Path, Manifest, Source, Forms, Progress], Manifest]] = (),
+    finish: Sequence[Callable[..., Manifest]] = (),
     progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Export a model for a plan.
@@ -101,30 +108,33 @@ def export_model(
         component: which of a pipeline's models.
         call: a recorded call (see `sample_call.read_call`); by default one is made up.
         token_inputs: see `hetcache_compile.rewrite`.
-        checks: each gets the folder, the manifest so far, the model and its forms, and returns the manifest.
-        finish: what else to put into the folder (engines) before it appears; each gets the folder and the manifest
-            so far, and returns the manifest. The model is out of memory by then.
+        checks: each gets the folder, the manifest so far, the model, its forms and `progress`, and returns the
+            manifest.
+        finish: what else to put into the folder (engines) before it appears; each gets the folder, the manifest so
+            far and `progress=`, and returns the manifest. The model is out of memory by then.
         progress: called before each part.
 
     Raises:
         ExportError: wrong options, nothing to export, or `out` is in use.
-        UnsupportedGraphError: the model cannot be rewritten, or the plan is for another grid (`GridMismatchError`).
+        UnsupportedGraphError: the model cannot be rewritten.
+        GridMismatchError: the plan is for another grid.
+        NotEnoughMemoryError: in whatever library memory ran out.
     """
     options = options or ExportOptions()
     options.check()
     require_onnx()
-    with new_folder(out) as folder:
+    with _memory_errors(progress) as progress, new_folder(out) as folder:
         progress("loading the model", 0, 1)
         source = load_source(model, shape or CallShape(plan), options.dtype, component, call)
         progress("rewriting", 0, 1)
         forms = rewrite_source(source, plan, token_inputs)
         manifest = write_onnx(folder, source, forms, options, progress)
         for check in checks:
-            manifest = check(folder, manifest, source, forms)
+            manifest = check(folder, manifest, source, forms, progress)
         del source, forms
         gc.collect()
         for step in finish:
-            manifest = step(folder, manifest)
+            manifest = step(folder, manifest, progress=progress)
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
     return manifest
 
@@ -144,9 +154,10 @@ def rewrite_source(source: Source, plan: Plan, token_inputs: TokenInputs | None 
 def write_onnx(
     folder: Path, source: Source, forms: Forms, options: ExportOptions, progress: Progress = lambda *_: None
 ) -> Manifest:
-    """ONNX files, weights, sample inputs and plan; the manifest is returned, not written."""
+    """ONNX files, weights, sample inputs, plan and Triton configurations; the manifest is returned, not written."""
     from .onnx_files import save_forms
     from .samples import write_samples
+    from .serving import write_triton
 
     described = describe(source, forms, options)
     manifest = save_forms(folder, *described, progress)
@@ -154,6 +165,7 @@ def write_onnx(
     tensors = sample_tensors(forms, source.kwargs)
     for kind, form in manifest.forms.items():
         write_samples(folder, kind, form, tensors)
+    write_triton(folder, manifest)
     return manifest
 
 
@@ -310,6 +322,26 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "ort") from error
+
+
+@contextmanager
+def _memory_errors(progress: Progress) -> Iterator[Progress]:
+    """Say in which stage memory ran out, and what needs less of it; `progress`, listened to."""
+    stages = [""]
+
+    def listen(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+        progress(stage, done, total)
+
+    try:
+        yield listen
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"not enough memory for {stages[-1] or 'the export'}: less is needed with --dtype fp16 or bf16, with "
+            "--no-baseline, without --trt, and with --verify none"
+        ) from error
 
 
 @contextmanager

@@ -18,15 +18,14 @@ STEP_KIND = TensorSpec("step_kind", "int32", (1,), "model")
 """Which form a request runs: the value of a `StepKind`."""
 
 
-def write_triton(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the configurations; the manifest is unchanged."""
+def write_triton(folder: Path, manifest: Manifest) -> None:
+    """Write the configurations."""
     configs = {f"hetcache_{kind}": form_config(kind, manifest.forms[kind]) for kind in CACHED_FORMS}
     configs["hetcache"] = sequence_config(manifest)
     for name, text in configs.items():
         path = folder / TRITON_FOLDER / name / "config.pbtxt"
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    return manifest
 
 
 def form_config(kind: str, form: FormSpec) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import exported
 import pytest
+import torch
 
+from hetcache_compile.errors import is_out_of_memory
 from hetcache_compile.manifest import Manifest
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
@@ -97,6 +104,84 @@ def test_bad_options_are_one_clear_line_and_status_2(command, plan_file, tmp_pat
     (line,) = [line for line in err.splitlines() if line.startswith("hetcache-export: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def too_large_for_torch(plan):
+    """torch's own words, from its own allocator."""
+    return torch.nn.Linear(2**30, 2**30), {}
+
+
+def too_large_for_python(plan):
+    return bytearray(2**62)
+
+
+@pytest.mark.parametrize("factory", ["too_large_for_torch", "too_large_for_python"])
+def test_a_model_too_large_for_memory_is_one_clear_line_and_leaves_nothing(command, plan_file, tmp_path, factory):
+    before = set(tmp_path.iterdir())
+    status, _, err = command(f"test_export_cli:{factory}", "--plan", plan_file, "--out", tmp_path / "out")
+    check_memory_line(status, err, "loading the model")
+    assert set(tmp_path.iterdir()) == before
+
+
+def check_memory_line(status, err, stage):
+    assert status == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("hetcache-export: ")]
+    assert line.startswith(f"hetcache-export: not enough memory for {stage}: less is needed with --dtype fp16")
+    assert "Traceback" not in err
+
+
+class OrtStatusError(Exception):
+    """onnxruntime's errors derive from Exception only."""
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "stage"),
+    [
+        ("capture._export", MemoryError(), "rewriting"),
+        ("export.to_onnx.optimizer.optimize", MemoryError("std::bad_alloc"), "writing ONNX"),
+        ("export.onnx_files.onnx.checker.check_model", MemoryError(), "writing ONNX"),
+        (
+            "runners.OrtRunner.prepare",
+            OrtStatusError("[ONNXRuntimeError] : 6 : bad allocation"),
+            "checking with onnxruntime",
+        ),
+    ],
+)
+def test_memory_that_runs_out_in_a_library_is_one_clear_line_and_keeps_the_old_export(
+    command, plan_file, tmp_path, monkeypatch, place, error, stage
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"hetcache_compile.{place}", fail)
+    before = set(tmp_path.iterdir())
+    status, _, err = command("exported:tiny_dit", "--plan", plan_file, "--out", out, "--no-baseline")
+    check_memory_line(status, err, stage)
+    assert set(tmp_path.iterdir()) == before
+    assert (out / "manifest.json").read_text() == "old"
+
+
+def test_other_errors_do_not_blame_the_memory():
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+
+
+def test_a_terminated_export_leaves_nothing(plan_file, tmp_path):
+    before = set(tmp_path.iterdir())
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from hetcache_compile.export.cli import main; main()"
+    arguments = ["test_export_cli:terminate_me", "--plan", plan_file, "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, Path(__file__).parent, *arguments], check=False)
+    assert done.returncode == 143
+    assert set(tmp_path.iterdir()) == before
+
+
+def terminate_me(plan):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
 
 
 def test_a_missing_plan_is_one_clear_line(command, tmp_path):
