@@ -248,7 +248,10 @@ def test_bench_engine_times_every_form(folder, tmp_path, monkeypatch, capsys):
 def test_bench_engine_times_other_budgets_of_an_export_with_free_sizes(opset):
     result = latency.bench_engine(exported.export("fp32", opset, True), "ort-cpu", 2, lambda *_: None)
     assert list(result["by_active_share"]) == [f"{active / models.NUM_TOKENS:.3f}" for active in (20, 27, 40)]
-    assert all(ratio > 0 for ratio in result["by_active_share"].values())
+    ratios = [at["flop_ratio"] for at in result["by_active_share"].values()]
+    assert ratios == sorted(ratios)
+    assert ratios[1] == result["forms"]["partial"]["flop_ratio"]
+    assert all(at["time_ratio"] > 0 for at in result["by_active_share"].values())
     assert "partial / full by M/N" in latency.conclusions(result)[0]
 
 

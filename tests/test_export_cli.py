@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import exported
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export import cli
+from hetcache_compile.export.exporter import ExportOptions, export_model
 
 
 @pytest.fixture
@@ -60,10 +62,33 @@ def test_export_with_engines_from_the_command_line(command, plan_file, tmp_path)
     state = (out / "triton" / "hetcache" / "config.pbtxt").read_text()
     for entry in manifest.cache:
         assert f'state [ {{ input_name: "{entry.input}" output_name: "{entry.output}" data_type: TYPE_FP32' in state
+    check_initial_states(out / "triton" / "hetcache", manifest, state)
     config = (out / "triton" / "hetcache_partial" / "config.pbtxt").read_text()
     for name in (spec.name for spec in (*manifest.forms["partial"].inputs, *manifest.forms["partial"].outputs)):
         assert config.count(f'"{name}"') == 1
     assert config.count("{") == config.count("}")
+
+
+def check_initial_states(folder, manifest, config):
+    begun = {entry.input: entry for entry in manifest.cache if entry.initial is not None}
+    files = {path.name: path for path in (folder / "initial_state").glob("*")}
+    assert files.keys() == begun.keys()
+    assert config.count("data_file") == len(begun)
+    for name, path in files.items():
+        assert f'data_file: "{name}"' in config
+        values = np.fromfile(path, dtype=begun[name].dtype)
+        assert values.size == np.prod(begun[name].shape)
+        assert (values == np.float32(begun[name].initial)).all()
+
+
+def test_initial_states_of_an_extrapolating_model_are_files(tmp_path):
+    folder = tmp_path / "free"
+    plan = exported.plan_of(extrapolation=1)
+    export_model(str(exported.checkpoint()), plan, folder, ExportOptions(baseline=False), shape=exported.shape())
+    manifest = Manifest.load(folder)
+    state = (folder / "triton" / "hetcache" / "config.pbtxt").read_text()
+    assert "past_output.0.times" in {entry.input for entry in manifest.cache if entry.initial is not None}
+    check_initial_states(folder / "triton" / "hetcache", manifest, state)
 
 
 def test_help_suffices(command):
