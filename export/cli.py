@@ -73,9 +73,9 @@ def export(
 
     known_plan = Plan.load(plan)
     checked = _verifies(verify, dtype)
-    engines = _engine_kind(trt, dtype, compute_capability or [])
+    engine_kind = _engine_kind(trt, dtype, compute_capability or [])
     options = ExportOptions(dtype, _opset(opset), baseline, _sizes(dynamic_active))
-    build = partial(build_engines, kind=engines, capabilities=compute_capability or []) if engines else None
+    build = partial(build_engines, kind=engine_kind, capabilities=compute_capability or []) if engine_kind else None
     with progress_bars() as progress:
         manifest = export_model(
             model,

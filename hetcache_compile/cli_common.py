@@ -33,6 +33,11 @@ Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Frames = Annotated[int, typer.Option(help="Frames to edit: one more than a multiple of 4.", min=1)]
 Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
 Width = Annotated[int, typer.Option(help="Width in pixels.", min=1)]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance; 1 turns it off. [default: 5; reference model: 2]")
+]
+TextTokens = Annotated[int | None, typer.Option(help="Text tokens. [default: 512; reference model: 16]", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.")]
 TokenInput = Annotated[
     list[str] | None,

@@ -25,31 +25,16 @@ from hetcache_compile.export.exporter import ExportOptions, export_model
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hetcache-export", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def plan_file(tmp_path):
     path = tmp_path / "edit.hetplan"
     exported.plan_of().save(path)
     return path
 
 
-def test_export_with_engines_from_the_command_line(command, plan_file, tmp_path):
+def test_export_with_engines_from_the_command_line(export_command, plan_file, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
     out = tmp_path / "engine"
-    status, text, err = command(
+    status, text, err = export_command(
         "exported:tiny_dit", "--plan", plan_file, "--out", out, "--no-baseline",
         "--trt=rtx", "--compute-capability", "8.9", "12.0",
     )  # fmt: skip
@@ -91,8 +76,8 @@ def test_initial_states_of_an_extrapolating_model_are_files(tmp_path):
     check_initial_states(folder / "triton" / "hetcache", manifest, state)
 
 
-def test_help_suffices(command):
-    status, text, _ = command("--help")
+def test_help_suffices(export_command):
+    status, text, _ = export_command("--help")
     assert status == 0
     for option in ("--plan", "--trt", "--compute-capability", "--dynamic-active", "--verify", "--opset"):
         assert option in text
@@ -120,11 +105,11 @@ def test_bare_options_are_spread_for_the_parser():
         (("--component", "vae"), "has no config.json"),
     ],
 )
-def test_bad_options_are_one_clear_line_and_status_2(command, plan_file, tmp_path, extra, message):
+def test_bad_options_are_one_clear_line_and_status_2(export_command, plan_file, tmp_path, extra, message):
     model = tmp_path / "pipeline"
     model.mkdir()
     (model / "model_index.json").write_text("{}")
-    status, _, err = command(model, "--plan", plan_file, "--out", tmp_path / "out", *extra)
+    status, _, err = export_command(model, "--plan", plan_file, "--out", tmp_path / "out", *extra)
     assert status == 2
     (line,) = [line for line in err.splitlines() if line.startswith("hetcache-export: ")]
     assert message in line
@@ -141,9 +126,11 @@ def too_large_for_python(plan):
 
 
 @pytest.mark.parametrize("factory", ["too_large_for_torch", "too_large_for_python"])
-def test_a_model_too_large_for_memory_is_one_clear_line_and_leaves_nothing(command, plan_file, tmp_path, factory):
+def test_a_model_too_large_for_memory_is_one_clear_line_and_leaves_nothing(
+    export_command, plan_file, tmp_path, factory
+):
     before = set(tmp_path.iterdir())
-    status, _, err = command(f"test_export_cli:{factory}", "--plan", plan_file, "--out", tmp_path / "out")
+    status, _, err = export_command(f"test_export_cli:{factory}", "--plan", plan_file, "--out", tmp_path / "out")
     check_memory_line(status, err, "loading the model")
     assert set(tmp_path.iterdir()) == before
 
@@ -173,7 +160,7 @@ class OrtStatusError(Exception):
     ],
 )
 def test_memory_that_runs_out_in_a_library_is_one_clear_line_and_keeps_the_old_export(
-    command, plan_file, tmp_path, monkeypatch, place, error, stage
+    export_command, plan_file, tmp_path, monkeypatch, place, error, stage
 ):
     out = tmp_path / "out"
     out.mkdir()
@@ -184,7 +171,7 @@ def test_memory_that_runs_out_in_a_library_is_one_clear_line_and_keeps_the_old_e
 
     monkeypatch.setattr(f"hetcache_compile.{place}", fail)
     before = set(tmp_path.iterdir())
-    status, _, err = command("exported:tiny_dit", "--plan", plan_file, "--out", out, "--no-baseline")
+    status, _, err = export_command("exported:tiny_dit", "--plan", plan_file, "--out", out, "--no-baseline")
     check_memory_line(status, err, stage)
     assert set(tmp_path.iterdir()) == before
     assert (out / "manifest.json").read_text() == "old"
@@ -209,7 +196,7 @@ def terminate_me(plan):
     time.sleep(60)
 
 
-def test_a_missing_plan_is_one_clear_line(command, tmp_path):
-    status, _, err = command("nowhere", "--plan", tmp_path / "no.hetplan", "--out", tmp_path / "out")
+def test_a_missing_plan_is_one_clear_line(export_command, tmp_path):
+    status, _, err = export_command("nowhere", "--plan", tmp_path / "no.hetplan", "--out", tmp_path / "out")
     assert status == 2
     assert "no plan at" in err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from hetcache_compile.manifest import Manifest
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export import cli
 
 TEXT = 11
 BY_NAME = {entry.name: entry for entry in ENTRIES}
@@ -72,33 +70,19 @@ def test_a_call_of_the_plans_size_is_made_up(name):
         assert made.shape == given.shape
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hetcache-export", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def export(command, name, tmp_path, *extra):
+def export(export_command, name, tmp_path, *extra):
     entry = BY_NAME[name]
     built(name).save_pretrained(tmp_path / "model")
     plan_of(entry).save(tmp_path / "edit.hetplan")
     out = tmp_path / "engine"
-    return out, command(
+    return out, export_command(
         tmp_path / "model", "--plan", tmp_path / "edit.hetplan", "--out", out, "--text-tokens", TEXT, *extra
     )
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_folders_of_other_models_are_exported_and_checked(name, command, tmp_path):
-    out, (status, text, err) = export(command, name, tmp_path)
+def test_folders_of_other_models_are_exported_and_checked(name, export_command, tmp_path):
+    out, (status, text, err) = export(export_command, name, tmp_path)
     assert status == 0, err
     assert "checked with ort-cpu" in text
     manifest = Manifest.load(out)
@@ -113,11 +97,11 @@ def test_folders_of_other_models_are_exported_and_checked(name, command, tmp_pat
     assert float((loaded(**kwargs, return_dict=False)[0] - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-def test_a_recorded_call_is_used_as_it_is(command, tmp_path):
+def test_a_recorded_call_is_used_as_it_is(export_command, tmp_path):
     name = "LTXVideoTransformer3DModel"
     recorded = BY_NAME[name].inputs(seed=3)
     torch.save(recorded, tmp_path / "call.pt")
-    out, (status, _, err) = export(command, name, tmp_path, "--call", tmp_path / "call.pt", "--no-baseline")
+    out, (status, _, err) = export(export_command, name, tmp_path, "--call", tmp_path / "call.pt", "--no-baseline")
     assert status == 0, err
     manifest = Manifest.load(out)
     assert manifest.constants == {"num_frames": 3, "height": 5, "width": 7}
@@ -147,26 +131,26 @@ def test_what_is_no_recorded_call_is_one_clear_line(tmp_path):
         ("LatteTransformer3DModel", "has 3 frames, and the model takes pictures"),
     ],
 )
-def test_a_model_that_is_not_known_says_what_to_do(name, message, command, tmp_path):
-    out, (status, _, err) = export(command, name, tmp_path)
+def test_a_model_that_is_not_known_says_what_to_do(name, message, export_command, tmp_path):
+    out, (status, _, err) = export(export_command, name, tmp_path)
     assert status == 2
     (line,) = [line for line in err.splitlines() if line.startswith("hetcache-export: ")]
     assert message in line
     assert not out.exists()
 
 
-def test_where_a_made_up_call_fails_the_error_says_that_it_was_made_up(command, tmp_path):
-    out, (status, _, err) = export(command, "DiTTransformer2DModel", tmp_path)
+def test_where_a_made_up_call_fails_the_error_says_that_it_was_made_up(export_command, tmp_path):
+    out, (status, _, err) = export(export_command, "DiTTransformer2DModel", tmp_path)
     assert status == 2
     assert "the sample call (hidden_states, timestep) was made up" in err
     assert "--call FILE" in err
     assert not out.exists()
 
 
-def test_a_mask_that_the_graph_depends_on_is_part_of_the_export(command, tmp_path):
+def test_a_mask_that_the_graph_depends_on_is_part_of_the_export(export_command, tmp_path):
     """Mochi's attention drops masked text: the graph is for one mask, and the engine takes no other."""
     name = "MochiTransformer3DModel"
-    out, (status, _, err) = export(command, name, tmp_path, "--no-baseline", "--verify", "none")
+    out, (status, _, err) = export(export_command, name, tmp_path, "--no-baseline", "--verify", "none")
     assert status == 0, err
     manifest = Manifest.load(out)
     assert manifest.constants == {"encoder_attention_mask": [[True] * TEXT]}
