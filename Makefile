@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench front drift clean
+.PHONY: demo test check bench bench-size front drift clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,11 @@ build/typings:
 
 bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into README.md
 	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/tables.py
+
+bench-size: .venv/ready   ## export the real 1.3B architecture (4 minutes, 5 GiB), and put the figures into README.md
+	$(BIN)/python benchmarks/export_size.py --out out/export_size
 	$(BIN)/python benchmarks/tables.py
 
 front: .venv/ready   ## fidelity against time, also of other caches, into README.md (hours; goes on where it was cut short)

@@ -17,7 +17,7 @@ from hetcache_compile import reference
 from hetcache_compile.editing import EditRequest, make_plan
 from hetcache_compile.export import latency
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.source import CallShape
+from hetcache_compile.export.sample_call import CallShape
 from hetcache_compile.export.trt import build_engines
 from hetcache_compile.manifest import Manifest
 

@@ -1,6 +1,7 @@
 """Export the real Wan2.1-VACE-1.3B architecture with random weights, and say what it takes.
 
-    python benchmarks/export_size.py --out out/engine        # writes benchmarks/results/export_size.json
+    python benchmarks/export_size.py --out out/engine         # writes benchmarks/results/export_size.json
+    python benchmarks/export_size.py --out out/engine --trt   # ... and builds engines: export_size_trt.json
 
 Nothing is computed, so the token grid is the real one of 33 frames at 480 x 832.
 """
@@ -13,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ def main() -> None:
     if args.trt:
         from hetcache_compile.export.trt import RTX, build_engines
 
-        finish.append(lambda folder, manifest, *_: build_engines(folder, manifest, RTX, ["8.9"], progress))
+        finish.append(partial(build_engines, kind=RTX, capabilities=["8.9"]))
     manifest = export_model(
         f"{Path(__file__).stem}:wan_vace_1_3b", plan, args.out, ExportOptions(args.dtype), finish=finish,
         progress=progress,
@@ -89,7 +91,7 @@ def main() -> None:
         },
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "export_size.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"export_size{'_trt' * args.trt}.json").write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(args.out)
     print(json.dumps(result, indent=2))
 

@@ -19,11 +19,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import WanVACETransformer3DModel
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hetcache_compile as hetcache
 from hetcache_compile.backend import hetcache_backend, inner_backend
 from hetcache_compile.forms import buffered
+from hetcache_compile.passes.flops import flop_counter
 from hetcache_compile.report import processor_name
 from hetcache_compile.timing import Stopwatch
 
@@ -58,16 +58,6 @@ def build(width: int, layers: int, control_layers: int, device: str, dtype: torc
     return model, kwargs
 
 
-def attention_flops(query, key, value, *_, **__) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def count_flops() -> FlopCounterMode:
-    """torch's counter, told that attention on a CPU is attention too."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={attention: attention_flops})
-
-
 def prepare(forms, kind: str, kwargs: dict, inner):
     """A compiled form with its cache in place, as the backend runs it, and its FLOPs by torch's counter."""
     form = buffered(forms.by_kind[kind], forms.plan)
@@ -76,7 +66,7 @@ def prepare(forms, kind: str, kwargs: dict, inner):
     indices = [torch.as_tensor(getattr(forms.plan, name), device=device) for name in form.indices]
     cache = [torch.randn(e.shape, device=device).to(e.dtype) for e in form.reads]
     arguments = [*inputs, *indices, *cache]
-    with count_flops() as counter:
+    with flop_counter() as counter:
         form.module(*arguments)
     return inner(form.module, arguments), arguments, counter.get_total_flops()
 
@@ -145,7 +135,7 @@ def main() -> None:
                 runs[name] = run, arguments
     plain = torch.compile(model, backend=args.inner, fullgraph=True)
     runs["plain"] = (lambda *_: plain(**kwargs)), [kwargs["hidden_states"]]
-    with count_flops() as counter:
+    with flop_counter() as counter:
         model(**kwargs)
     flops["plain"] = counter.get_total_flops()
     seconds = time_interleaved(runs, args.rounds)

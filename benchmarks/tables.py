@@ -57,7 +57,40 @@ def reference_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def engine_table(result: dict) -> str:
+    forms, shares = result["forms"], result["by_active_share"]
+    rows = ["| form | time / full | FLOPs / full | time ratio / FLOP ratio |", "| --- | --- | --- | --- |"]
+    named = {"plain (no cache outputs)": forms["plain"], "full": forms["full"]}
+    named |= {f"partial, M/N = {float(share):g}": at for share, at in sorted(shares.items(), reverse=True)}
+    named["reuse"] = forms["reuse"]
+    for name, row in named.items():
+        excess = f"{row['time_ratio'] / row['flop_ratio']:.2f}" if row["flop_ratio"] else "-"
+        rows.append(f"| {name} | {row['time_ratio']:.3f} | {row['flop_ratio']:.3f} | {excess} |")
+    steps = ", ".join(f"{count} {kind}" for kind, count in result["steps"].items())
+    rows.append("")
+    rows.append(
+        f"Reference model, {result['num_tokens']} tokens, opset {result['opset']}, free sizes, {result['dtype']}; "
+        f"{result['runs_on']}, {result['processor']}, {result['threads']} threads; medians of {result['rounds']} "
+        f"interleaved rounds. The plan ({steps}) would take {result['predicted_speedup']:.1f}x less time than the "
+        f"plain form at every step: `{result['command']}`."
+    )
+    return "\n".join(rows)
+
+
+def export_size_table(result: dict) -> str:
+    model, grid = result["model"], result["grid"]
+    tokens = grid[0] * grid[1] * grid[2]
+    return (
+        f"The Wan2.1-VACE-1.3B architecture ({model['num_layers']} + {len(model['vace_layers'])} blocks) with random "
+        f"{result['dtype']} weights and {tokens:,} tokens exports in {result['seconds']:.0f} s within "
+        f"{result['peak_gib']:.1f} GiB; its weights are {result['weights_bytes'] / 2**30:.1f} GiB: "
+        f"`{result['command']} --out DIR`."
+    )
+
+
 PAGES = {
+    "engine": (engine_table, "README.md"),
+    "export_size": (export_size_table, "README.md"),
     "front": (front_table, "README.md"),
     "steps": (steps_table, "README.md"),
     "reference": (reference_table, "hetcache_compile/reference/MODEL_CARD.md"),

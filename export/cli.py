@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..cli_common import TokenInput, progress_bars, token_inputs
 from ..errors import ExportError, HetCacheError
 
+if TYPE_CHECKING:
+    from .trt import EngineKind
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console(stderr=True)
 
 
 @app.command()
@@ -53,6 +53,11 @@ def export(
     component: Annotated[str, typer.Option(help="Which model of the pipeline.")] = "transformer",
     batch: Annotated[int, typer.Option(help="Batch of a call; 2 for guidance in one call.", min=1)] = 1,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of a call.", min=1)] = 512,
+    call: Annotated[
+        Path | None,
+        typer.Option(help="A real call of the model: its keyword arguments, saved with torch.save. See the README."),
+    ] = None,
+    token_input: TokenInput = None,
     baseline: Annotated[bool, typer.Option(help="Export the unmodified model too, to measure against.")] = True,
 ) -> None:
     """Export a model's full, partial and reuse forms to ONNX and TensorRT, with the cache as inputs and outputs.
@@ -62,11 +67,16 @@ def export(
     """
     from ..plan import Plan
     from .exporter import ExportOptions, export_model
-    from .source import CallShape
+    from .sample_call import CallShape
+    from .trt import build_engines
+    from .verify import verify_with_ort
 
     known_plan = Plan.load(plan)
+    checked = _verifies(verify, dtype)
+    engine_kind = _engine_kind(trt, dtype, compute_capability or [])
     options = ExportOptions(dtype, _opset(opset), baseline, _sizes(dynamic_active))
-    with _progress() as progress:
+    build = partial(build_engines, kind=engine_kind, capabilities=compute_capability or []) if engine_kind else None
+    with progress_bars() as progress:
         manifest = export_model(
             model,
             known_plan,
@@ -74,7 +84,10 @@ def export(
             options,
             shape=CallShape(known_plan, batch, text_tokens),
             component=component,
-            finish=_finishers(trt, verify, dtype, compute_capability or [], progress),
+            call=call,
+            token_inputs=token_inputs(token_input),
+            checks=[verify_with_ort] if checked else [],
+            finish=[build] if build else [],
             progress=progress,
         )
     print(f"wrote {out}: {', '.join(form.file for form in manifest.forms.values())}, opset {manifest.opset}")
@@ -86,25 +99,21 @@ def export(
         print(f"{len(engines.forms)} {kind} engines for {targets}{ran}")
 
 
-def _finishers(trt: str, verify: str, dtype: str, capabilities: list[str], progress: Any) -> list[Any]:
-    """What to do after the ONNX files are written; wrong options and missing packages are found before."""
-    from .serving import write_triton
-    from .trt import build_engines, check_capabilities, choose_kind
-    from .verify import verify_with_ort
+def _engine_kind(trt: str, dtype: str, capabilities: list[str]) -> EngineKind | None:
+    """Which engines to build; wrong options and missing packages are found before anything is written."""
+    from .trt import check_capabilities, choose_kind
 
-    steps: list[Any] = [lambda folder, manifest, *_: write_triton(folder, manifest)]
-    if _verifies(verify, dtype):
-        steps.append(functools.partial(verify_with_ort, progress=progress))
-    if capabilities and trt == "none":
-        raise ExportError("--compute-capability needs --trt=rtx")
-    if trt != "none":
-        kind = choose_kind(trt)
-        check_capabilities(kind, capabilities, dtype)
-        steps.append(lambda folder, manifest, *_: build_engines(folder, manifest, kind, capabilities, progress))
-    return steps
+    if trt == "none":
+        if capabilities:
+            raise ExportError("--compute-capability needs --trt=rtx")
+        return None
+    kind = choose_kind(trt)
+    check_capabilities(kind, capabilities, dtype)
+    return kind
 
 
 def _verifies(verify: str, dtype: str) -> bool:
+    """Whether to compare with torch on onnxruntime."""
     from importlib.util import find_spec
 
     if verify not in ("auto", "ort", "none"):
@@ -132,25 +141,6 @@ def _sizes(text: str | None) -> tuple[int, int, int] | None:
     return smallest, usual, largest
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar for each stage: a function of stage, what is done, and how much there is."""
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for task in bars.tasks:  # a stage is done when the next one begins
-                    bars.update(task.id, completed=task.total)
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield update
-        for task in bars.tasks:
-            bars.update(task.id, completed=task.total)
-
-
 def spread_options(arguments: list[str]) -> list[str]:
     """What click lacks: `--trt` without a value is auto, and `--compute-capability 8.9 12.0` takes several."""
     spread: list[str] = []
@@ -170,16 +160,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an error: what is half written is removed
     try:
         app(spread_options(sys.argv[1:]))
-    except HetCacheError as error:
+    except (HetCacheError, OSError) as error:
         print(f"hetcache-export: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"hetcache-export: {error}", file=sys.stderr)
-        sys.exit(2)
-    except MemoryError:
-        print("hetcache-export: not enough memory; export with --dtype fp16 or --no-baseline", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("hetcache-export: interrupted", file=sys.stderr)

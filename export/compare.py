@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..engine import BUDGETS, sized
 from ..errors import HetCacheError, MissingExtraError
 from ..forms import Forms, rewrite
 from ..manifest import FormSpec, Manifest
 from ..plan import Plan
 from ..runners import TENSORRT_PROVIDERS, TensorRTRunner, has_driver
 from .load_samples import read
+from .sample_call import CallShape
 from .samples import SAMPLES_FOLDER
-from .source import CallShape, load_source
+from .source import load_source
 from .verify import TOLERANCES
 
 Arrays = dict[str, Any]
@@ -93,10 +95,10 @@ def tensorrt_function(folder: Path, manifest: Manifest, provider: str, kind: str
 
     def run(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         inputs = {name: tensor.to(runner.device) for name, tensor in tensors.items()}
-        sizes = {name: getattr(manifest.plan, name) for name in manifest.dynamic_dims}
+        sizes = {name: getattr(manifest.plan, name) for name in BUDGETS}
         outputs = {
             spec.name: torch.empty(
-                [size if isinstance(size, int) else sizes[size] for size in spec.shape],
+                sized(spec.shape, sizes),
                 dtype=getattr(torch, spec.dtype), device=runner.device,
             )
             for spec in manifest.forms[kind].outputs

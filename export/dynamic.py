@@ -40,10 +40,20 @@ def dynamic_dims(plan: Plan, active: tuple[int, int, int]) -> dict[str, DynamicD
             f"M = {plan.num_active}; got {smallest}:{usual}:{largest}"
         )
     dims = {"num_active": DynamicDim(smallest, usual, largest)}
-    if plan.num_active + plan.num_context == plan.num_tokens:
-        counts = (plan.num_tokens - size for size in (largest, usual, smallest))
+    if caches_all(plan):
+        counts = (budgets_at(plan, size).num_context for size in (largest, usual, smallest))
         dims["num_context"] = DynamicDim(*counts)
     return dims
+
+
+def budgets_at(plan: Plan, num_active: int) -> Budgets:
+    """The budgets of another M: C follows it where the plan caches every inactive token."""
+    return Budgets(num_active, plan.num_tokens - num_active if caches_all(plan) else plan.num_context)
+
+
+def caches_all(plan: Plan) -> bool:
+    """Whether every inactive token is cached."""
+    return plan.num_active + plan.num_context == plan.num_tokens
 
 
 def second_budgets(budgets: Budgets, dims: Mapping[str, DynamicDim]) -> Budgets:

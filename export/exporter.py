@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -16,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
-from ..errors import ExportError, MissingExtraError
+from ..engine import BUDGETS, flat_inputs
+from ..errors import (
+    ExportError,
+    MissingExtraError,
+    NotEnoughMemoryError,
+    Refusal,
+    UnsupportedGraphError,
+    is_out_of_memory,
+)
 from ..forms import Forms, rewrite, write_form
 from ..manifest import (
     MANIFEST_FILE,
@@ -28,18 +37,19 @@ from ..manifest import (
     WeightsSpec,
 )
 from ..passes.cache import CacheEntry
+from ..passes.flops import graph_flops
 from ..passes.forms import Form
+from ..passes.inputs import TokenInputs
 from . import dynamic
-from .flops import count_flops
 from .lower import FIRST_FUSED_OPSET, Lowered, lower
-from .source import CallShape, Source, describe_model, load_source
+from .sample_call import REMEDY, CallShape
+from .source import Source, describe_model, load_source
 
 if TYPE_CHECKING:
     from ..plan import Plan
 
 PLAN_FILE = "plan.hetplan"
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "numpy")
-INDICES = ("active_index", "context_index")
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
 
@@ -65,8 +75,14 @@ class ExportOptions:
         """The opset, chosen by the type where it is not given."""
         return self.opset or (FIRST_FUSED_OPSET if self.dtype == "bf16" else 20)
 
-    def check(self) -> None:
-        """Raise `ExportError` for what ONNX cannot express."""
+    def check(self, plan: Plan) -> None:
+        """Raise `ExportError` for what ONNX cannot express, and what engines cannot do."""
+        if plan.selects_at_run_time:
+            raise ExportError(
+                f"engines keep their active tokens: make the plan with selection=uniform, not {plan.selection}"
+            )
+        if self.dynamic_active and plan.num_merged < plan.num_context:
+            raise ExportError("--dynamic-active needs all cached tokens: make the plan with merged_ratio=1")
         if not 20 <= self.actual_opset <= 25:
             raise ExportError(f"opset must be from 20 to 25, got {self.opset}")
         if self.dtype == "bf16" and self.actual_opset < FIRST_FUSED_OPSET:
@@ -81,7 +97,10 @@ def export_model(
     *,
     shape: CallShape | None = None,
     component: str = "transformer",
-    finish: Sequence[Callable[[Path, Manifest, Source, Forms], Manifest]] = (),
+    call: Path | None = None,
+    token_inputs: TokenInputs | None = None,
+    checks: Sequence[Callable[[Path, Manifest, Source, Forms, Progress], Manifest]] = (),
+    finish: Sequence[Callable[..., Manifest]] = (),
     progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Export a model for a plan.
@@ -93,35 +112,58 @@ def export_model(
         options: how to export.
         shape: batch and text length of the calls.
         component: which of a pipeline's models.
-        finish: what else to put into the folder (checks, engines) before it appears; each step gets the folder,
-            the manifest so far, the model and its forms, and returns the manifest.
+        call: a recorded call (see `sample_call.read_call`); by default one is made up.
+        token_inputs: see `hetcache_compile.rewrite`.
+        checks: each gets the folder, the manifest so far, the model, its forms and `progress`, and returns the
+            manifest.
+        finish: what else to put into the folder (engines) before it appears; each gets the folder, the manifest so
+            far and `progress=`, and returns the manifest. The model is out of memory by then.
         progress: called before each part.
 
     Raises:
         ExportError: wrong options, nothing to export, or `out` is in use.
         UnsupportedGraphError: the model cannot be rewritten.
+        GridMismatchError: the plan is for another grid.
+        NotEnoughMemoryError: in whatever library memory ran out.
     """
     options = options or ExportOptions()
-    options.check()
+    options.check(plan)
     require_onnx()
-    with new_folder(out) as folder:
+    with _memory_errors(progress) as progress, new_folder(out) as folder:
         progress("loading the model", 0, 1)
-        source = load_source(model, shape or CallShape(plan), options.dtype, component)
+        source = load_source(model, shape or CallShape(plan), options.dtype, component, call)
         progress("rewriting", 0, 1)
-        forms = rewrite(source.model, plan, kwargs=source.kwargs)
+        forms = rewrite_source(source, plan, token_inputs)
         manifest = write_onnx(folder, source, forms, options, progress)
+        for check in checks:
+            manifest = check(folder, manifest, source, forms, progress)
+        del source, forms
+        gc.collect()
         for step in finish:
-            manifest = step(folder, manifest, source, forms)
+            manifest = step(folder, manifest, progress=progress)
         (folder / MANIFEST_FILE).write_text(manifest.to_json())
     return manifest
+
+
+def rewrite_source(source: Source, plan: Plan, token_inputs: TokenInputs | None = None) -> Forms:
+    """The forms of a model; where its call was made up, an error says that this may be the reason."""
+    try:
+        return rewrite(source.model, plan, kwargs=source.kwargs, token_inputs=token_inputs)
+    except UnsupportedGraphError as error:
+        if not source.made_up:
+            raise
+        names = ", ".join(source.kwargs)
+        hint = f"the sample call ({names}) was made up from the model's config: if it is not how the model is called"
+        raise UnsupportedGraphError([*error.reasons, Refusal(hint, help=REMEDY)]) from error
 
 
 def write_onnx(
     folder: Path, source: Source, forms: Forms, options: ExportOptions, progress: Progress = lambda *_: None
 ) -> Manifest:
-    """ONNX files, weights, sample inputs and plan; the manifest is returned, not written."""
+    """ONNX files, weights, sample inputs, plan and Triton configurations; the manifest is returned, not written."""
     from .onnx_files import save_forms
     from .samples import write_samples
+    from .serving import write_triton
 
     described = describe(source, forms, options)
     manifest = save_forms(folder, *described, progress)
@@ -129,6 +171,7 @@ def write_onnx(
     tensors = sample_tensors(forms, source.kwargs)
     for kind, form in manifest.forms.items():
         write_samples(folder, kind, form, tensors)
+    write_triton(folder, manifest)
     return manifest
 
 
@@ -151,14 +194,18 @@ def describe(source: Source, forms: Forms, options: ExportOptions) -> tuple[dict
         cache = dynamic.named_cache(cache, tuple(map(cache_spec, by_kind["full"].writes)), dims)
     plan = forms.plan
     steps = "".join(kind.letter for kind in plan.steps)
+    sizes = plan.num_active, plan.num_context, plan.num_merged
     manifest = Manifest(
         model=describe_model(source.model),
-        plan=PlanSpec(PLAN_FILE, plan.grid, plan.num_tokens, plan.num_active, plan.num_context, steps),
+        plan=PlanSpec(PLAN_FILE, plan.grid, plan.num_tokens, *sizes, steps),
         dtype=options.dtype,
         opset=options.actual_opset,
         versions=versions(),
         latents=forms.analysis.token_sources,
+        constants=constants_of(forms, source.kwargs),
+        unused=unused_inputs(forms, source.kwargs, specs),
         dynamic_dims=dims,
+        partial_flops=partial_flops(forms, options.dynamic_active),
         forms=specs,
         cache=cache,
         layers=layers_of(forms.cache_entries),
@@ -176,7 +223,7 @@ def lower_forms(
         to_export["plain"] = Form("plain", forms.program.module, (), (), ())
     lowered = {kind: lower(form, forms.program, options.actual_opset) for kind, form in to_export.items()}
     specs = {
-        kind: FormSpec(f"{kind}.onnx", "", count_flops(form), *io_of(form, lowered[kind]))
+        kind: FormSpec(f"{kind}.onnx", "", graph_flops(form.module), *io_of(form, lowered[kind]))
         for kind, form in to_export.items()
     }
     return lowered, specs
@@ -219,7 +266,42 @@ def sample_tensors(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, torch.T
         for name, value in zip(placeholders, values, strict=True)
         if name in forms.program.inputs and isinstance(value, torch.Tensor)
     }
-    return tensors | {name: torch.as_tensor(getattr(forms.plan, name)) for name in INDICES}
+    indices = dict.fromkeys((*BUDGETS.values(), *(name for form in forms.by_kind.values() for name in form.indices)))
+    return tensors | {name: torch.as_tensor(getattr(forms.plan, name)) for name in indices}
+
+
+def constants_of(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a call that the graphs take for granted, by flat name.
+
+    Raises:
+        ExportError: a value that JSON cannot hold, or names that are not those of the graph's inputs.
+    """
+    flat = flat_inputs(kwargs)
+    if flat.keys() != set(forms.program.inputs):
+        odd = ", ".join(flat.keys() ^ set(forms.program.inputs))
+        raise ExportError(f"the inputs {odd} have other names in the graph: rename them in the model")
+    python = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
+    for name, value in python.items():
+        if not isinstance(value, bool | int | float | str | None):
+            raise ExportError(f"the call has a {type(value).__name__} as {name}, which a manifest cannot hold")
+    return python | {name: value.tolist() for name, value in forms.program.assumed.items()}
+
+
+def unused_inputs(forms: Forms, kwargs: Mapping[str, Any], specs: Mapping[str, FormSpec]) -> tuple[str, ...]:
+    """Tensors of a call that no form takes, by flat name."""
+    taken = {spec.name for form in specs.values() for spec in form.inputs}
+    tensors = (name for name, value in flat_inputs(kwargs).items() if isinstance(value, torch.Tensor))
+    return tuple(name for name in tensors if name not in taken)
+
+
+def partial_flops(forms: Forms, active: tuple[int, int, int] | None) -> dict[str, int]:
+    """FLOPs of a partial step at each of these M, by M."""
+    flops = {}
+    for size in active or ():
+        budgets = dynamic.budgets_at(forms.plan, size)
+        form = write_form("partial", forms.program, forms.analysis, budgets, forms.plan)
+        flops[str(size)] = graph_flops(form.module)
+    return flops
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -245,6 +327,26 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "ort") from error
+
+
+@contextmanager
+def _memory_errors(progress: Progress) -> Iterator[Progress]:
+    """Say in which stage memory ran out, and what needs less of it; `progress`, listened to."""
+    stages = [""]
+
+    def listen(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+        progress(stage, done, total)
+
+    try:
+        yield listen
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"not enough memory for {stages[-1] or 'the export'}: less is needed with --dtype fp16 or bf16, with "
+            "--no-baseline, without --trt, and with --verify none"
+        ) from error
 
 
 @contextmanager

@@ -64,7 +64,11 @@ def bench_engine(folder: Path, provider: str, rounds: int, progress: Progress) -
         time_forms(engine, forms, rounds, lambda number: None)
         seconds = {kind: median(form.seconds) for kind, form in forms.items()}
         share = num_active / engine.manifest.plan.num_tokens
-        result["by_active_share"][f"{share:.3f}"] = seconds["partial"] / seconds["full"]
+        flops = engine.manifest.partial_flops[str(num_active)], engine.manifest.forms["full"].flops
+        result["by_active_share"][f"{share:.3f}"] = {
+            "time_ratio": seconds["partial"] / seconds["full"],
+            "flop_ratio": flops[0] / flops[1],
+        }
     return result
 
 
@@ -159,6 +163,7 @@ def summarise(engine: Engine, timed: Mapping[str, Timed], folder: Path, provider
         "runs_on": engine.runner.name,
         "processor": processor_name(engine.device.type),
         "threads": torch.get_num_threads(),
+        "rounds": len(timed["full"].seconds),
         "versions": manifest.versions,
         "model": manifest.model.class_name,
         "dtype": manifest.dtype,
@@ -221,10 +226,11 @@ def plot(result: Mapping[str, Any], path: str) -> None:
             yerr=[[0], [max(0.0, form["p90_seconds"] / form["median_seconds"] - 1) * form["time_ratio"]]],
             fmt="o", label=f"{kind}, {1000 * form['median_seconds']:.1f} ms",
         )  # fmt: skip
-    shares = [float(share) for share in result["by_active_share"]]
+    shares = result["by_active_share"]
     if shares:
-        axes.plot(shares, list(result["by_active_share"].values()), marker="x", label="partial / full against M/N")
-    axes.set(xlabel="FLOPs / full, or M/N", ylabel="time / full", title=f"{result['model']}\n{result['runs_on']}")
+        points = [(at["flop_ratio"], at["time_ratio"]) for at in shares.values()]
+        axes.plot(*zip(*points, strict=True), marker="x", color="C2", label=f"partial at M/N = {', '.join(shares)}")
+    axes.set(xlabel="FLOPs / full", ylabel="time / full", title=f"{result['model']}\n{result['runs_on']}")
     axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -243,7 +249,10 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def conclusions(result: Mapping[str, Any]) -> list[str]:
     """What the figures say, in sentences."""
     steps = ", ".join(f"{count} {kind}" for kind, count in result["steps"].items())
-    shares = ", ".join(f"{ratio:.3f} at {share}" for share, ratio in result["by_active_share"].items())
+    shares = ", ".join(
+        f"{at['time_ratio']:.3f} at {share} (FLOPs {at['flop_ratio']:.3f})"
+        for share, at in result["by_active_share"].items()
+    )
     return [
         *([f"partial / full by M/N: {shares}"] if shares else []),
         f"M/N = {result['active_share']:.3f}; time ratio of partial over its FLOP ratio: "

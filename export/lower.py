@@ -55,6 +55,8 @@ def lower(form: Form, program: Program, opset: int) -> Lowered:
     module = interleave_writes(module).graph_module
     weights, names = dict(program.state), dict(program.targets)
     fold_constants(module, weights, names)
+    gather_parts(module)
+    choose_by_logic(module)
     if opset >= FIRST_FUSED_OPSET:
         fuse_rotary_embedding(module)
     else:
@@ -144,6 +146,30 @@ def _evaluate(module: GraphModule, constant: set[Node], weights: Mapping[str, to
             value = weights[node.name] if node.op == "placeholder" else interpreter.run_node(node)
             interpreter.env[node] = value.detach() if isinstance(value, torch.Tensor) else value
     return interpreter.env
+
+
+def gather_parts(module: GraphModule) -> None:
+    """Rows of complex tensors (rotary tables) as rows of their real and imaginary parts: ONNX gathers no others."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten.index_select.default or not node.meta["val"].is_complex():
+            continue
+        table, dim, index = node.args
+        parts = _insert(node, aten.view_as_real.default, table)
+        rows = _insert(node, aten.index_select.default, parts, dim % len(shape_of(node)), index)
+        node.replace_all_uses_with(_insert(node, aten.view_as_complex.default, rows))
+
+
+def choose_by_logic(module: GraphModule) -> None:
+    """Masks that are filled with a truth value, as `and` and `or`: onnxruntime's Where takes no booleans."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten.masked_fill.Scalar or node.meta["val"].dtype != torch.bool:
+            continue
+        mask, where, value = node.args
+        if value:
+            filled = _insert(node, aten.logical_or.default, mask, where)
+        else:
+            filled = _insert(node, aten.logical_and.default, mask, _insert(node, aten.logical_not.default, where))
+        node.replace_all_uses_with(filled)
 
 
 def spell_out_attention(module: GraphModule) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..manifest import CacheSpec, FormSpec, Manifest, TensorSpec
 
 TRITON_FOLDER = "triton"
@@ -18,15 +20,28 @@ STEP_KIND = TensorSpec("step_kind", "int32", (1,), "model")
 """Which form a request runs: the value of a `StepKind`."""
 
 
-def write_triton(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the configurations; the manifest is unchanged."""
+def write_triton(folder: Path, manifest: Manifest) -> None:
+    """Write the configurations, and the states that must not begin as zeros."""
     configs = {f"hetcache_{kind}": form_config(kind, manifest.forms[kind]) for kind in CACHED_FORMS}
     configs["hetcache"] = sequence_config(manifest)
     for name, text in configs.items():
         path = folder / TRITON_FOLDER / name / "config.pbtxt"
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    return manifest
+    for entry in initial_states(manifest):
+        path = folder / TRITON_FOLDER / "hetcache" / "initial_state" / entry.input
+        path.parent.mkdir(exist_ok=True)
+        np.full(initial_shape(entry, manifest), entry.initial, dtype=entry.dtype).tofile(path)
+
+
+def initial_states(manifest: Manifest) -> list[CacheSpec]:
+    """The cache entries for which it matters what they hold before the first step."""
+    return [entry for entry in manifest.cache if entry.initial is not None]
+
+
+def initial_shape(entry: CacheSpec, manifest: Manifest) -> tuple[int, ...]:
+    """Its shape for the plan's own budgets."""
+    return tuple(size if isinstance(size, int) else int(getattr(manifest.plan, size)) for size in entry.shape)
 
 
 def form_config(kind: str, form: FormSpec) -> str:
@@ -38,8 +53,8 @@ def form_config(kind: str, form: FormSpec) -> str:
 def sequence_config(manifest: Manifest) -> str:
     """`config.pbtxt` of all forms as one stateful model, for a backend that runs the form `step_kind` asks for.
 
-    A sequence is one branch of guidance of one edit. Its first request is a full step, which reads no cache; so the
-    zeros that Triton starts a state with are never looked at.
+    A sequence is one branch of guidance of one edit, and its first request is a full step. That reads no keys and
+    values; what it does read (the times of earlier steps, for extrapolation) begins as a file says.
     """
     inputs: dict[str, TensorSpec] = {STEP_KIND.name: STEP_KIND}
     outputs: dict[str, TensorSpec] = {}
@@ -47,7 +62,7 @@ def sequence_config(manifest: Manifest) -> str:
         form = manifest.forms[kind]
         inputs.update({spec.name: spec for spec in form.inputs if spec.role != "cache"})
         outputs.update({spec.name: spec for spec in form.outputs if spec.role != "cache"})
-    states = "".join(_state(entry) for entry in manifest.cache)
+    states = "".join(_state(entry, manifest) for entry in manifest.cache)
     return _config(
         ['name: "hetcache"', 'backend: "hetcache"'],
         inputs.values(),
@@ -67,11 +82,17 @@ def _tensor(side: str, spec: TensorSpec) -> str:
     return f'{side} [ {{ name: "{spec.name}" data_type: TYPE_{kind} dims: {_dims(spec.shape)} }} ]'
 
 
-def _state(entry: CacheSpec) -> str:
+def _state(entry: CacheSpec, manifest: Manifest) -> str:
     kind = TRITON_TYPES[entry.dtype]
+    begin = ""
+    if entry.initial is not None:
+        begin = (
+            f' initial_state: {{ name: "{entry.input}" data_type: TYPE_{kind} '
+            f'dims: {_dims(initial_shape(entry, manifest))} data_file: "{entry.input}" }}'
+        )
     return (
         f'  state [ {{ input_name: "{entry.input}" output_name: "{entry.output}" '
-        f"data_type: TYPE_{kind} dims: {_dims(entry.shape)} }} ]\n"
+        f"data_type: TYPE_{kind} dims: {_dims(entry.shape)}{begin} }} ]\n"
     )
 
 

@@ -1,16 +1,12 @@
-"""What is exported: a model from a diffusers folder or a factory, and one sample call of it.
-
-Shapes of the call follow from the plan's grid and the model's config; the values only matter for tests and timing.
-"""
+"""What is exported: a model from a diffusers folder or a factory, and one sample call of it."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,29 +17,23 @@ from torch import nn
 from ..errors import ExportError
 from ..manifest import ModelSpec
 from ..plan import Plan
+from .sample_call import CallShape, read_call, sample_call
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model and the keyword arguments of one call of it."""
+    """A model and the keyword arguments of one call of it; `made_up` ones follow from its config only."""
 
     model: nn.Module
     kwargs: Mapping[str, Any]
+    made_up: bool = False
 
 
-@dataclass(frozen=True)
-class CallShape:
-    """What a call's shapes depend on besides the model."""
-
-    plan: Plan
-    batch: int = 1
-    text_tokens: int = 512
-    seed: int = 0
-
-
-def load_source(model: str, shape: CallShape, dtype: str, component: str = "transformer") -> Source:
+def load_source(
+    model: str, shape: CallShape, dtype: str, component: str = "transformer", call: Path | None = None
+) -> Source:
     """The model that MODEL names, in eval mode, with a sample call.
 
     Args:
@@ -52,6 +42,7 @@ def load_source(model: str, shape: CallShape, dtype: str, component: str = "tran
         shape: what the call's shapes depend on.
         dtype: fp32, fp16 or bf16; modules that diffusers keeps in float32 stay in it.
         component: which of a pipeline's models.
+        call: a recorded call, in place of the factory's or of one made up.
 
     Raises:
         ExportError: nothing there, or no call can be made up for it.
@@ -66,7 +57,11 @@ def load_source(model: str, shape: CallShape, dtype: str, component: str = "tran
     else:
         raise ExportError(f"{model} is no folder; give a diffusers folder or package.module:factory")
     module = module.eval().requires_grad_(False)
-    return Source(module, kwargs if kwargs is not None else sample_call(module, shape, DTYPES[dtype]))
+    if call is not None:
+        kwargs = read_call(call)
+    if kwargs is not None:
+        return Source(module, kwargs)
+    return Source(module, sample_call(module, shape, DTYPES[dtype]), made_up=True)
 
 
 def load_diffusers(folder: Path, component: str, dtype: torch.dtype) -> nn.Module:
@@ -110,83 +105,9 @@ def cast_like_diffusers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def sample_call(model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments of one call, by diffusers' names of inputs (`INPUTS`).
-
-    Raises:
-        ExportError: the model needs an input that `INPUTS` does not know.
-    """
-    generator = torch.Generator().manual_seed(shape.seed)
-    context = InputContext(getattr(model, "config", {}), shape, dtype, generator)
-    kwargs: dict[str, Any] = {}
-    unknown = []
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if name in INPUTS and _is_used(name, context.config):
-            kwargs[name] = INPUTS[name](context)
-        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
-            unknown.append(name)
-    if unknown or not kwargs:
-        raise ExportError(
-            f"no sample call is known for {type(model).__name__} (inputs {', '.join(unknown) or 'none'}): "
-            "give package.module:factory, a function that takes the plan and returns (model, kwargs)"
-        )
-    return kwargs
-
-
-@dataclass(frozen=True)
-class InputContext:
-    """What an input of `INPUTS` may look at."""
-
-    config: Mapping[str, Any]
-    shape: CallShape
-    dtype: torch.dtype
-    generator: torch.Generator
-
-    def randn(self, *sizes: int) -> torch.Tensor:
-        """Standard normal values."""
-        return torch.randn(*sizes, generator=self.generator).to(self.dtype)
-
-    def latents(self, channels: str) -> torch.Tensor:
-        """`[B, channels, T, H, W]`, so that patches make the plan's grid."""
-        sizes = [g * p for g, p in zip(self.shape.plan.grid, self.config["patch_size"], strict=True)]
-        return self.randn(self.shape.batch, int(self.config[channels]), *sizes)
-
-    def text(self) -> torch.Tensor:
-        """`[B, text tokens, text width]`."""
-        return self.randn(self.shape.batch, self.shape.text_tokens, int(self.config["text_dim"]))
-
-    def timestep(self) -> torch.Tensor:
-        """`[B]` float32, between 0 and 1000."""
-        first = float(self.shape.plan.timesteps[0]) if self.shape.plan.timesteps.size else 500.0
-        return torch.full((self.shape.batch,), first)
-
-
-def _is_used(name: str, config: Mapping[str, Any]) -> bool:
-    """Inputs whose sizes the config does not give are optional ones that this model does without."""
-    return all(config.get(key) is not None for key in NEEDS.get(name, ()))
-
-
 def describe_model(model: nn.Module) -> ModelSpec:
     """Class and config of a model, with a hash that tells configs apart."""
     config = json.loads(json.dumps(dict(getattr(model, "config", {})), default=str, sort_keys=True))
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
     text = json.dumps(config, sort_keys=True)
     return ModelSpec(type(model).__name__, config, hashlib.sha256(text.encode()).hexdigest())
-
-
-NEEDS: dict[str, tuple[str, ...]] = {
-    "hidden_states": ("in_channels", "patch_size"),
-    "encoder_hidden_states": ("text_dim",),
-    "control_hidden_states": ("vace_in_channels", "patch_size"),
-    "control_hidden_states_scale": ("vace_layers",),
-}
-"""The config entries that an input's shape depends on."""
-
-INPUTS: dict[str, Callable[[InputContext], torch.Tensor]] = {
-    "hidden_states": lambda context: context.latents("in_channels"),
-    "timestep": InputContext.timestep,
-    "encoder_hidden_states": InputContext.text,
-    "control_hidden_states": lambda context: context.latents("vace_in_channels"),
-    "control_hidden_states_scale": lambda context: torch.ones(len(context.config["vace_layers"]), dtype=context.dtype),
-}
-"""How to make each input up, by the names diffusers gives them."""

@@ -67,6 +67,7 @@ def to_onnx(lowered: Lowered, spec: FormSpec, opset: int, metadata: Mapping[str,
     optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
     for run in (LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), IdentityEliminationPass()):
         run(model)
+    tell_outputs_apart(model)
     TopologicalSortPass()(model)
     name_everything(model, lowered)
     ClearMetadataAndDocStringPass()(model)
@@ -128,6 +129,18 @@ def set_named_dims(model: ir.Model, spec: FormSpec) -> None:
             value.shape = None
     for value, one in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):
         value.shape = ir.Shape(one.shape)
+
+
+def tell_outputs_apart(model: ir.Model) -> None:
+    """A value that is several outputs (a packed model's result, and the cache of it) is copied: it has one name."""
+    seen: set[ir.Value] = set()
+    for position, value in enumerate(model.graph.outputs):
+        if value in seen:
+            copied = ir.node("Identity", [value])
+            copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
+            model.graph.append(copied)
+            model.graph.outputs[position] = copied.outputs[0]
+        seen.add(value)
 
 
 def transpose_weights(model: ir.Model) -> None:

@@ -7,6 +7,7 @@ finds. Everything else is one code path.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
 import sys
@@ -91,6 +92,7 @@ def build_engines(
         start = time.perf_counter()
         path = target / f"{name}.engine"
         path.write_bytes(build_engine(folder / form.file, form, manifest, kind, targets))
+        gc.collect()  # the network holds the weights
         seconds = time.perf_counter() - start
         relative = path.relative_to(folder).as_posix()
         files[name] = EngineFile(relative, path.stat().st_size, sha256_of(path), seconds)
@@ -115,8 +117,8 @@ def check_capabilities(kind: EngineKind, capabilities: Sequence[str], dtype: str
 
 def build_engine(
     path: Path, form: FormSpec, manifest: Manifest, kind: EngineKind, capabilities: Sequence[str]
-) -> bytes:
-    """The engine of one ONNX file.
+) -> memoryview:
+    """The engine of one ONNX file, in TensorRT's own memory: it is as large as the weights.
 
     Raises:
         ExportError: TensorRT does not take it, or its inputs and outputs are not the form's.
@@ -138,7 +140,7 @@ def build_engine(
         raise ExportError(
             f"{path.name} cannot be built with {kind.module}: {reason(said.getvalue(), error)}"
         ) from error
-    return bytes(data)
+    return memoryview(data)
 
 
 def reason(log: str, error: Exception) -> str:

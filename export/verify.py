@@ -41,11 +41,11 @@ def verify_with_ort(
     """
     engine = Engine(manifest, OrtRunner(folder, manifest, "ort-cpu"), forms.plan)
     tensors = sample_tensors(forms, source.kwargs)
-    indices = {name: tensors[name] for name in ("active_index", "context_index")}
+    indices = {name: tensors[name] for name in engine.indices}
     inputs = {name: tensor for name, tensor in tensors.items() if name not in indices}
     errors: dict[str, float] = {}
     expected: dict[str, torch.Tensor] = {}
-    cache: dict[str, torch.Tensor] = {}
+    cache = engine.begin(indices)
     for number, kind in enumerate(CHAIN):
         progress("checking with onnxruntime", number, len(CHAIN) + 1)
         with torch.no_grad():

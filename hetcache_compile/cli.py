@@ -25,15 +25,17 @@ from .cli_common import (
     Margin,
     Schedule,
     Steps,
+    TokenInput,
     Width,
     check_size,
     chosen,
     console,
     progress_bars,
+    token_inputs,
     torch_device,
     torch_dtype,
 )  # fmt: skip
-from .errors import HetCacheError, PlanError
+from .errors import HetCacheError
 
 app = typer.Typer(
     help="Token-partitioned caching for diffusion transformers, as a compiler pass.",
@@ -223,10 +225,7 @@ def explain(
     width: Width = 832,
     num_frames: Frames = 81,
     active: Annotated[float, typer.Option(help="Share of tokens that are active.", min=0.0, max=1.0)] = 0.25,
-    token_input: Annotated[
-        list[str] | None,
-        typer.Option(help="An input that holds packed tokens and their dim, such as hidden_states=1. Repeatable."),
-    ] = None,
+    token_input: TokenInput = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .html file.")] = None,
 ) -> None:
     """Show what the analysis finds in a model: where tokens are born and die, caches, FLOPs of each form."""
@@ -245,22 +244,12 @@ def explain(
         call = call_of_pipeline(Path(model), height, width, num_frames)
     number = int(np.prod(call.grid))
     plan = Plan.from_token_mask(np.arange(number) < max(1, round(active * number)), call.grid)
-    forms = rewrite(call.model, plan, call.args, call.kwargs, token_inputs=_token_inputs(token_input or []))
+    forms = rewrite(call.model, plan, call.args, call.kwargs, token_inputs=token_inputs(token_input))
     explanation = explain_forms(forms)
     print(explanation)
     if picture is not None:
         write_picture(explanation, picture)
         print(f"wrote {picture}")
-
-
-def _token_inputs(given: list[str]) -> dict[str, int] | None:
-    parsed = {}
-    for text in given:
-        name, _, dim = text.partition("=")
-        if not dim.lstrip("-").isdigit():
-            raise PlanError(f"--token-input takes NAME=DIM, got {text}")
-        parsed[name] = int(dim)
-    return parsed or None
 
 
 def _edit(

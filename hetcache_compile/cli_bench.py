@@ -13,10 +13,13 @@ from .cli_common import (
     ContextRatio,
     Device,
     Frames,
+    GuidanceScale,
     Height,
     Inner,
     Margin,
+    Seed,
     Steps,
+    TextTokens,
     Width,
     check_size,
     console,
@@ -51,13 +54,9 @@ def bench_quality_command(
     width: Width = 832,
     num_frames: Frames = 81,
     steps: Steps = 50,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 turns it off. [default: 5; reference model: 2]")
-    ] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens. [default: 512; reference model: 16]", min=1)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    guidance_scale: GuidanceScale = None,
+    max_sequence_length: TextTokens = None,
+    seed: Seed = 0,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
     calibration: Annotated[

@@ -34,23 +34,36 @@ Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Frames = Annotated[int, typer.Option(help="Frames to edit: one more than a multiple of 4.", min=1)]
 Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
 Width = Annotated[int, typer.Option(help="Width in pixels.", min=1)]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance; 1 turns it off. [default: 5; reference model: 2]")
+]
+TextTokens = Annotated[int | None, typer.Option(help="Text tokens. [default: 512; reference model: 16]", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.")]
+TokenInput = Annotated[
+    list[str] | None,
+    typer.Option(help="An input that holds packed tokens and their dim, such as hidden_states=1. Repeatable."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 
 
 @contextmanager
 def progress_bars() -> Iterator[Any]:
-    """A progress bar for each stage."""
+    """A progress bar for each stage: a function of stage, what is done, and how much there is."""
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 
         def update(stage: str, step: int, steps: int) -> None:
             if stage not in tasks:
+                for task in bars.tasks:  # a stage is done when the next one begins
+                    bars.update(task.id, completed=task.total)
                 tasks[stage] = bars.add_task(stage, total=steps)
             bars.update(tasks[stage], completed=step)
 
         yield update
+        for task in bars.tasks:
+            bars.update(task.id, completed=task.total)
 
 
 def chosen(context: typer.Context, schedule: str, **options: Any) -> dict[str, Any]:
@@ -71,6 +84,17 @@ def check_size(height: int, width: int, num_frames: int) -> None:
             raise PlanError(f"{name} must be a multiple of 16, got {value}")
     if num_frames % 4 != 1:
         raise PlanError(f"the number of frames must be one more than a multiple of 4, got {num_frames}")
+
+
+def token_inputs(given: list[str] | None) -> dict[str, int] | None:
+    """What `--token-input NAME=DIM` says, once or more."""
+    parsed = {}
+    for text in given or []:
+        name, _, dim = text.partition("=")
+        if not dim.lstrip("-").isdigit():
+            raise PlanError(f"--token-input takes NAME=DIM, got {text}")
+        parsed[name] = int(dim)
+    return parsed or None
 
 
 def torch_dtype(name: str) -> Any:

@@ -13,7 +13,7 @@ plain model. Cache buffers are bound, never copied: what `full` writes is what `
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .backend import check_finite
 from .errors import EngineError, SessionError
@@ -66,9 +67,10 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         self.config = FrozenDict(manifest.model.config)
         self.device = runner.device
         self.dtype: torch.dtype = DTYPES[manifest.dtype]
-        self._plain_indices = {
-            name: torch.as_tensor(getattr(plan, name), device=self.device) for name in ("active_index", "context_index")
-        }
+        taken = (s.name for form in manifest.forms.values() for s in form.inputs if s.role == "index")
+        self.indices = tuple(dict.fromkeys((*BUDGETS.values(), *taken)))
+        """What the forms take of a plan."""
+        self._plain_indices = {name: torch.as_tensor(getattr(plan, name), device=self.device) for name in self.indices}
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """One call of the model: the next step of the open session, or the plain model."""
@@ -85,11 +87,12 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         """The tensors of a call on the engine's device, in the exported types.
 
         Raises:
-            EngineError: an input is missing, of another shape, or was not exported.
+            EngineError: an input is missing, of another shape, was not exported, or has another value than the one
+                that the graphs were made for.
         """
         full = form_of(self.manifest, "full")
         specs = {spec.name: spec for spec in full.inputs if spec.role == "model"}
-        given = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        given = self._without_constants(flat_inputs(kwargs))
         if given.keys() != specs.keys():
             raise EngineError(
                 f"the engine was exported for the inputs {', '.join(specs)}, it was called with {', '.join(given)}"
@@ -104,10 +107,28 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
             inputs[name] = given[name].to(self.device, dtype_of(spec)).contiguous()
         return inputs
 
+    def _without_constants(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of a call that are no constants of the export and are needed."""
+        constants, tensors = self.manifest.constants, {}
+        for name, value in given.items():
+            plain = value.tolist() if isinstance(value, torch.Tensor) and name in constants else value
+            if name in constants and plain != constants[name]:
+                raise EngineError(
+                    f"the engine was exported for another value of {name}, on which its graphs depend: "
+                    "export it with this value"
+                )
+            if isinstance(value, torch.Tensor):
+                if name not in self.manifest.unused:
+                    tensors[name] = value
+            elif name not in constants and value not in (None, False):
+                raise EngineError(f"the engine was exported without {name}, it was called with {name}={value!r}")
+        return tensors
+
     def run_plain(self, inputs: Buffers) -> Buffers:
         """The model without a plan: the baseline form, or a full step whose cache is dropped."""
         kind = "plain" if "plain" in self.manifest.forms else "full"
-        outputs, _ = self.run_form(kind, inputs, self._plain_indices, {})
+        cache = self.begin(self._plain_indices) if kind == "full" else {}
+        outputs, _ = self.run_form(kind, inputs, self._plain_indices, cache)
         return outputs
 
     def run_step(self, session: Session, inputs: Buffers) -> Buffers:
@@ -120,27 +141,30 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         run = self.runner.prepare(kind.form)
         load_seconds = time.perf_counter() - start
         buffers = branch.buffers.setdefault(self, {})
+        indices = {name: session.index(name, self.device) for name in self.indices}
         if kind is StepKind.FULL:
             if session.check_finite:
                 check_finite(latents, branch.step)
             if self not in branch.filled:
-                self.forget(buffers)
+                buffers.update(self.begin(indices))
             branch.filled.discard(self)  # an error must not leave half of a cache
-        indices = {name: session.index(name, self.device) for name in ("active_index", "context_index")}
         watch = Stopwatch(self.device)
         outputs, written = self.run_form(kind.form, inputs, indices, buffers, run)
         self._keep(branch, buffers, written)
         session.count(kind, watch.stop(), load_seconds)
         return outputs
 
-    def forget(self, buffers: Buffers) -> None:
-        """Put what a full step reads into the state before the first step of an edit."""
+    def begin(self, indices: Mapping[str, torch.Tensor]) -> Buffers:
+        """The part of the cache that a full step reads, in its state before the first step of an edit."""
         reads = {spec.name for spec in form_of(self.manifest, "full").inputs}
-        for entry in self.manifest.cache:
-            if entry.input in reads:
-                shape = [size for size in entry.shape if isinstance(size, int)]
-                empty = torch.full(shape, entry.initial or 0.0, dtype=getattr(torch, entry.dtype), device=self.device)
-                buffers[entry.input] = empty
+        sizes = {dim: len(indices[name]) for dim, name in BUDGETS.items()}
+        return {
+            entry.input: torch.full(
+                sized(entry.shape, sizes), entry.initial or 0.0, dtype=getattr(torch, entry.dtype), device=self.device
+            )
+            for entry in self.manifest.cache
+            if entry.input in reads
+        }
 
     def _keep(self, branch: Branch, buffers: Buffers, written: Buffers) -> None:
         """What a step wrote is what the next one reads. The two buffers of an entry that is both take turns."""
@@ -165,21 +189,19 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         Args:
             kind: its name.
             inputs: the model's inputs.
-            indices: `active_index` and `context_index`.
-            cache: by the names that forms read it by. Buffers in it are used again where that is safe.
+            indices: what `self.indices` names, of a plan.
+            cache: by the names that forms read it by; what `begin` gives before the first full step. Buffers in it
+                are used again where that is safe.
             run: the form, if it is loaded already.
 
         Returns:
             The model's outputs by name, and the cache entries that were written, by the names they are read by.
         """
         form = form_of(self.manifest, kind)
-        if kind == "full" and not cache:
-            cache = {}
-            self.forget(cache)
         known = {**cache, **inputs, **indices}
         missing = [spec.name for spec in form.inputs if spec.name not in known]
         if missing:
-            raise EngineError(f"the {kind} form lacks {', '.join(missing)}: run a full step first")
+            raise EngineError(f"the {kind} form lacks {', '.join(missing)}: start from `begin`, with a full step")
         given = {spec.name: known[spec.name] for spec in form.inputs}
         sizes = named_sizes(form, given)
         reads = {entry.output: entry.input for entry in self.manifest.cache}
@@ -189,7 +211,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
             name = reads.get(spec.name)
             # A form must not write what it reads: such an entry has a second buffer.
             buffer = None if name is None else cache.get(_spare(name) if name in given else name)
-            shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+            shape = sized(spec.shape, sizes)
             if buffer is None or list(buffer.shape) != shape:
                 buffer = torch.empty(shape, dtype=dtype_of(spec), device=self.device)
             outputs[spec.name] = buffer
@@ -201,16 +223,18 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
     def check_plan(self, plan: Plan) -> None:
         """Raise `SessionError` if the engine was exported for another grid or other budgets."""
         made_for = self.manifest.plan
-        dims = {"num_active": plan.num_active, "num_context": plan.num_context}
-        fits = plan.grid == made_for.grid
-        for name, size in dims.items():
+        fits = plan.grid == made_for.grid and (
+            plan.num_merged == made_for.num_merged or "num_context" in self.manifest.dynamic_dims
+        )
+        for name in BUDGETS:
+            size = getattr(plan, name)
             dynamic = self.manifest.dynamic_dims.get(name)
             fits &= dynamic.min <= size <= dynamic.max if dynamic else size == getattr(made_for, name)
         if not fits:
             raise SessionError(
                 f"the engine was exported for grid {made_for.grid}, M = {made_for.num_active}, "
-                f"C = {made_for.num_context}; the plan has {plan.grid}, {plan.num_active} and {plan.num_context}: "
-                "export it with this plan"
+                f"C = {made_for.num_context} in {made_for.num_merged} rows; the plan has {plan.grid}, "
+                f"{plan.num_active} and {plan.num_context} in {plan.num_merged}: export it with this plan"
             )
 
 
@@ -224,6 +248,17 @@ def named_sizes(form: FormSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str
     }
 
 
+def flat_inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, those in lists and dicts one by one: `x_0` is the first of the list `x`."""
+    leaves, _ = pytree.tree_flatten_with_path(dict(kwargs))
+    return {"_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf for path, leaf in leaves}
+
+
+def sized(shape: Sequence[int | str], sizes: Mapping[str, int]) -> list[int]:
+    """A shape of the manifest with its named dims at these sizes."""
+    return [size if isinstance(size, int) else sizes[size] for size in shape]
+
+
 def dtype_of(spec: TensorSpec) -> torch.dtype:
     """The torch type of an input or output."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -233,5 +268,8 @@ def dtype_of(spec: TensorSpec) -> torch.dtype:
 def _spare(name: str) -> str:
     return f"spare {name}"
 
+
+BUDGETS = {"num_active": "active_index", "num_context": "context_index"}
+"""Sizes that a manifest may leave free, by the index whose length they are."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

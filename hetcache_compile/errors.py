@@ -16,6 +16,7 @@ __all__ = [
     "MethodError",
     "MissingExtraError",
     "NonFiniteError",
+    "NotEnoughMemoryError",
     "PlanError",
     "PlanFileError",
     "Refusal",
@@ -69,3 +70,33 @@ class MethodError(HetCacheError, RuntimeError):
 
 class ExportError(HetCacheError, RuntimeError):
     """The model cannot be exported, or an engine cannot be built."""
+
+
+class NotEnoughMemoryError(HetCacheError, MemoryError):
+    """A part of the work needs more memory than there is."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that memory ran out.
+
+    Python and onnx raise `MemoryError`. torch, onnxruntime and TensorRT raise errors of other kinds, and put it into
+    words.
+    """
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, MemoryError) or any(words in str(chain).lower() for words in OUT_OF_MEMORY):
+            return True
+        chain = chain.__cause__
+    return False
+
+
+OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "bad allocation",
+)
+"""How libraries say it."""

@@ -17,7 +17,7 @@ from torch.fx import Node
 from .files import atomically
 from .forms import Forms
 from .passes.axis import Accumulate, Attend, Enter, Leave, Tokens
-from .passes.flops import node_flops
+from .passes.flops import graph_flops, node_flops
 from .passes.refusal import module_path, shape_of, source_line
 
 ROOMS = {
@@ -93,7 +93,7 @@ def explain(forms: Forms) -> Explanation:
         rooms=Counter(room_of.values()),
         room_flops=room_flops,
         events=tuple(event for node in module.graph.nodes for event in events_of(forms, node)),
-        form_flops={kind: sum(node_flops(form.module).values()) for kind, form in forms.by_kind.items()},
+        form_flops={kind: graph_flops(form.module) for kind, form in forms.by_kind.items()},
         cache_bytes=forms.cache_bytes,
         num_tokens=forms.plan.num_tokens,
         num_active=forms.plan.budgets.num_active,

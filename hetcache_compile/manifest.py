@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import EngineError
 
-FORMAT, SCHEMA_VERSION = "hetcache-export", 1
+FORMAT, SCHEMA_VERSION = "hetcache-export", 2
 MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
@@ -100,6 +100,7 @@ class PlanSpec:
     num_tokens: int
     num_active: int
     num_context: int
+    num_merged: int
     steps: str
 
 
@@ -134,7 +135,27 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of `manifest.json`. `latents` are the inputs that become tokens; they tell guidance calls apart."""
+    """All of `manifest.json`.
+
+    Attributes:
+        model: what was exported.
+        plan: what the forms were made for.
+        dtype: fp32, fp16 or bf16.
+        opset: of ONNX.
+        versions: of the packages that wrote the files.
+        latents: the inputs that become tokens; they tell guidance calls apart.
+        constants: arguments of the model that the graphs are right for only at these values: Python values, and
+            tensors (as nested lists) on which the shape of the graph depends.
+        unused: tensor arguments of the model that no form needs.
+        dynamic_dims: sizes of the named dims.
+        partial_flops: FLOPs of the partial form by M, at the smallest, usual and largest M of free sizes.
+        forms: by kind.
+        cache: what passes from step to step.
+        layers: module path by layer number.
+        weights: shared by all forms.
+        engines: by kind.
+        verified: largest relative difference to torch, by provider and form.
+    """
 
     model: ModelSpec
     plan: PlanSpec
@@ -142,7 +163,10 @@ class Manifest:
     opset: int
     versions: dict[str, str]
     latents: tuple[str, ...]
+    constants: dict[str, Any]
+    unused: tuple[str, ...]
     dynamic_dims: dict[str, DynamicDim]
+    partial_flops: dict[str, int]
     forms: dict[str, FormSpec]
     cache: tuple[CacheSpec, ...]
     layers: dict[str, str]

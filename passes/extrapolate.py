@@ -29,7 +29,7 @@ from torch.fx import Graph, Node
 from .axis import Tokens
 from .cache import CacheEntry
 from .forms import Form
-from .state import NEVER, Call, StateInputs, caller, now_of
+from .state import NEVER, Call, StateInputs, arithmetic_of, caller, latest_time, time_of
 
 aten = torch.ops.aten
 MAX_ORDER = 2
@@ -52,16 +52,17 @@ def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
     inputs = StateInputs(graph, form)
     outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
     points = {entry: _points(inputs, entry, order) for entry in outputs}
-    now = now_of(graph, form, time_input)
-    call = caller(graph, "extrapolate", now.next)
+    time = time_of(graph, form, time_input)
+    call = caller(graph, "extrapolate")
+    now = {entry: latest_time(call, time, arithmetic_of(entry)) for entry in outputs}
     if form.kind != "full":
         for entry in outputs:
-            predict(call, entry, points[entry], now)
+            predict(call, entry, points[entry], now[entry])
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     computed = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
     writes = dict(computed)
     for entry in outputs if form.writes else ():
-        writes = {**push(graph, entry, points[entry], computed[entry], now, form.kind), **writes}
+        writes = {**push(graph, entry, points[entry], computed[entry], now[entry], form.kind), **writes}
         if form.kind == "partial" and entry.rows == "tokens":
             writes[entry] = _without_predictions(graph, computed[entry], points[entry].values[0])
     return inputs.finish(writes)
@@ -84,7 +85,7 @@ def times_of(entry: CacheEntry, order: int) -> CacheEntry:
     rows = entry.shape[entry.dim] if entry.rows == "tokens" else 1
     name, shape = f"{entry.name}.times", (order + 1, rows)
     return replace(
-        entry, name=name, rows="none", dim=0, shape=shape, dtype=torch.float32, tokens=Tokens(0), initial=NEVER
+        entry, name=name, rows="none", dim=0, shape=shape, dtype=arithmetic_of(entry), tokens=Tokens(0), initial=NEVER
     )
 
 
@@ -97,7 +98,7 @@ def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
     total = None
     for value, weight in zip(points.values, lagrange_weights(call, points, now), strict=True):
         weight = call(aten.view.default, weight, shape)
-        term = call(aten.mul.Tensor, call(aten._to_copy.default, value, dtype=torch.float32), weight)
+        term = call(aten.mul.Tensor, call(aten._to_copy.default, value, dtype=arithmetic_of(entry)), weight)
         # Memory that was never written may hold NaN, which a weight of 0 does not take away.
         term = call(aten.masked_fill.Scalar, term, call(aten.eq.Scalar, weight, 0), 0)
         total = term if total is None else call(aten.add.Tensor, total, term)
@@ -133,7 +134,7 @@ def push(
     moves = call(aten.ne.Tensor, latest, now)
     if kind == "partial" and entry.rows == "tokens":
         index = computed.args[2]
-        active = call(aten._to_copy.default, call(aten.ones_like.default, index), dtype=torch.float32)
+        active = call(aten._to_copy.default, call(aten.ones_like.default, index), dtype=arithmetic_of(entry))
         active = call(aten.index_copy.default, call(aten.zeros_like.default, latest), 0, index, active)
         moves = call(aten.logical_and.default, moves, call(aten.ne.Scalar, active, 0))
     shape = [1] * len(entry.shape)

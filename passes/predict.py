@@ -26,7 +26,7 @@ from torch.fx import Node
 from .axis import Tokens
 from .cache import CacheEntry
 from .forms import Form
-from .state import NEVER, Call, StateInputs, caller, now_of
+from .state import NEVER, Call, StateInputs, arithmetic_of, caller, latest_time, time_of
 
 aten = torch.ops.aten
 
@@ -46,9 +46,10 @@ def predict_context(form: Form, time_input: str | None = None) -> Form:
         return form
     graph = copy.deepcopy(form.module.graph)
     inputs = StateInputs(graph, form)
-    now = now_of(graph, form, time_input)
-    call = caller(graph, "predict", now.next)
+    time = time_of(graph, form, time_input)
+    call = caller(graph, "predict")
     times_entry = times_of(entries[0])
+    now = latest_time(call, time, times_entry.dtype)
     times = inputs.read(times_entry)
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     writes = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
@@ -69,10 +70,9 @@ def older(entry: CacheEntry) -> CacheEntry:
 
 
 def times_of(entry: CacheEntry) -> CacheEntry:
-    """Float32 `[2]`: when the last two FULL steps were, latest first; `NEVER` where there was none."""
-    return replace(
-        entry, name="times", rows="none", dim=0, shape=(2,), dtype=torch.float32, tokens=Tokens(0), initial=NEVER
-    )
+    """`[2]`: when the last two FULL steps were, latest first; `NEVER` where there was none."""
+    dtype = arithmetic_of(entry)
+    return replace(entry, name="times", rows="none", dim=0, shape=(2,), dtype=dtype, tokens=Tokens(0), initial=NEVER)
 
 
 class _Line:

@@ -66,15 +66,13 @@ class StateInputs:
         return Form(self.form.kind, module, self.form.indices, tuple(self.inputs), tuple(writes))
 
 
-def now_of(graph: Graph, form: Form, name: str | None) -> Node:
-    """The time of the step, a float32 scalar at the top of the graph.
-
-    The latest time, where tokens have their own: those of a given first frame stand still at 0.
+def time_of(graph: Graph, form: Form, name: str | None) -> Node:
+    """The input that holds the time of a step, by default the one called like `timestep`.
 
     Raises:
         UnsupportedGraphError: no input is the time.
     """
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    placeholders: list[Node] = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = placeholders[: len(placeholders) - len(form.indices) - len(form.reads)]
     # Dynamo writes l_timestep_ for timestep; audio_timestep or timestep_r are other inputs.
     found = [node for node in inputs if node.name.lower().removeprefix("l_").strip("_") == (name or "timestep")]
@@ -84,8 +82,17 @@ def now_of(graph: Graph, form: Form, name: str | None) -> Node:
         names = ", ".join(node.name for node in inputs if not node.name.startswith("p_"))
         reason = "extrapolation needs the time of a step, and no input is called timestep"
         raise UnsupportedGraphError([Refusal(reason, help=f"the inputs are {names}")])
-    call = caller(graph, "extrapolate")
-    flat = call(aten.view.default, call(aten._to_copy.default, found[0], dtype=torch.float32), [-1])
+    return found[0]
+
+
+def arithmetic_of(entry: CacheEntry) -> torch.dtype:
+    """The type that an entry is predicted in and its times are kept in: its own, but at least float32."""
+    return torch.promote_types(entry.dtype, torch.float32)
+
+
+def latest_time(call: Call, time: Node, dtype: torch.dtype) -> Node:
+    """The time of a step, `[1]`. Where tokens have their own, the latest: those of a given first frame stand at 0."""
+    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=dtype), [-1])
     now: Node = call(aten.amax.default, flat, [0])
     return now
 

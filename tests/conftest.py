@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,41 @@ def exports_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     os.environ["HETCACHE_TEST_EXPORTS"] = str(shared / "exports")
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a program in this process: its `main`, name and arguments; returns (exit status, stdout, stderr)."""
+
+    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def hetcache_command(run_main: Command) -> Command:
+    """Run `hetcache ...`."""
+    from hetcache_compile import cli
+
+    return functools.partial(run_main, cli.main, "hetcache")
+
+
+@pytest.fixture
+def export_command(run_main: Command) -> Command:
+    """Run `hetcache-export ...`."""
+    from hetcache_compile.export import cli
+
+    return functools.partial(run_main, cli.main, "hetcache-export")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ import torch
 
 from hetcache_compile import Plan
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.source import CallShape, Source, load_source
+from hetcache_compile.export.sample_call import CallShape
+from hetcache_compile.export.source import Source, load_source
 from hetcache_compile.export.verify import verify_with_ort
 
 ACTIVE = 27
@@ -79,6 +80,6 @@ def export(dtype: str, opset: int, dynamic: bool = False) -> Path:
                 dtype, opset, baseline=(dtype, opset) == ("fp32", 20),
                 dynamic_active=(20, ACTIVE, 40) if dynamic else None,
             )  # fmt: skip
-            finish = [verify_with_ort] if dtype == "fp32" else []
-            export_model(str(checkpoint()), plan_of(), out, options, shape=shape(), finish=finish)
+            checks = [verify_with_ort] if dtype == "fp32" else []
+            export_model(str(checkpoint()), plan_of(), out, options, shape=shape(), checks=checks)
     return out

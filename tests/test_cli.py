@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import av
 import numpy as np
@@ -11,28 +10,11 @@ import pytest
 from PIL import Image
 
 import hetcache_compile as hetcache
-from hetcache_compile import cli, reference
+from hetcache_compile import reference
 from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
 from hetcache_compile.media import Clip, read_video, write_video
 
 FRAMES, SIZE = 5, 64
-
-
-@pytest.fixture
-def hetcache_command(monkeypatch, capsys):
-    """Run `hetcache ...` in this process; returns (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hetcache", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import hetcache_compile as hetcache
 from hetcache_compile import cli, engine, runners
 from hetcache_compile.demo import save_random_checkpoint
 from hetcache_compile.editing import load_engine_pipeline, load_pipeline
+from hetcache_compile.errors import ExportError, SessionError
 from hetcache_compile.manifest import Manifest
 from hetcache_compile.media import to_pictures, write_video
 
@@ -23,7 +24,8 @@ pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export import latency
-from hetcache_compile.export.exporter import export_model
+from hetcache_compile.export.exporter import ExportOptions, export_model
+from hetcache_compile.export.verify import verify_with_ort
 
 FRAMES, SIZE, STEPS = 5, 64, 20
 
@@ -138,8 +140,21 @@ def test_wrong_calls_and_plans_are_refused(folder, plan):
     with pytest.raises(hetcache.SessionError, match="export it with this plan"), hetcache.session(other):
         loaded(**kwargs)
     indices = {"active_index": torch.arange(plan.num_active), "context_index": torch.arange(plan.num_context)}
-    with pytest.raises(hetcache.HetCacheError, match="run a full step first"):
+    with pytest.raises(hetcache.HetCacheError, match="with a full step"):
         loaded.run_form("partial", kwargs, indices, {})
+
+
+def test_what_a_full_step_reads_begins_with_its_initial_value_at_the_plans_sizes(folder, plan):
+    loaded = engine.load(folder)
+    entries = {entry.input: entry for entry in loaded.manifest.cache}
+    indices = {"active_index": torch.arange(4), "context_index": torch.arange(9)}
+    state = loaded.begin(indices)
+    assert set(state) == {"past_output.0", "past_output.0.1", "past_output.0.times"}
+    assert (state["past_output.0.times"] == entries["past_output.0.times"].initial).all()
+    assert not state["past_output.0.1"].any()
+    free = dataclasses.replace(entries["past_output.0.1"], shape=(1, "num_context", 7))
+    loaded.manifest = dataclasses.replace(loaded.manifest, cache=(free,))
+    assert loaded.begin(indices)["past_output.0.1"].shape == (1, 9, 7)
 
 
 def test_values_that_are_no_numbers_stop_a_session(folder, plan):
@@ -235,7 +250,10 @@ def test_bench_engine_times_every_form(folder, tmp_path, monkeypatch, capsys):
 def test_bench_engine_times_other_budgets_of_an_export_with_free_sizes(opset):
     result = latency.bench_engine(exported.export("fp32", opset, True), "ort-cpu", 2, lambda *_: None)
     assert list(result["by_active_share"]) == [f"{active / models.NUM_TOKENS:.3f}" for active in (20, 27, 40)]
-    assert all(ratio > 0 for ratio in result["by_active_share"].values())
+    ratios = [at["flop_ratio"] for at in result["by_active_share"].values()]
+    assert ratios == sorted(ratios)
+    assert ratios[1] == result["forms"]["partial"]["flop_ratio"]
+    assert all(at["time_ratio"] > 0 for at in result["by_active_share"].values())
     assert "partial / full by M/N" in latency.conclusions(result)[0]
 
 
@@ -249,3 +267,40 @@ def test_the_exported_package_has_no_hidden_state(folder):
         b = second(**kwargs).sample
     assert torch.equal(a, b), "the second engine's first step is FULL, whatever the first has done"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_engines_read_merged_and_predicted_context(tmp_path):
+    """Parity of every form is checked by `verify_with_ort`; then the engine in a session against the forms."""
+    whole = exported.plan_of(schedule=list("FFPRFP" + "R" * 14), extrapolation=1, context_extrapolation=1)
+    merged = dataclasses.replace(whole, context_cluster=np.arange(whole.num_context) // 3)
+    out = tmp_path / "merged"
+    export_model(str(exported.checkpoint()), merged, out, shape=exported.shape(), checks=[verify_with_ort])
+    made = exported.source()
+    forms = hetcache.rewrite(made.model, merged, (), made.kwargs)
+    loaded, cache = engine.load(out), {}
+    with hetcache.session(merged), torch.no_grad():
+        for step, kind in enumerate(merged.steps[:6]):
+            kwargs = {**made.kwargs, "timestep": torch.full_like(made.kwargs["timestep"], 900 - 100 * step)}
+            expected, cache = forms.run(kind.form, cache, (), kwargs)
+            actual = loaded(**kwargs, return_dict=False)
+            torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=1e-5)
+    with hetcache.session(whole), pytest.raises(SessionError, match="export it with this plan"):
+        loaded(**made.kwargs)
+
+
+def test_plans_that_engines_cannot_follow_are_refused(tmp_path):
+    mask = np.zeros(models.GRID, dtype=bool)
+    mask[0, 0, 0] = True
+    chosen = hetcache.Plan.from_mask(mask, models.GRID, selection="hetcache")
+    with pytest.raises(ExportError, match="selection=uniform"):
+        export_model(str(exported.checkpoint()), chosen, tmp_path / "out", shape=exported.shape())
+    merged = hetcache.Plan.from_mask(mask, models.GRID, merged_ratio=0.5)
+    with pytest.raises(ExportError, match="merged_ratio=1"):
+        export_model(
+            str(exported.checkpoint()),
+            merged,
+            tmp_path / "out",
+            ExportOptions(dynamic_active=(8, 32, 40)),
+            shape=exported.shape(),
+        )
+    assert not (tmp_path / "out").exists()

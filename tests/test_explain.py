@@ -15,9 +15,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture import capture
 from hetcache_compile.cli import app
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.explain import Explanation, explain, write_picture
+from hetcache_compile.passes.flops import graph_flops
 
 QUARTER = NUM_TOKENS // 4
 
@@ -52,6 +54,15 @@ def test_flops_are_those_of_the_arithmetic(explanation: Explanation) -> None:
     assert explanation.room_flops["inputs"] == patches + words
     assert explanation.room_flops["tokens"] == blocks(NUM_TOKENS)
     assert sum(explanation.room_flops.values()) == explanation.form_flops["full"]
+
+
+def test_attention_counts_where_a_processor_has_a_kernel_of_its_own_for_it() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    program = capture(Attention(), (torch.randn(1, 2, 32, 16),), {})
+    assert graph_flops(program.module) == 2 * 2 * (2 * 32 * 32 * 16)
 
 
 def test_pictures(explanation: Explanation, tmp_path: Path) -> None:

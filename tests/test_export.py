@@ -26,7 +26,8 @@ pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export.exporter import ExportOptions, export_model, new_folder  # noqa: E402
-from hetcache_compile.export.source import CallShape, load_source  # noqa: E402
+from hetcache_compile.export.sample_call import CallShape  # noqa: E402
+from hetcache_compile.export.source import load_source  # noqa: E402
 from hetcache_compile.export.verify import relative_errors  # noqa: E402
 
 FORMS = [("fp32", 20, False), ("fp32", 23, True)]
@@ -58,7 +59,7 @@ def check_chain(folder: Path, plan: Plan, tolerance: float, dtype: str = "fp32")
     loaded = engine.load(folder)
     inputs = loaded.model_inputs(source.kwargs)
     indices = {name: torch.as_tensor(getattr(plan, name)) for name in ("active_index", "context_index")}
-    expected, cache = {}, {}
+    expected, cache = {}, loaded.begin(indices)
     for kind in CHAIN:
         with torch.no_grad():
             output, expected = forms.run(kind, expected, (), source.kwargs)

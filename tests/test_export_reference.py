@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export import trt
 from hetcache_compile.export.exporter import export_model
-from hetcache_compile.export.source import CallShape
+from hetcache_compile.export.sample_call import CallShape
 from hetcache_compile.export.verify import verify_with_ort
 from hetcache_compile.manifest import Manifest
 
@@ -40,7 +40,7 @@ def folder(plan, tmp_path_factory):
     """`verify_with_ort` raises where a form is not within 1e-5 of torch."""
     out = tmp_path_factory.mktemp("reference") / "export"
     shape = CallShape(plan, text_tokens=reference.MAX_TEXT_LENGTH)
-    export_model(str(reference.FOLDER), plan, out, shape=shape, finish=[verify_with_ort])
+    export_model(str(reference.FOLDER), plan, out, shape=shape, checks=[verify_with_ort])
     return out
 
 

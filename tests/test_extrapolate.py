@@ -84,6 +84,20 @@ def test_not_exact_on_polynomials_of_a_higher_degree(order: int) -> None:
     assert run_forms(order, order + 1, TIMES, "FFFRR")[-1] > 1e-3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_double_precision_model_is_predicted_in_double_precision(order: int) -> None:
+    model, x = PolynomialDiT(order).double(), latents().double()
+    forms = hetcache.rewrite(model, plan(order), (x, torch.tensor([900.0], dtype=torch.float64)))
+    cache: dict[str, torch.Tensor] = {}
+    for time, kind in zip(TIMES, ("full", "full", "full", "partial", "reuse"), strict=True):
+        arguments = (x, torch.tensor([time + 1 / 3], dtype=torch.float64))  # no float32 number
+        output, cache = forms.run(kind, cache, arguments, {})
+        assert output.dtype == torch.float64
+        assert error(output, model(*arguments)) < 1e-13
+    assert cache["past_output.0.times"].dtype == torch.float64
+
+
 def test_with_one_computed_step_it_repeats() -> None:
     forms, x = forms_of(2, 1), latents()
     first, cache = forms.full(x, torch.tensor([900.0]))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import exported
+import numpy as np
 import pytest
 
 import hetcache_compile as hetcache
 from hetcache_compile.manifest import Manifest
 
+onnx = pytest.importorskip("onnx", reason="needs the extra ort")
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("polygraphy", reason="needs the extra trt-rtx")
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
 
-from hetcache_compile.export import trt
+from hetcache_compile.export import trt  # noqa: E402
+from hetcache_compile.export.exporter import ExportOptions, export_model  # noqa: E402
+from hetcache_compile.export.verify import verify_with_ort  # noqa: E402
 
 
 def build(source, tmp_path, *capabilities):
@@ -37,6 +43,20 @@ def test_fp32_for_several_gpus(tmp_path):
 
 def test_fp32_with_fused_operators_and_free_sizes(tmp_path):
     build(exported.export("fp32", 23, True), tmp_path, "8.6")
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_free_sizes_and_extrapolation_together(tmp_path, opset):
+    """Times and history of every row: their number does not depend on M."""
+    folder = tmp_path / "free"
+    plan = exported.plan_of(extrapolation=2)
+    options = ExportOptions("fp32", opset, baseline=False, dynamic_active=(20, exported.ACTIVE, 40))
+    export_model(str(exported.checkpoint()), plan, folder, options, shape=exported.shape(), checks=[verify_with_ort])
+    manifest = Manifest.load(folder)
+    reads = {spec.name: spec.shape for spec in manifest.forms["partial"].inputs}
+    assert {"past_output.0.1", "past_output.0.2", "past_output.0.times"} <= reads.keys()
+    assert any("num_active" in shape for shape in reads.values())
+    build(folder, tmp_path, "8.9")
 
 
 def test_fp16(tmp_path):
@@ -73,6 +93,43 @@ def test_an_engine_must_have_the_inputs_and_outputs_of_the_manifest():
     form = dataclasses.replace(form, inputs=(wrong, *form.inputs[1:]))
     with pytest.raises(hetcache.HetCacheError, match=r"TensorRT reads hidden_states as .*the manifest says"):
         trt.build_engine(folder / form.file, form, manifest, trt.RTX, ["8.9"])
+
+
+STARVED = """
+import resource, sys
+from pathlib import Path
+import tensorrt_rtx
+from hetcache_compile.errors import is_out_of_memory
+from hetcache_compile.export import trt
+from hetcache_compile.manifest import FormSpec, Manifest, TensorSpec
+
+folder = Path(sys.argv[1])
+trt.polygraphy_for(trt.RTX)
+builder = tensorrt_rtx.Builder(tensorrt_rtx.Logger())
+form = FormSpec("large.onnx", "", 0, *((TensorSpec(name, "float32", (64, 4096), "model"),) for name in "xy"))
+limit = 4096 * int(Path("/proc/self/statm").read_text().split()[0]) + 100 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    trt.build_engine(folder / form.file, form, Manifest.load(folder), trt.RTX, ["8.9"])
+except trt.ExportError as error:
+    print(is_out_of_memory(error), error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_memory_that_runs_out_in_tensorrt_is_known_as_that(tmp_path):
+    """In a process with room for less than two copies of the weights."""
+    helper, (rows, width) = onnx.helper, (64, 4096)
+    weight = onnx.numpy_helper.from_array(np.ones((width, width), dtype=np.float32), "w")
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [rows, width]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", values[:1], values[1:], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "large.onnx")
+    shutil.copy(exported.export("fp32", 20) / "manifest.json", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", STARVED, tmp_path], capture_output=True, text=True, check=True, timeout=200
+    )
+    assert done.stdout.startswith("True large.onnx cannot be built"), done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
 
 
 def test_missing_packages_name_the_extra(monkeypatch):
