@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -82,10 +83,13 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         status: Any = 0
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             main()
         except SystemExit as stop:
             status = stop.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         return status, *capsys.readouterr()
 
     return run
