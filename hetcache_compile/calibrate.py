@@ -26,6 +26,8 @@ from .session import session
 
 OFFSETS = (1, 2, 4, 8, 14)
 NUM_SOURCES = 8
+PROBES = (0.04, 0.12, 0.24, 0.36, 0.6, 0.85)
+"""Where errors are put in, as shares of the steps: close together where what becomes of them changes most."""
 SHARES = (0.0625, 0.25)
 TIMED_CYCLE = (StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE, StepKind.PARTIAL, StepKind.REUSE)
 CHUNK = 2**16
@@ -140,16 +142,19 @@ def _open(out: Path, settings: dict[str, Any], timesteps: Array) -> Calibration:
     offsets = np.array([offset for offset in OFFSETS if offset < steps], dtype=np.int64)
     kinds = len(TokenKind)
     empty = np.zeros((kinds, steps, steps)), np.zeros((kinds, sources.size, offsets.size))
-    return Calibration(timesteps, empty[0], sources, offsets, empty[1], settings=settings)
+    probes = np.unique([min(max(round(share * steps), 1), steps - 2) for share in PROBES])
+    logs = np.zeros((kinds, probes.size))
+    return Calibration(timesteps, empty[0], sources, offsets, empty[1], probes, logs, settings=settings)
 
 
 @torch.no_grad()
 def measure_clip(
     pipe: Any, request: EditRequest, plan: Plan, layout: Calibration, progress: Progress
-) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """`gram`, `partial` and the kinds that are there, as `Calibration.add` takes them."""
+) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]], Array]:
+    """`gram`, `partial`, the kinds that are there and `log_amplification`, as `Calibration.add` takes them."""
+    latents: list[torch.Tensor] = []
     with recorded(pipe, progress) as (recorder, observe):
-        run_pipeline(pipe, request, "uncached", observe, decode=False)
+        run_pipeline(pipe, request, "uncached", observe, decode=False, latents=latents)
     steps = recorder.steps
     if len({len(calls) for calls in steps}) != 1 or not steps[0]:
         raise CalibrationError("the pipeline does not call its transformer equally often in every step")
@@ -169,7 +174,48 @@ def measure_clip(
             found = partial_distances(forms, calls, int(source), masks)
             partial[:, number] += np.stack([found[target] for target in targets], axis=1)
     progress("partial steps", layout.sources.size, layout.sources.size)
-    return np.asarray(gram) / unit, partial / unit, present
+    logs = np.zeros(layout.log_amplification.shape)
+    for number, probe in enumerate(layout.probes):
+        logs[:, number] = log_amplification(pipe, request, int(probe), recorder, latents, masks, progress)
+    return np.asarray(gram) / unit, partial / unit, present, logs
+
+
+def log_amplification(
+    pipe: Any,
+    request: EditRequest,
+    probe: int,
+    recorder: Recorder,
+    latents: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    progress: Progress,
+) -> Array:
+    """`[3]`: an edit whose step `probe` repeats the velocities before it; its error at the end over that at once."""
+    branches = len(recorder.steps[0])
+    calls = iter(range(branches * len(recorder.steps)))
+
+    def repeat(_module: Any, _args: Any, output: Any) -> Any:
+        step, branch = divmod(next(calls), branches)
+        if step != probe:
+            return None
+        velocity = recorder.steps[probe - 1][branch].velocity
+        if isinstance(output, tuple | list):
+            return (velocity, *output[1:])
+        output.sample = velocity
+        return output
+
+    changed: list[torch.Tensor] = []
+    handle = pipe.transformer.register_forward_hook(repeat)
+    try:
+        run_pipeline(pipe, request, f"an error at step {probe}", progress, decode=False, latents=changed)
+    finally:
+        handle.remove()
+    errors = [
+        [float((changed[step] - latents[step])[..., mask].double().square().sum()) for mask in masks]
+        for step in (probe, -1)
+    ]
+    before, after = np.array(errors)
+    known = (before > 0) & (after > 0)
+    return np.asarray(0.5 * np.log(np.where(known, after, 1) / np.where(known, before, 1)))
 
 
 @contextmanager

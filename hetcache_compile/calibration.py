@@ -8,6 +8,9 @@ one kind. Two facts keep the record small:
 * A PARTIAL step has to be run. It is run for some pairs of steps, and its error is kept as a share of what REUSE
   costs there; that share is smooth, and is interpolated.
 
+What an error of one step does to the result is measured too (`amplification`): early errors on generated tokens grow
+as the model goes on from them, while those on known tokens are healed by the control input.
+
 `calibrate.py` measures; `optimal.py` searches.
 """
 
@@ -27,7 +30,7 @@ from .files import ArrayFile
 from .partition import TokenKind
 
 Array = NDArray[np.float64]
-FILE = ArrayFile("hetcal", "calibration", 1, "calibrate anew", CalibrationError)
+FILE = ArrayFile("hetcal", "calibration", 2, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
 
 
@@ -66,6 +69,9 @@ class Calibration:
         sources: int64 `[A]`: steps whose FULL caches PARTIAL steps were run from.
         offsets: int64 `[B]`: how many steps later, but never past the last step.
         partial: float64 `[3, A, B]`: squared distance of the PARTIAL velocity to the uncached one.
+        probes: int64 `[P]`: steps whose velocity was replaced by that of the step before, to see what becomes of it.
+        log_amplification: float64 `[3, P]` by token kind: log of the error of the last latents over that of the latents
+            right after the probed step. Mean over clips.
         counts: int64 `[3]`: how many clips have tokens of the kind.
         clips: names of the clips measured so far.
         costs: seconds by step kind, or None while they are not measured.
@@ -77,6 +83,8 @@ class Calibration:
     sources: NDArray[np.int64]
     offsets: NDArray[np.int64]
     partial: Array
+    probes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    log_amplification: Array = field(default_factory=lambda: np.zeros((NUM_KINDS, 0)))
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_KINDS, dtype=np.int64))
     clips: tuple[str, ...] = ()
     costs: Costs | None = None
@@ -89,13 +97,18 @@ class Calibration:
         for name, shape in (
             ("gram", (NUM_KINDS, steps, steps)),
             ("partial", (NUM_KINDS, sources.size, offsets.size)),
+            ("log_amplification", (NUM_KINDS, self.probes.size)),
             ("counts", (NUM_KINDS,)),
         ):
             array = getattr(self, name)
             if array.shape != shape or not np.isfinite(array).all():
                 raise CalibrationError(f"{name} must hold finite numbers of shape {shape}, got shape {array.shape}")
-        for name, index, most in (("sources", sources, steps - 2), ("offsets", offsets, steps - 1)):
+        for name, index, most in (
+            ("sources", sources, steps - 2), ("offsets", offsets, steps - 1), ("probes", self.probes, steps - 2)
+        ):  # fmt: skip
             least = 0 if name == "sources" else 1
+            if name == "probes" and not index.size:
+                continue
             if index.ndim != 1 or not index.size or index.min() < least or index.max() > most:
                 raise CalibrationError(f"{name} must name steps between {least} and {most}")
             if (np.diff(index) <= 0).any():
@@ -110,7 +123,14 @@ class Calibration:
         """The step of a measured PARTIAL step."""
         return min(source + offset, self.num_steps - 1)
 
-    def add(self, name: str, gram: Array, partial: Array, present: NDArray[np.bool_]) -> Calibration:
+    def add(
+        self,
+        name: str,
+        gram: Array,
+        partial: Array,
+        present: NDArray[np.bool_],
+        log_amplification: Array | None = None,
+    ) -> Calibration:
         """With one more clip.
 
         Args:
@@ -118,7 +138,10 @@ class Calibration:
             gram: `[3, S, S]` of this clip.
             partial: `[3, A, B]` of this clip.
             present: bool `[3]`: the kinds that this clip has.
+            log_amplification: `[3, P]` of this clip; 0 where it was not measured.
         """
+        if log_amplification is None:
+            log_amplification = np.zeros_like(self.log_amplification)
         counts = self.counts + present
         # A running mean over the clips that have the kind.
         share = np.where(present, 1 / np.maximum(counts, 1), 0.0)[:, None, None]
@@ -126,6 +149,7 @@ class Calibration:
             self,
             gram=self.gram + share * (gram - self.gram),
             partial=self.partial + share * (partial - self.partial),
+            log_amplification=self.log_amplification + share[..., 0] * (log_amplification - self.log_amplification),
             counts=counts,
             clips=(*self.clips, name),
         )
@@ -151,6 +175,15 @@ class Calibration:
         weights[np.arange(place.size), low + 1] = place - low
         products: Array = weights @ self.gram @ weights.T
         return products
+
+    def amplification_at(self, timesteps: Array) -> Array:
+        """`[3, T]`: how many times an error of a step's latents is in the last ones; 1 at the last step.
+
+        Interpolated in its logarithm. 1 everywhere if it was not measured.
+        """
+        places = [*self.probes, self.num_steps - 1]
+        logs = [np.interp(self.positions(timesteps), places, [*log, 0.0]) for log in self.log_amplification]
+        return np.exp(np.stack(logs)) if self.probes.size else np.ones((NUM_KINDS, timesteps.size))
 
     def reuse_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of repeating a velocity. NaN for absent kinds."""
@@ -247,4 +280,4 @@ def _interpolate(sources: NDArray[np.int64], offsets: NDArray[np.int64], values:
     return np.asarray(RegularGridInterpolator(tuple(axes), values)(points), dtype=np.float64)
 
 
-ARRAYS = ("timesteps", "gram", "sources", "offsets", "partial", "counts")
+ARRAYS = ("timesteps", "gram", "sources", "offsets", "partial", "probes", "log_amplification", "counts")

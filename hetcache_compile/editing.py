@@ -190,11 +190,24 @@ def load_engine_pipeline(folder: Path, engine: Engine) -> Any:
     return pipe
 
 
-def run_pipeline(pipe: Any, request: EditRequest, stage: str, progress: Progress, *, decode: bool = True) -> Run:
-    """One edit with the pipeline as it stands; without `decode` for its time only."""
+def run_pipeline(
+    pipe: Any,
+    request: EditRequest,
+    stage: str,
+    progress: Progress,
+    *,
+    decode: bool = True,
+    latents: list[torch.Tensor] | None = None,
+) -> Run:
+    """One edit with the pipeline as it stands; without `decode` for its time only.
+
+    A list `latents` gets those after each step.
+    """
 
     def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         progress(stage, step + 1, request.num_inference_steps)
+        if latents is not None:
+            latents.append(tensors["latents"].detach().clone())
         return tensors
 
     progress(stage, 0, request.num_inference_steps)

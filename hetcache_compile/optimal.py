@@ -1,9 +1,9 @@
 """The best schedule under a budget: a shortest path over the steps that are computed.
 
 The error model is additive. One step from timestep t_i to t_(i+1) moves the latents by that difference times the
-velocity, so a velocity that is off by a relative error e moves them wrong by |t_i - t_(i+1)| times e. A schedule's
-error is the sum of these over its steps, with timesteps scaled so that the weights sum to 1: the mean relative error of
-the velocity along the sampling path. Token kinds count alike, whatever their area. What a step adds:
+velocity, so a velocity that is off by a relative error e moves them wrong by |t_i - t_(i+1)| times e. Later steps make
+more or less of it, by the calibration's `amplification`. A schedule's error is the sum of these over its steps, with
+timesteps scaled so that the whole path is 1. Token kinds count alike, whatever their area. What a step adds:
 
 * FULL: nothing.
 * PARTIAL: what was recorded for the last FULL step as its source.
@@ -20,7 +20,7 @@ the best of all those that never take more than `longest_run` REUSE steps in a r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -71,6 +71,7 @@ class RecordedErrors:
             raise CalibrationError("the calibration holds no clip yet: run hetcache calibrate again")
         self.active = [kind for kind in ACTIVE if present[kind]]
         self.kinds = [kind for kind in TokenKind if present[kind]]
+        self.amplification = calibration.amplification_at(timesteps)
         self.gram = calibration.gram_at(timesteps)
         self.repeat = calibration.reuse_errors(timesteps)
         self.of_partial = calibration.partial_errors(timesteps)
@@ -78,21 +79,22 @@ class RecordedErrors:
 
     def partial(self, full: int, step: int) -> float:
         """See `ErrorModel`."""
-        return self._weighted(step, sum(float(self.of_partial[kind, full, step]) for kind in self.kinds))
+        return self._weighted(step, {kind: float(self.of_partial[kind, full, step]) for kind in self.kinds})
 
     def reuse(self, full: int, computed: Computed, step: int) -> float:
         """See `ErrorModel`."""
-        coefficients, errors = self.extrapolated(computed, step)
-        total = sum(errors)
+        coefficients, extrapolated = self.extrapolated(computed, step)
+        errors = dict(zip(self.active, extrapolated, strict=True))
         for coefficient, source in zip(coefficients, computed, strict=True):
             if source > full:
-                inherited = (float(self.of_partial[kind, full, source]) for kind in self.active)
-                total += abs(coefficient) * sum(inherited)
+                for kind in self.active:
+                    errors[kind] += abs(coefficient) * float(self.of_partial[kind, full, source])
         if TokenKind.CONTEXT in self.kinds:
-            total += float(self.repeat[TokenKind.CONTEXT, full, step])
-        return self._weighted(step, total)
+            errors[TokenKind.CONTEXT] = float(self.repeat[TokenKind.CONTEXT, full, step])
+        return self._weighted(step, errors)
 
-    def _weighted(self, step: int, total: float) -> float:
+    def _weighted(self, step: int, errors: Mapping[TokenKind, float]) -> float:
+        total = sum(float(self.amplification[kind, step]) * error for kind, error in errors.items())
         return float(self.weights[step]) * total / len(self.kinds)
 
     def _extrapolated(self, computed: Computed, step: int) -> tuple[list[float], list[float]]:
@@ -278,7 +280,7 @@ class Expectation:
 
     Attributes:
         steps: the schedule.
-        error: mean relative error of the velocity along the sampling path; infinite where it was not measured.
+        error: of the last latents, over what the whole path moves them; infinite where it was not measured.
         seconds: in the model, of one branch of guidance.
         full_seconds: of as many FULL steps.
     """
@@ -299,7 +301,7 @@ class Expectation:
         error = f"{self.error:.2%}" if np.isfinite(self.error) else "unknown, as a FULL step is too long ago,"
         return (
             f"{counts}: {self.time_factor:.2f}x less time in the model than {len(self.steps)} FULL steps "
-            f"({self.seconds:.3g} s instead of {self.full_seconds:.3g} s), mean error of the velocity {error} expected"
+            f"({self.seconds:.3g} s instead of {self.full_seconds:.3g} s), error of the result {error} expected"
         )
 
 

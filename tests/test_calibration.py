@@ -156,7 +156,7 @@ def test_means_over_clips_count_only_clips_that_have_the_kind(calibrated):
 def test_a_calibration_survives_saving_and_loading(calibrated, tmp_path):
     measured, out, _ = calibrated
     loaded = Calibration.load(out)
-    for name in ("timesteps", "gram", "sources", "offsets", "partial", "counts"):
+    for name in ("timesteps", "gram", "sources", "offsets", "partial", "probes", "log_amplification", "counts"):
         assert np.array_equal(getattr(loaded, name), getattr(measured, name))
     assert (loaded.clips, loaded.settings["margin"]) == (measured.clips, 1.0)
     assert (loaded.costs.full, loaded.costs.reuse) == (measured.costs.full, measured.costs.reuse)
@@ -270,3 +270,34 @@ def test_the_calibration_that_is_shipped_can_be_used():
     assert set(shipped.clips).isdisjoint(c.name for c in reference.held_out(3))
     steps = optimal_schedule(shipped, "3x", shipped.timesteps_for(20), share=0.3)
     assert expect(shipped, steps, shipped.timesteps_for(20), share=0.3).time_factor >= 3
+
+
+def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated):
+    """Another way to put the same error in: a session that repeats one step."""
+    empty, c = emptied(calibrated[0]), clip(1)
+    request = EditRequest(
+        c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=3.0, max_sequence_length=16
+    )
+    plan = make_plan(pipe, request, "full", margin=1.0, multiple=1, extrapolation=0)
+    one = empty.add("clip 1", *measure_clip(pipe, request, plan, empty, lambda *_: None))
+    assert one.probes.tolist() == [1, 2, 3]
+    true, cached = [], []
+    run_pipeline(pipe, request, "uncached", lambda *_: None, decode=False, latents=true)
+    with (
+        compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}),
+        hetcache.session(plan.with_schedule(list("FFRFF"))),
+    ):
+        run_pipeline(pipe, request, "session", lambda *_: None, decode=False, latents=cached)
+    amplification = one.amplification_at(one.timesteps)
+    for kind, mask in zip(TokenKind, kind_masks(plan, true[0]), strict=True):
+        before, after = (float((cached[s] - true[s])[..., mask].square().sum().sqrt()) for s in (2, -1))
+        assert amplification[kind, 2] == pytest.approx(after / before, rel=1e-2)
+    assert amplification[:, -1] == pytest.approx(1)
+
+
+def test_errors_count_as_they_are_amplified(calibrated):
+    measured, *_ = calibrated
+    louder = replace(measured, log_amplification=measured.log_amplification + np.log(2))
+    steps = hetcache.Plan.from_token_mask(np.arange(8) < 2, (2, 2, 2), num_inference_steps=STEPS, schedule="FR").steps
+    errors = [expect(known, steps, known.timesteps, 0.5).error for known in (measured, louder)]
+    assert errors[1] == pytest.approx(2 * errors[0], rel=0.05)

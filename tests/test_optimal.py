@@ -181,7 +181,7 @@ def test_a_plan_follows_the_calibration():
     seconds = sum({F: 2.0, P: 0.6, R: 0.02}[kind] for kind in plan.steps)
     assert expectation.seconds == pytest.approx(seconds)
     assert expectation.time_factor >= 3
-    assert "mean error of the velocity" in expectation.describe()
+    assert "error of the result" in expectation.describe()
     for schedule in ("FRR", "FRRR", "full"):
         other = Plan.from_mask(mask, (2, 4, 4), schedule=schedule, **settings)
         beside = expect(known, other.steps, known.timesteps, 0.25)
