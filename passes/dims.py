@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .axis import FREE, AxisState, Edit, Enter, Flow, Gather, Grid, Leave, Parts, Place, Resize, Tokens
-from .query import Query, align, grid_of, move_dims, works_along, wrap
+from .query import Query, align, grid_of, move_dims, position, works_along, wrap
 from .refusal import shape_of
 from .reshape import merge, move, split
 
@@ -204,7 +204,7 @@ def slices(q: Query) -> Flow | str:
     if not isinstance(state, Tokens) or state.dim != dim:
         return works_along(state, {dim}, "")
     size = shape[dim]
-    start, end = (_position(q.arg(i, n), size, d) for i, n, d in ((2, "start", 0), (3, "end", size)))
+    start, end = (position(q.arg(i, n), size, d) for i, n, d in ((2, "start", 0), (3, "end", size)))
     taken = cut(state, start, end, q.num_tokens) if state.folds == 1 and q.arg(4, "step", 1) == 1 else None
     if taken is None:
         return "it cuts the token axis"
@@ -216,13 +216,6 @@ def _rows_before(tokens: Tokens, position: int, q: Query) -> Tokens:
     """The rows before a place in the dim, to be counted."""
     rows = cut(tokens, 0, position, q.num_tokens)
     return rows if isinstance(rows, Tokens) else Tokens(tokens.dim, (position,))
-
-
-def _position(value: int | None, size: int, default: int) -> int:
-    """A place in a dim, as Python's slices count."""
-    if value is None:
-        return default
-    return max(0, min(size, value + size if value < 0 else value))
 
 
 def pieces(q: Query) -> Flow | str:
@@ -278,7 +271,7 @@ def scatter_slice(q: Query) -> Flow | str:
 def _scatter_rows(q: Query, base: Node, source: Node, dim: int) -> Flow | str:
     """Rows of a token axis are overwritten, in whole runs: the parts before, in and behind must fit together."""
     size = q.shape[dim]
-    start, end = (_position(q.arg(i, n), size, d) for i, n, d in ((3, "start", 0), (4, "end", size)))
+    start, end = (position(q.arg(i, n), size, d) for i, n, d in ((3, "start", 0), (4, "end", size)))
     outer, inner = q.state(base), q.state(source)
     if q.arg(5, "step", 1) != 1:
         return "it cuts the token axis"

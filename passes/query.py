@@ -62,6 +62,13 @@ def wrap(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
+def position(value: int | None, size: int, default: int) -> int:
+    """A place in a dim, as Python's slices count."""
+    if value is None:
+        return default
+    return max(0, min(size, value + size if value < 0 else value))
+
+
 def move_dims(state: AxisState, new_dim: Callable[[int], int | None]) -> AxisState:
     """The state after dims have moved; a token axis must not go (`None`), a guess whose dim goes is dropped."""
     if isinstance(state, Tokens):
