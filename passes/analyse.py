@@ -7,7 +7,23 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from .axis import FREE, Accumulate, Attend, AxisState, Edit, Enter, Flow, Grid, Keep, Leave, Never, Parts, Piece, Tokens
+from .axis import (
+    FREE,
+    Accumulate,
+    Attend,
+    AxisState,
+    Edit,
+    Enter,
+    Flow,
+    Grid,
+    Keep,
+    Leave,
+    Never,
+    Parts,
+    Piece,
+    Reborn,
+    Tokens,
+)
 from .inputs import GridMismatchError, TokenInputs, find_token_inputs, no_tokens, resolve_token_inputs
 from .patches import input_state, is_patchify
 from .pieces import along_pieces, cut_out
@@ -143,6 +159,9 @@ def _flow(
         return refuse(node, states, answer.reason, answer.help)
     if node not in barred and (piece := cut_out(query)) is not None:
         return piece
+    if isinstance(answer, Reborn):
+        whole[node] = refuse(node, states, answer.reason)
+        return Flow(answer.tokens, (*leaves, Enter(answer.tokens)))
     whole[node] = refuse(node, states, answer)
     return Flow(FREE, tuple(leaves))
 

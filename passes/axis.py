@@ -222,6 +222,14 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class Reborn:
+    """What a rule says of a node that is computed whole, with a token axis in its result; and why it is."""
+
+    reason: str
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
 class Never:
     """What a rule says of a node that no form can hold, and what would help."""
 

@@ -26,8 +26,10 @@ aten = torch.ops.aten
 
 def cut_out(q: Query) -> Flow | None:
     """A slice with a step of 1 cuts a piece out of a token axis that is not folded."""
+    if q.node.target is not aten.slice.Tensor:
+        return None
     operand, state = q.first()
-    if q.node.target is not aten.slice.Tensor or not isinstance(state, Tokens) or state.folds != 1:
+    if not isinstance(state, Tokens) or state.folds != 1:
         return None
     shape = shape_of(operand)
     dim = wrap(q.arg(1, "dim", 0), len(shape))

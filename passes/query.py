@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .axis import FREE, AxisState, Edit, Flow, Gather, Grid, Never, Tokens
+from .axis import FREE, AxisState, Edit, Flow, Gather, Grid, Never, Reborn, Tokens
 from .refusal import shape_of
 
 
@@ -53,7 +53,8 @@ class Query:
         return operand, self.states[operand]
 
 
-Rule = Callable[[Query], Flow | str | Never]
+Answer = Flow | str | Reborn | Never
+Rule = Callable[[Query], Answer]
 """The flow of a node, or why it cannot be computed on the active tokens alone (a string), or not at all."""
 
 

@@ -3,8 +3,8 @@
 A rule takes a `Query` and returns a `Flow`, or a string that says why the operator cannot be computed on the active
 tokens alone; then it is computed whole, on operands whose inactive rows come from the cache. Rules are asked only
 about nodes that touch a token axis, or that may give birth to one; any other node is computed whole and needs no
-rule. To add an operator, find its family in `RULES` at the end of this file (or of `dims`, `attention`), and give
-the oracle in `tests/test_rules.py` a sample.
+rule. To add an operator, find its family in `RULES` at the end of this file (or of `dims`, `indexing`, `attention`),
+and give the oracle a sample in `samples`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import attention, dims
+from . import attention, dims, indexing
 from .axis import FREE, Flow, Never, Tokens
 from .patches import CONVOLUTIONS, convolution
 from .query import Query, Rule, align, move_dims, works_along, wrap
@@ -102,6 +102,15 @@ def along_dim(q: Query) -> Flow | str:
     return works_along(state, mixed, "it mixes the rows of the token axis")
 
 
+def largest(q: Query) -> Flow | str:
+    """`topk(x, k, dim)` and `sort(x, dim)`: values and their places along one dim."""
+    operand, state = q.first()
+    position = 2 if q.node.target is aten.topk.default else 1
+    return works_along(
+        state, {wrap(q.arg(position, "dim", -1), len(shape_of(operand)))}, "it mixes the rows of the token axis"
+    )
+
+
 def roll(q: Query) -> Flow | str:
     """`roll(x, shifts, dims)`; without dims it rolls the flat tensor."""
     operand, state = q.first()
@@ -150,6 +159,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(CONVOLUTIONS, convolution),
     **dims.RULES,
+    **indexing.RULES,
     **attention.RULES,
     aten.dropout.default: dropout,
     aten.native_dropout.default: dropout,
@@ -183,6 +193,8 @@ RULES: dict[Any, Rule] = {
     aten.flip.default: along_dim,
     aten.roll.default: roll,
     aten.glu.default: along_dim,
+    aten.topk.default: largest,
+    aten.sort.default: largest,
 }
 
 
