@@ -21,7 +21,7 @@ from .errors import NonFiniteError, SessionError, UnsupportedGraphError
 from .forms import form_key, write_form
 from .passes.analyse import Analysis, analyse
 from .passes.axis import AxisState
-from .passes.batch import SAMPLE_INDEX, batched_inputs, join_samples, take_samples
+from .passes.batch import SAMPLE_INDEX, join_samples, take_samples
 from .passes.buffers import write_in_place
 from .passes.forms import Form
 from .passes.inputs import TokenInputs
@@ -135,7 +135,8 @@ class CompiledGraph:
         known = self.specialise(inputs)
         analysis = self.analyse(known, session.plan)
         by_name = dict(zip(known.program.inputs, inputs, strict=True))
-        latents = [by_name[name] for name in analysis.token_sources if name in by_name]
+        sources = {name: by_name[name] for name in analysis.token_sources if name in by_name}
+        latents = list(sources.values())
         conditions = [t for t in inputs if is_condition(t) and not any(t is latent for latent in latents)]
         # Dynamo may run one graph for two modules of the same structure (two experts): weights tell them apart.
         weights = next((t for t in inputs if isinstance(t, torch.nn.Parameter)), None)
@@ -143,7 +144,7 @@ class CompiledGraph:
         kind, branch = session.next_step(cache_key, latents, conditions)
         if kind is StepKind.FULL and session.check_finite:
             check_finite(latents, branch.step)
-        part = self.part(known, latents, len(session.plans))
+        part = self.part(known, sources, len(session.plans))
         analysis = self.analyse(part, session.plan)
         form, run = self.form(part, analysis, session.plan, kind, (*inputs, *part.samples[0]))
         device = device_of(inputs)
@@ -181,8 +182,8 @@ class CompiledGraph:
             known.analyses[plan.grid] = analyse(known.program.module, plan.grid, self.token_inputs)
         return known.analyses[plan.grid]
 
-    def part(self, known: Specialised, latents: Sequence[torch.Tensor], num_plans: int) -> Specialised:
-        """The graph for the samples of one plan: for every `num_plans`-th sample of the batch.
+    def part(self, known: Specialised, latents: Mapping[str, torch.Tensor], num_plans: int) -> Specialised:
+        """The graph for the samples of one plan: for every `num_plans`-th sample of the batch, the latents' dim 0.
 
         Raises:
             SessionError: the batch cannot be shared among the plans.
@@ -190,18 +191,18 @@ class CompiledGraph:
         """
         if num_plans == 1:
             return known
-        size = latents[0].shape[0] if latents else 0
-        if size == 0 or size % num_plans:
+        first = next(iter(latents.values()))
+        size = first.shape[0]
+        if size % num_plans:
             raise SessionError(
                 f"the session has {num_plans} plans, but the batch has {size} samples: give a multiple of {num_plans}"
             )
         if num_plans not in known.parts:
             program = known.program
-            batched = batched_inputs(program.module, size)
-            module, outputs = take_samples(program.module, batched, size, size // num_plans)
+            module, outputs = take_samples(program.module, latents, size, size // num_plans)
             in_spec = pytree.tree_structure((tuple(range(len(program.inputs) + 1)), {}))
             program = replace(program, module=module, inputs=(*program.inputs, SAMPLE_INDEX), in_spec=in_spec)
-            samples = [torch.arange(p, size, num_plans, device=latents[0].device) for p in range(num_plans)]
+            samples = [torch.arange(p, size, num_plans, device=first.device) for p in range(num_plans)]
             known.parts[num_plans] = Specialised(program, tuple((index,) for index in samples), outputs)
         return known.parts[num_plans]
 

@@ -20,7 +20,7 @@ def attention(q: Query) -> Flow | str | Never:
 
     1. Keys and values carry no tokens: cross-attention, nothing to do.
     2. Both carry them as their rows: the context comes from the cache.
-    3. All that have a batch dim carry it as that: attention over something else, token by token.
+    3. All that have a batch dim carry it as that: attention over something else, token by token, each with its mask.
     """
     operands = [operand for operand in q.node.args[:3] if isinstance(operand, Node)]
     rank = len(q.shape)
@@ -30,16 +30,16 @@ def attention(q: Query) -> Flow | str | Never:
         return Flow(FREE)
     if q.arg(4, "dropout_p", 0.0):
         return Never("it drops elements at random", help="call model.eval() first")
+    if any(len(shape_of(operand)) != rank for operand in operands):
+        return "its queries, keys and values differ in their number of dims"
+    masks = [mask] if isinstance(mask, Node) else []
+    batch = {state.dim - len(shape_of(o)) for o in (*operands, *masks) if isinstance(state := q.state(o), Tokens)}
+    if min(batch) < -2:
+        return align(q, [*operands, *masks], rank, (rank - 2, rank - 1))
     if q.arg(5, "is_causal", False):
         return "a causal mask depends on the rows that are left out"
     if isinstance(q.state(mask), Tokens):
         return "its mask is computed from tokens"
-    if any(len(shape_of(operand)) != rank for operand in operands):
-        return "its queries, keys and values differ in their number of dims"
-    if any(isinstance(state, Tokens) and state.dim < rank - 2 for state in (query, key, value)):
-        return (
-            "each token has a mask of its own" if mask is not None else align(q, operands, rank, (rank - 2, rank - 1))
-        )
     if any(isinstance(state, Tokens) and state.dim == rank - 1 for state in (query, key, value)):
         return "its features lie along the token axis"
     edits: list[Edit] = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .analyse import walk
+from .analyse import Analysis, walk
 from .axis import FREE, Accumulate, Attend, AxisState, Tokens
 from .cache import Budgets
 from .forms import write_partial
@@ -25,23 +25,14 @@ from .refusal import Refusal, UnsupportedGraphError, refuse, shape_of
 SAMPLE_INDEX = "sample_index"
 
 
-def batched_inputs(module: GraphModule, size: int) -> list[Node]:
-    """Placeholders with a row for each of `size` samples: those that are no weights or buffers of the model.
-
-    A weight that is left out may still hold a row for each sample; its rows are taken where it meets the samples.
-    """
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    return [node for node in placeholders if shape_of(node)[:1] == (size,) and not is_state(node.name)]
-
-
 def take_samples(
-    module: GraphModule, batched: Collection[Node], size: int, count: int
+    module: GraphModule, latents: Collection[str], size: int, count: int
 ) -> tuple[GraphModule, tuple[AxisState, ...]]:
     """The graph for `count` of the `size` samples of a batch.
 
     Args:
         module: normalised graph.
-        batched: placeholders whose dim 0 is the batch dim.
+        latents: placeholders whose dim 0 is the batch dim.
         size: B.
         count: samples to compute.
 
@@ -52,18 +43,8 @@ def take_samples(
     Raises:
         UnsupportedGraphError: with every operator in which the samples of a batch meet.
     """
-    analysis, refusals = walk(module, (size, 1, 1), {node: Tokens(0) for node in batched})
-    meeting = [node for kind in (Attend, Accumulate) for node, _ in analysis.of_type(kind)]
-    refusals += [refuse(node, dict(analysis.states), "the samples of a batch meet in it") for node in meeting]
-    refusals += [replace(refusal, reason=f"across the batch, {refusal.reason}") for refusal in analysis.whole.values()]
+    analysis = _samples(module, latents, size)
     output = module.graph.output_node()
-    results = output.args[0]
-    assert isinstance(results, tuple | list)
-    states = tuple(analysis.states[result] if isinstance(result, Node) else FREE for result in results)
-    if any(isinstance(state, Tokens) and state.whole != (0, 0) for state in states):
-        refusals.append(Refusal("an output has other rows beside those of the samples"))
-    if refusals:
-        raise UnsupportedGraphError(refusals)
     # Without the edits that end the axis, outputs hold the rows that were computed.
     edits = {node: own for node, own in analysis.edits.items() if node is not output}
     form = write_partial(module, replace(analysis, edits=edits), Budgets(count, 0))
@@ -71,7 +52,45 @@ def take_samples(
     index._rename(SAMPLE_INDEX)
     index.target = index.name
     form.module.recompile()
-    return form.module, states
+    return form.module, _output_states(analysis, output)
+
+
+def _samples(module: GraphModule, latents: Collection[str], size: int) -> Analysis:
+    """The batch dim of a whole graph.
+
+    An input with B rows, that is no weight or buffer of the model, has most likely one for each sample. Where that
+    guess leads to a refusal it is dropped: the input is whole then, and its rows are taken where it meets the samples.
+    """
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    known = [node for node in placeholders if node.name in latents]
+    guesses = [n for n in placeholders if n not in known and shape_of(n)[:1] == (size,) and not is_state(n.name)]
+    analysis, refusals = _follow(module, [*known, *guesses], size)
+    if refusals:
+        for guess in guesses:
+            if not _follow(module, [*known, guess], size)[1]:
+                known.append(guess)
+        analysis, refusals = _follow(module, known, size)
+    if refusals:
+        raise UnsupportedGraphError(refusals)
+    return analysis
+
+
+def _follow(module: GraphModule, batched: Sequence[Node], size: int) -> tuple[Analysis, list[Refusal]]:
+    """Where the samples go from these inputs, and every place where they meet."""
+    analysis, refusals = walk(module, (size, 1, 1), {node: Tokens(0) for node in batched})
+    meeting = [node for kind in (Attend, Accumulate) for node, _ in analysis.of_type(kind)]
+    refusals += [refuse(node, dict(analysis.states), "the samples of a batch meet in it") for node in meeting]
+    refusals += [replace(refusal, reason=f"across the batch, {refusal.reason}") for refusal in analysis.whole.values()]
+    states = _output_states(analysis, module.graph.output_node())
+    if any(isinstance(state, Tokens) and state.whole != (0, 0) for state in states):
+        refusals.append(Refusal("an output has other rows beside those of the samples"))
+    return analysis, refusals
+
+
+def _output_states(analysis: Analysis, output: Node) -> tuple[AxisState, ...]:
+    results = output.args[0]
+    assert isinstance(results, tuple | list)
+    return tuple(analysis.states[result] if isinstance(result, Node) else FREE for result in results)
 
 
 def join_samples(parts: Sequence[Any], state: AxisState) -> Any:

@@ -224,6 +224,8 @@ def pieces(q: Query) -> Flow | str:
     dim = wrap(q.arg(2, "dim", 0), len(shape_of(operand)))
     if not isinstance(state, Tokens) or state.dim != dim:
         return works_along(state, {dim}, "")
+    if q.node.target is aten.split.Tensor:
+        return _runs(q, state, shape_of(operand)[dim])
     if q.node.target is not aten.split_with_sizes.default or state.folds != 1:
         return "it cuts the token axis"
     sizes, states, edits, position = q.arg(1, "split_sizes"), [], [], 0
@@ -236,6 +238,17 @@ def pieces(q: Query) -> Flow | str:
             edits.append(Resize(1, number, part))
         position += size
     return Flow(Parts(tuple(states)), tuple(edits))
+
+
+def _runs(q: Query, tokens: Tokens, size: int) -> Flow | str:
+    """`split(x, length)` along the token axis: into pieces that hold the same whole runs."""
+    length = q.arg(1, "split_size")
+    starts = range(0, size, length)
+    parts = [cut(tokens, start, start + length, q.num_tokens) for start in starts] if tokens.folds == 1 else [None]
+    first = parts[0]
+    if not isinstance(first, Tokens) or any(part != first for part in parts) or size % length:
+        return "it cuts the token axis"
+    return Flow(Parts(tuple(parts)), (Resize(1, None, first),))  # type: ignore[arg-type]
 
 
 def getitem(q: Query) -> Flow | str:
@@ -293,6 +306,7 @@ RULES: dict[Any, Any] = {
     aten.view_as_complex.default: as_complex,
     aten.view_as_real.default: as_real,
     aten.cat.default: concatenate,
+    aten.concat.default: concatenate,
     aten.stack.default: stack,
     aten.outer.default: outer_product,
     aten.pad_sequence.default: stack_padded,

@@ -57,6 +57,13 @@ def group_norm(q: Query) -> Flow | str:
     return "it normalises over the token axis" if isinstance(state, Tokens) and state.dim > 0 else Flow(state)
 
 
+def pooling(q: Query) -> Flow | str:
+    """`max_pool3d(x, kernel)` and its like: along the last dims, as many as the kernel has."""
+    operand, state = q.first()
+    rank = len(shape_of(operand))
+    return works_along(state, set(range(rank - POOLS[q.node.target], rank)), "it pools over the token axis")
+
+
 def linear(q: Query) -> Flow | str:
     """`x @ weight.T + bias`: the token axis may be any but the last dim of x."""
     operand, state = q.first()
@@ -155,6 +162,14 @@ ELEMENTWISE = (
     aten.isnan.default,
 )  # fmt: skip
 
+POOLS: dict[Any, int] = {
+    aten.max_pool2d.default: 2,
+    aten.avg_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.avg_pool3d.default: 3,
+}
+"""Over how many dims each of them pools."""
+
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(CONVOLUTIONS, convolution),
@@ -164,6 +179,8 @@ RULES: dict[Any, Rule] = {
     aten.dropout.default: dropout,
     aten.native_dropout.default: dropout,
     aten.type_as.default: like_first,
+    aten.fill.Scalar: like_first,
+    aten.fill.Tensor: like_first,
     aten.empty_like.default: like_first,
     aten.zeros_like.default: like_first,
     aten.ones_like.default: like_first,
@@ -178,6 +195,7 @@ RULES: dict[Any, Rule] = {
     aten.layer_norm.default: layer_norm,
     aten.rms_norm.default: layer_norm,
     aten.group_norm.default: group_norm,
+    **dict.fromkeys(POOLS, pooling),
     # reductions
     aten.sum.dim_IntList: reduction,
     aten.mean.dim: reduction,

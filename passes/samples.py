@@ -325,6 +325,19 @@ ACCEPTED: list[Call] = [
         for whole, part, dim in (("bnd", "bnr", 2), ("bNd", "bnr", 2), ("bnd", "bNr", -1), ("dn", "rn", 0))
     ),
     call(aten.slice_scatter.default, call(aten.empty_like.default, T("bnd")), T("bnd"), 2),
+    call(aten.concat.default, [T("bnd"), T("bnk")], 2),
+    call(aten.concat.default, [T("bld"), T("bnd")], 1),
+    *(call(aten.fill.Scalar, T(dims), 0.5) for dims in ("n", "bnd")),
+    call(aten.fill.Tensor, T("bnd"), T("")),
+    *(call(op, T("ncYX"), [2, 2]) for op in (aten.max_pool2d.default, aten.avg_pool2d.default)),
+    *(call(op, T("nctYX"), [1, 2, 2]) for op in (aten.max_pool3d.default, aten.avg_pool3d.default)),
+    # attention token by token, each with a mask of its own
+    attention("nhke", "nhle", "nhle", T("n1kl")),
+    attention("nhke", "nhle", "nhle", T("Nh1l", torch.bool)),
+    attention("nhke", "Nhle", "Nhle", T("n11l")),
+    attention("nhke", "nhle", "nhle", T("kl")),
+    attention("Nhke", "Nhle", "Nhle", T("n1kl")),
+    attention("nhke", "nhke", "nhke", None, 0.0, True),
     # by an index: along other dims, of each row's own choice, and into the whole token axis
     *(call(aten.topk.default, T(dims), 2, *dim) for dims, dim in (("bnd", ()), ("bdn", (1,)), ("bnd", (0,)))),
     *(call(aten.sort.default, T(dims), *dim) for dims, dim in (("bnd", ()), ("bdn", (1,)), ("bnd", (0, True)))),

@@ -91,6 +91,21 @@ def test_rows_outside_a_piece_may_be_no_numbers() -> None:
     assert distance(forms.partial(cache, **inputs(0))[0], model(**inputs(0))) <= 1e-5
 
 
+def test_whole_runs_in_equal_parts() -> None:
+    """Two runs of tokens one after the other, split where one ends; and where none does, computed whole."""
+    model = Model(lambda x: torch.cat([x, x.cos()], 1).split(N, 1)[1] + torch.cat([x, x.sin()], 1).chunk(2, 1)[0], 0)
+    plan = random_plan(GRID, 10, 20, 0)
+    forms = hetcache.rewrite(model, plan, kwargs=inputs(0), token_inputs={"hidden_states": 1})
+    assert not forms.analysis.whole
+    _, cache = forms.full(**inputs(0))
+    assert distance(forms.partial(cache, **inputs(0))[0], model(**inputs(0))) <= 1e-5
+    cutting = Model(lambda x: x + torch.cat([x, x.cos()], 1).split(20, 1)[0].mean(1, keepdim=True), 0)
+    forms = hetcache.rewrite(cutting, plan, kwargs=inputs(0), token_inputs={"hidden_states": 1})
+    assert len(forms.analysis.whole) == 2
+    _, cache = forms.full(**inputs(0))
+    assert distance(forms.partial(cache, **inputs(0))[0], cutting(**inputs(0))) <= 1e-5
+
+
 TABLE = torch.randn(1, FIRST, WIDTH)
 MISUSED: dict[str, tuple[Op, int]] = {
     "a piece is left out": (lambda x: x[:, :FIRST], 2),

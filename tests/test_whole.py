@@ -185,11 +185,7 @@ WHOLE: dict[str, tuple[Op, str, str]] = {
         "aten.scaled_dot_product_attention.default",
         "its mask is computed from tokens",
     ),
-    "mask_for_each_token": (
-        lambda x, text: attend(*[x.unflatten(2, (7, 2)).reshape(BATCH, N, 7, 2)] * 3, attn_mask=ones(7, 7)),
-        "aten.scaled_dot_product_attention.default",
-        "each token has a mask of its own",
-    ),
+    "pool": (lambda x, _: F.avg_pool2d(x[:, None], 2), "aten.avg_pool2d.default", "it pools over the token axis"),
     "features": (
         lambda x, _: attend(x.mT, x.mT, x.mT),
         "aten.scaled_dot_product_attention.default",
