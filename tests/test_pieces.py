@@ -106,6 +106,15 @@ def test_whole_runs_in_equal_parts() -> None:
     assert distance(forms.partial(cache, **inputs(0))[0], cutting(**inputs(0))) <= 1e-5
 
 
+def test_a_repeat_that_knows_its_size() -> None:
+    """torch.export writes the size of the result into it, which a partial form does not have."""
+    model = Model(lambda x: x.repeat_interleave(2, 1).unflatten(1, (-1, 2))[:, :, 1], 0)
+    forms = hetcache.rewrite(model, random_plan(GRID, 10, 20, 0), kwargs=inputs(0), token_inputs={"hidden_states": 1})
+    assert not forms.analysis.whole
+    _, cache = forms.full(**inputs(0))
+    assert distance(forms.partial(cache, **inputs(0))[0], model(**inputs(0))) <= 1e-5
+
+
 TABLE = torch.randn(1, FIRST, WIDTH)
 MISUSED: dict[str, tuple[Op, int]] = {
     "a piece is left out": (lambda x: x[:, :FIRST], 2),
