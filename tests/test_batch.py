@@ -14,10 +14,17 @@ import torch
 from backend_checks import TOLERANCE, CountingInner, Kwargs, N, check, compiled, max_error, plan_of, run, tiny_calls
 from conftest import Captured
 from models import Case, TinyDiT
+from models_check import distance
 from torch import nn
+from torch.utils import _pytree as pytree
+from zoo import ENTRIES
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
+from hetcache_compile.capture import capture
+from hetcache_compile.passes.analyse import analyse
+from hetcache_compile.passes.axis import Tokens
+from hetcache_compile.passes.batch import join_samples, take_samples
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 STEPS = "FPRPFRP"
@@ -77,6 +84,52 @@ def test_frozen_inputs(captured: Callable[[Case], Captured]) -> None:
         outputs = run(compiled(model.model), [kwargs] * 4)
     check(outputs, [model.plain(kwargs)] * 4)
     assert session.stats.kinds == [StepKind.FULL, StepKind.PARTIAL, StepKind.PARTIAL, StepKind.REUSE]
+
+
+def test_an_input_with_as_many_rows_as_the_batch_for_another_reason(captured: Callable[[Case], Captured]) -> None:
+    """VACE's control scales: one for each of its two control blocks, and here there are two samples."""
+    model = captured(Case("vace", batch=2))
+    kwargs = model.call(0)
+    assert len(kwargs["control_hidden_states_scale"]) == 2
+    with hetcache.session([plan_of("FPPR", seed=seed) for seed in range(2)]) as session:
+        outputs = run(compiled(model.model), [kwargs] * 4)
+    check(outputs, [model.plain(kwargs)] * 4)
+    assert session.stats.steps == {"FULL": 1, "PARTIAL": 2, "REUSE": 1}
+
+
+ZOO = {entry.name: entry for entry in ENTRIES}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WanTransformer3DModel (image to video)",
+        "LTXVideoTransformer3DModel",
+        "CogVideoXTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+        "MochiTransformer3DModel",
+        "EasyAnimateTransformer3DModel",
+        "FluxTransformer2DModel",
+    ],
+)
+def test_some_samples_of_a_batch_are_those_of_the_whole_batch(name: str) -> None:
+    """Masks, folded batches and constants of batch size, in other models; the tokens of what is left are found."""
+    entry = ZOO[name]
+    model, first, second = entry.build(), entry.inputs(0), entry.inputs(1)
+
+    def both(a: Any, b: Any) -> Any:
+        return torch.cat([a, b]) if isinstance(a, torch.Tensor) and a.shape[:1] == (1,) else a
+
+    kwargs = pytree.tree_map(both, first, second)
+    program = capture(model, (), kwargs)
+    sources = analyse(program.module, entry.grid, entry.token_inputs).token_sources
+    module, states = take_samples(program.module, sources, 2, 1)
+    inputs = program.flat_inputs((), kwargs)
+    parts = [module(*inputs, torch.tensor([sample])) for sample in range(2)]
+    outputs = [join_samples(rows, state) for *rows, state in zip(*parts, states, strict=True)]
+    assert all(isinstance(state, Tokens) for state in states)
+    assert distance(outputs, model(**kwargs)) <= TOLERANCE
+    assert analyse(module, entry.grid, entry.token_inputs).token_sources == sources
 
 
 def test_a_time_for_each_token() -> None:
