@@ -20,7 +20,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from .analyse import analyse
-from .axis import Parts, Tokens
+from .axis import Parts, Piece, Tokens
 from .inputs import GridMismatchError, TokenInputs
 from .oracle import wrong_rules
 from .refusal import UnsupportedGraphError
@@ -52,7 +52,7 @@ class Coverage:
         self.whole.update(f"{refusal.op}: {refusal.reason}" for refusal in analysis.whole.values())
         for node in module.graph.nodes:
             states = (analysis.states[operand] for operand in node.all_input_nodes)
-            if node.op == "call_function" and any(isinstance(state, Tokens | Parts) for state in states):
+            if node.op == "call_function" and any(isinstance(state, Tokens | Parts | Piece) for state in states):
                 self.met[str(node.target)].add(name)
 
     def __str__(self) -> str:
