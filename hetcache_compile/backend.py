@@ -9,16 +9,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from .capture import Program, capture, with_input_names
-from .errors import NonFiniteError, UnsupportedGraphError
+from .errors import NonFiniteError, SessionError, UnsupportedGraphError
 from .forms import buffered, form_key, write_form
 from .passes.analyse import Analysis, analyse
+from .passes.axis import AxisState
+from .passes.batch import SAMPLE_INDEX, join_samples, take_samples
 from .passes.forms import Form
 from .passes.inputs import TokenInputs
 from .plan import Plan
@@ -74,9 +77,16 @@ def inner_backend(inner: str | Compiled, options: Mapping[str, Any] | None) -> C
 
 @dataclass
 class Specialised:
-    """A graph for one set of input shapes: its program, and what was made from it so far."""
+    """A graph for one set of input shapes: its program, and what was made from it so far.
+
+    With several plans, `parts` holds the graph for the samples of one plan, by the number of plans. Such a graph has
+    one more input, which is `samples[p]` for plan p, and says where the samples lie in each output.
+    """
 
     program: Program
+    samples: tuple[tuple[torch.Tensor, ...], ...] = ((),)
+    outputs: tuple[AxisState, ...] = ()
+    parts: dict[int, Specialised] = field(default_factory=dict)
     analyses: dict[Hashable, Analysis] = field(default_factory=dict)
     forms: dict[tuple[Hashable, str], tuple[Form, Compiled]] = field(default_factory=dict)
 
@@ -95,14 +105,17 @@ class CompiledGraph:
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, as the open session says, or plainly."""
         session = current_session()
-        if session is None or (signature_of(inputs), session.plan.grid) in self._refused:
+        if session is None:
+            return self.run_plain(inputs)
+        refusal = (signature_of(inputs), session.plan.grid, len(session.plans))
+        if refusal in self._refused:
             return self.run_plain(inputs)
         with torch.no_grad():
             try:
                 return self.run_step(session, inputs)
             except UnsupportedGraphError as error:
                 warnings.warn(f"hetcache runs this graph unchanged, because {error}", stacklevel=2)
-                self._refused.add((signature_of(inputs), session.plan.grid))
+                self._refused.add(refusal)
         return self.run_plain(inputs)
 
     def run_plain(self, inputs: Sequence[Any]) -> Any:
@@ -121,7 +134,8 @@ class CompiledGraph:
         known = self.specialise(inputs)
         analysis = self.analyse(known, session.plan)
         by_name = dict(zip(known.program.inputs, inputs, strict=True))
-        latents = [by_name[name] for name in analysis.token_sources if name in by_name]
+        sources = {name: by_name[name] for name in analysis.token_sources if name in by_name}
+        latents = list(sources.values())
         conditions = [t for t in inputs if is_condition(t) and not any(t is latent for latent in latents)]
         # Dynamo may run one graph for two modules of the same structure (two experts): weights tell them apart.
         weights = next((t for t in inputs if isinstance(t, torch.nn.Parameter)), None)
@@ -129,21 +143,28 @@ class CompiledGraph:
         kind, branch = session.next_step(cache_key, latents, conditions)
         if kind is StepKind.FULL and session.check_finite:
             check_finite(latents, branch.step)
-        form, run = self.form(known, analysis, session.plan, kind, inputs)
-        buffers = buffers_for(form, branch, cache_key, device_of(inputs))
+        part = self.part(known, sources, len(session.plans))
+        analysis = self.analyse(part, session.plan)
+        form, run = self.form(part, analysis, session.plan, kind, (*inputs, *part.samples[0]))
+        device = device_of(inputs)
+        buffers = [buffers_for(form, branch, (cache_key, p), device) for p, _ in enumerate(session.plans)]
         compile_seconds = time.perf_counter() - start
         # While a FULL step writes the buffers they hold no valid cache: an error must not leave half of one.
         if kind is StepKind.FULL:
             if cache_key not in branch.filled:
-                forget(form, buffers)
+                for own in buffers:
+                    forget(form, own)
             branch.filled.discard(cache_key)
-        watch = Stopwatch(device_of(inputs))
-        indices = [session.index(name, device_of(inputs)) for name in form.indices]
-        results = run(*known.program.flat_inputs(inputs, {}), *indices, *buffers)
+        watch = Stopwatch(device)
+        results = []
+        for p, own in enumerate(buffers):
+            indices = [session.index(name, device, p) for name in form.indices]
+            outputs = run(*part.program.flat_inputs((*inputs, *part.samples[p]), {}), *indices, *own)
+            results.append(own_outputs(outputs, own))
         branch.filled.add(cache_key)
         branch.step += 1
         session.count(kind, watch.stop(), compile_seconds)
-        return own_outputs(results, buffers)
+        return join(results, part.outputs)
 
     def specialise(self, inputs: Sequence[Any]) -> Specialised:
         """The program for inputs of these shapes."""
@@ -159,6 +180,30 @@ class CompiledGraph:
         if plan.grid not in known.analyses:
             known.analyses[plan.grid] = analyse(known.program.module, plan.grid, self.token_inputs)
         return known.analyses[plan.grid]
+
+    def part(self, known: Specialised, latents: Mapping[str, torch.Tensor], num_plans: int) -> Specialised:
+        """The graph for the samples of one plan: for every `num_plans`-th sample of the batch, the latents' dim 0.
+
+        Raises:
+            SessionError: the batch cannot be shared among the plans.
+            UnsupportedGraphError: the samples of a batch meet somewhere.
+        """
+        if num_plans == 1:
+            return known
+        first = next(iter(latents.values()))
+        size = first.shape[0]
+        if size % num_plans:
+            raise SessionError(
+                f"the session has {num_plans} plans, but the batch has {size} samples: give a multiple of {num_plans}"
+            )
+        if num_plans not in known.parts:
+            program = known.program
+            module, outputs = take_samples(program.module, latents, size, size // num_plans)
+            in_spec = pytree.tree_structure((tuple(range(len(program.inputs) + 1)), {}))
+            program = replace(program, module=module, inputs=(*program.inputs, SAMPLE_INDEX), in_spec=in_spec)
+            samples = [torch.arange(p, size, num_plans, device=first.device) for p in range(num_plans)]
+            known.parts[num_plans] = Specialised(program, tuple((index,) for index in samples), outputs)
+        return known.parts[num_plans]
 
     def form(
         self, known: Specialised, analysis: Analysis, plan: Plan, kind: StepKind, inputs: Sequence[Any]
@@ -202,6 +247,13 @@ def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tupl
         value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in cached else value
         for value in outputs
     )
+
+
+def join(results: Sequence[tuple[Any, ...]], states: Sequence[AxisState]) -> tuple[Any, ...]:
+    """The outputs for a whole batch, from those for the samples of each plan."""
+    if len(results) == 1:
+        return results[0]
+    return tuple(join_samples(parts, state) for *parts, state in zip(*results, states, strict=True))
 
 
 def check_finite(latents: Sequence[torch.Tensor], step: int) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from .errors import InputFileError
@@ -47,15 +45,10 @@ def call_of_function(name: str) -> ModelCall:
     return ModelCall(model.eval(), (), kwargs, tuple(grid))
 
 
-def call_of_pipeline(folder: Path, height: int, width: int, num_frames: int) -> ModelCall:
-    """The first model call of a checkpoint's pipeline, on an empty video that is all mask.
+def call_of_pipeline(pipe: Any, height: int, width: int, num_frames: int) -> ModelCall:
+    """The first model call of a pipeline that edits masked video, on an empty video that is all mask."""
+    from .editing import EditRequest, make_plan, run_eager
 
-    Raises:
-        InputFileError: the checkpoint cannot be loaded.
-    """
-    from .editing import EditRequest, load_pipeline, make_plan, run_eager
-
-    pipe = load_pipeline(folder, torch.float32, "cpu")
     request = EditRequest(
         video=np.zeros((num_frames, height, width, 3), dtype=np.uint8),
         mask=np.ones((num_frames, height, width), dtype=bool),

@@ -126,7 +126,6 @@ def edit(
     from .media import read_mask, read_video
     from .plan import Plan
 
-    check_size(height, width, num_frames)
     known_plan = Plan.load(plan) if plan else None
     known_calibration = load_calibration(calibration)
     frames = read_video(video, num_frames, height, width, start_frame)
@@ -137,6 +136,7 @@ def edit(
             known_plan = known_plan or pipe.transformer.plan
         else:
             pipe = load_pipeline(model, torch_dtype(dtype), torch_device(device))
+    check_size(height, width, num_frames, pipe)
     request = EditRequest(
         video=frames,
         mask=pixels,
@@ -187,7 +187,8 @@ def make_plan(
     from .plan import Plan, plan_for
     from .preview import save_preview
 
-    check_size(height, width, num_frames)
+    if model is None:
+        check_size(height, width, num_frames)
     if budget is not None:
         schedule = f"optimal:{budget}"
     known = load_calibration(calibration)
@@ -196,6 +197,7 @@ def make_plan(
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, torch_dtype("float32"), "cpu")
+        check_size(height, width, num_frames, pipe)
         made = plan_for(
             pipe, mask=pixels, height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
             num_reference_images=reference_images, schedule=schedule, calibration=known, **options,
@@ -232,6 +234,7 @@ def explain(
     import numpy as np
 
     from .calls import call_of_function, call_of_pipeline
+    from .editing import load_pipeline
     from .explain import explain as explain_forms
     from .explain import write_picture
     from .forms import rewrite
@@ -240,8 +243,10 @@ def explain(
     if ":" in model and not Path(model).exists():
         call = call_of_function(model)
     else:
-        check_size(height, width, num_frames)
-        call = call_of_pipeline(Path(model), height, width, num_frames)
+        with console.status(f"loading {model}"):
+            pipe = load_pipeline(Path(model), torch_dtype("float32"), "cpu")
+        check_size(height, width, num_frames, pipe)
+        call = call_of_pipeline(pipe, height, width, num_frames)
     number = int(np.prod(call.grid))
     plan = Plan.from_token_mask(np.arange(number) < max(1, round(active * number)), call.grid)
     forms = rewrite(call.model, plan, call.args, call.kwargs, token_inputs=token_inputs(token_input))

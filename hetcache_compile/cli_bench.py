@@ -90,10 +90,11 @@ def bench_quality_command(
     if video is None and mask is None:
         edits = reference.held_out(clips)
     else:
-        check_size(height, width, num_frames)
         edits = [clip_of_files(video, mask, truth, prompt, num_frames, height, width)]
     with console.status(f"loading {model or 'the reference model'}"):
         pipe = load_pipeline(model or reference.FOLDER, torch_dtype(dtype), torch_device(device))
+    if video is not None:
+        check_size(height, width, num_frames, pipe)
     usual_guidance, usual_length = (5.0, 512) if model else (reference.GUIDANCE_SCALE, reference.MAX_TEXT_LENGTH)
     settings = Settings(
         model=str(model or "reference"), num_inference_steps=steps,

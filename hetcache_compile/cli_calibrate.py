@@ -71,7 +71,6 @@ def calibrate(
     from .editing import load_pipeline
     from .report import processor_name
 
-    check_size(height, width, num_frames)
     if video is None and mask is None:
         edits = reference.calibration_clips(clips, num_frames, height)
     else:
@@ -80,6 +79,7 @@ def calibrate(
     with console.status(f"loading {model}"):
         folder = reference.FOLDER if shipped else Path(model)
         pipe = load_pipeline(folder, torch_dtype(dtype), torch_device(device))
+    check_size(height, width, num_frames, pipe)
     usual_guidance, usual_length = (reference.GUIDANCE_SCALE, reference.MAX_TEXT_LENGTH) if shipped else (5.0, 512)
     settings = {
         "model": model, "weights": weights_digest(pipe), "dtype": dtype,

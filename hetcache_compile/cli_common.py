@@ -31,7 +31,9 @@ Extrapolation = Annotated[
     typer.Option(help="Order at which outputs that a step does not compute are predicted; 0 repeats.", min=0, max=2),
 ]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
-Frames = Annotated[int, typer.Option(help="Frames to edit: one more than a multiple of 4.", min=1)]
+Frames = Annotated[
+    int, typer.Option(help="Frames to edit: one more than a multiple of what the VAE takes together (Wan: 4).", min=1)
+]
 Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
 Width = Annotated[int, typer.Option(help="Width in pixels.", min=1)]
 GuidanceScale = Annotated[
@@ -77,13 +79,29 @@ def chosen(context: typer.Context, schedule: str, **options: Any) -> dict[str, A
     return {name: value for name, value in options.items() if name not in own or given(name)}
 
 
-def check_size(height: int, width: int, num_frames: int) -> None:
-    """What Wan's VAE and patches can cut up."""
-    for name, value in (("height", height), ("width", width)):
-        if value % 16:
-            raise PlanError(f"{name} must be a multiple of 16, got {value}")
-    if num_frames % 4 != 1:
-        raise PlanError(f"the number of frames must be one more than a multiple of 4, got {num_frames}")
+def check_size(height: int, width: int, num_frames: int, pipe: Any = None) -> None:
+    """Raise `PlanError` for a video that the VAE and the patches cannot cut up: the pipeline's own, or else Wan's."""
+    frames, rows, columns = WAN_FACTORS if pipe is None else size_factors(pipe)
+    for name, value, factor in (("height", height, rows), ("width", width, columns)):
+        if value % factor:
+            raise PlanError(f"{name} must be a multiple of {factor}, got {value}")
+    if num_frames % frames != 1 % frames:
+        raise PlanError(f"the number of frames must be one more than a multiple of {frames}, got {num_frames}")
+
+
+def size_factors(pipe: Any) -> tuple[int, int, int]:
+    """Frames to a latent frame, and the pixels of a token: its height and its width.
+
+    Raises:
+        PlanError: the pipeline lacks a part that says so.
+    """
+    try:
+        model = next(m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m is not None)
+        _, rows, columns = model.config.patch_size
+        spatial = pipe.vae_scale_factor_spatial
+        return pipe.vae_scale_factor_temporal, spatial * rows, spatial * columns
+    except (AttributeError, TypeError, StopIteration) as error:
+        raise PlanError(f"{type(pipe).__name__} does not say into what it cuts a video: {error}") from error
 
 
 def token_inputs(given: list[str] | None) -> dict[str, int] | None:
@@ -111,3 +129,7 @@ def torch_device(name: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+WAN_FACTORS = (4, 16, 16)
+"""`size_factors` of Wan, for plans made without a model."""

@@ -133,6 +133,8 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
 
     def run_step(self, session: Session, inputs: Buffers) -> Buffers:
         """The step of the session that comes now."""
+        if len(session.plans) > 1:
+            raise SessionError("an engine has one mask for all samples of a batch: open a session with one plan")
         self.check_plan(session.plan)
         latents = [inputs[name] for name in self.manifest.latents if name in inputs]
         conditions = [value for name, value in inputs.items() if value.ndim >= 3 and name not in self.manifest.latents]

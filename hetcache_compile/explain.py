@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .files import atomically
 from .forms import Forms
-from .passes.axis import Accumulate, Attend, Enter, Leave, Tokens
+from .passes.axis import Accumulate, Attend, Enter, Leave, Piece, Tokens
 from .passes.flops import graph_flops, node_flops
 from .passes.refusal import module_path, shape_of, source_line
 
@@ -113,7 +113,7 @@ def rooms(forms: Forms) -> dict[Node, str]:
         if node.op != "call_function":
             continue
         born = any(isinstance(e, Enter) for e in edits)
-        if isinstance(analysis.states[node], Tokens) and not born:
+        if isinstance(analysis.states[node], Tokens | Piece) and not born:
             found[node] = "tokens"
         elif node not in depends or born:
             found[node] = "inputs"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import SessionError
+from .forms import form_key
 from .plan import Plan
 from .schedule import StepKind
 from .timing import Stopwatch
@@ -80,13 +81,18 @@ class Branch:
 class Session:
     """Use it as a context manager; see `session`."""
 
-    def __init__(self, plan: Plan, *, check_finite: bool = True) -> None:
-        self.plan = plan
+    def __init__(self, plans: Plan | Sequence[Plan], *, check_finite: bool = True) -> None:
+        self.plans = checked_plans(plans)
         self.check_finite = check_finite
         self.stats = Stats()
         self._branches: dict[str | None, Branch] = defaultdict(Branch)
-        self._indices: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._indices: dict[tuple[str, torch.device, int], torch.Tensor] = {}
         self._token: Token[Session | None] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The first plan: all agree in their steps, grid and budgets."""
+        return self.plans[0]
 
     def __enter__(self) -> Session:
         if current_session() is not None:
@@ -135,11 +141,12 @@ class Session:
         kind = self.plan.steps[branch.step]
         return (kind if cache_key in branch.filled else StepKind.FULL), branch
 
-    def index(self, name: str, device: torch.device) -> torch.Tensor:
-        """`active_index` or `context_index` on a device, copied there once."""
-        if (name, device) not in self._indices:
-            self._indices[name, device] = torch.as_tensor(getattr(self.plan, name), device=device)
-        return self._indices[name, device]
+    def index(self, name: str, device: torch.device, number: int = 0) -> torch.Tensor:
+        """`active_index` or `context_index` of plan `number` on a device, copied there once."""
+        key = (name, device, number)
+        if key not in self._indices:
+            self._indices[key] = torch.as_tensor(getattr(self.plans[number], name), device=device)
+        return self._indices[key]
 
     def count(self, kind: StepKind, watch: Stopwatch, compile_seconds: float) -> None:
         """Record one call."""
@@ -154,11 +161,13 @@ class Session:
         )
 
 
-def session(plan: Plan, *, check_finite: bool = True) -> Session:
+def session(plan: Plan | Sequence[Plan], *, check_finite: bool = True) -> Session:
     """Open a session: inside it, models compiled with `hetcache_backend` follow the plan.
 
     Args:
-        plan: what each step computes.
+        plan: what each step computes; or several plans, for batches whose samples have masks of their own. With P of
+            them, sample i of a batch follows plan `i % P`, so that guidance may put two batches of P samples into one
+            call (`torch.cat([uncond, cond])`). They must agree in grid, budgets, extrapolation and steps.
         check_finite: raise `NonFiniteError` when a FULL step gets latents with NaN or infinity (one small
             reduction and one wait for the device in each FULL step).
 
@@ -169,6 +178,29 @@ def session(plan: Plan, *, check_finite: bool = True) -> Session:
         {'FULL': 6, 'PARTIAL': 4, 'REUSE': 10}
     """
     return Session(plan, check_finite=check_finite)
+
+
+def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
+    """One plan or several, as a tuple.
+
+    Raises:
+        SessionError: there is none, or they need forms or steps of their own.
+    """
+    if isinstance(plans, Plan):
+        return (plans,)
+    if not plans:
+        raise SessionError("a session needs at least one plan")
+    first, *rest = plans
+    for number, plan in enumerate(rest, start=1):
+        for what, ours, theirs in (
+            ("grid, budgets and extrapolation", form_key(first), form_key(plan)),
+            ("steps", first.steps, plan.steps),
+        ):
+            if ours != theirs:
+                raise SessionError(
+                    f"the plans of a batch must agree in {what}: plan 0 has {ours}, plan {number} has {theirs}"
+                )
+    return tuple(plans)
 
 
 def _check_unnamed(branch: Branch, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> None:

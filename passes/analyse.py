@@ -7,9 +7,26 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from .axis import FREE, Accumulate, Attend, AxisState, Edit, Enter, Flow, Grid, Keep, Leave, Never, Parts, Tokens
+from .axis import (
+    FREE,
+    Accumulate,
+    Attend,
+    AxisState,
+    Edit,
+    Enter,
+    Flow,
+    Grid,
+    Keep,
+    Leave,
+    Never,
+    Parts,
+    Piece,
+    Reborn,
+    Tokens,
+)
 from .inputs import GridMismatchError, TokenInputs, find_token_inputs, no_tokens, resolve_token_inputs
 from .patches import input_state, is_patchify
+from .pieces import along_pieces, cut_out
 from .query import Query
 from .refusal import Refusal, UnsupportedGraphError, module_path, refuse, shape_of
 from .rules import RULES
@@ -51,10 +68,10 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Token
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     known, refusals = resolve_token_inputs(placeholders, token_inputs or {}, grid)
-    analysis, more = _walk(module, grid, known)
+    analysis, more = walk(module, grid, known)
     if not token_inputs and not analysis.of_type(Enter) and not more:
         known = find_token_inputs(placeholders, grid)
-        analysis, more = _walk(module, grid, known)
+        analysis, more = walk(module, grid, known)
     refusals += more
     if not refusals:
         refusals = _nothing_to_cache(module, analysis)
@@ -63,16 +80,38 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Token
     return analysis
 
 
-def _walk(
+def walk(
     module: GraphModule, grid: tuple[int, int, int], token_inputs: Mapping[Node, Tokens]
 ) -> tuple[Analysis, list[Refusal]]:
-    """The analysis of every node, and the refusals among them."""
+    """The analysis of every node, and the refusals among them. `token_inputs` are placeholders with a token axis."""
+    barred: set[Node] = set()
+    while True:
+        analysis, refusals, misused = _walk_once(module, grid, token_inputs, barred)
+        if not misused:
+            return analysis, refusals
+        barred |= misused
+
+
+def _walk_once(
+    module: GraphModule, grid: tuple[int, int, int], token_inputs: Mapping[Node, Tokens], barred: set[Node]
+) -> tuple[Analysis, list[Refusal], set[Node]]:
+    """`walk` with some slices barred from cutting pieces, and the slices that must be barred too."""
     states: dict[Node, AxisState] = {}
     edits: dict[Node, tuple[Edit, ...]] = {}
     whole: dict[Node, Refusal] = {}
     refusals: list[Refusal] = []
+    misused: set[Node] = set()
     for node in module.graph.nodes:
-        flow = _flow(node, states, grid, token_inputs, whole)
+        pieces = [state for operand in node.all_input_nodes if isinstance(state := states[operand], Piece)]
+        flow: Flow | Refusal | None
+        if pieces:
+            rule = RULES.get(node.target)
+            flow = along_pieces(node, states, grid, rule) if rule else None
+            if flow is None:
+                misused = misused.union(*(piece.cuts for piece in pieces))
+                flow = Flow(FREE)
+        else:
+            flow = _flow(node, states, grid, token_inputs, whole, barred)
         if isinstance(flow, Refusal):
             refusals.append(flow)
             flow = Flow(FREE)  # go on, so that one run shows every reason
@@ -82,7 +121,7 @@ def _walk(
     after, kept = after_tokens(module, states, edits)
     for node, operands in kept.items():
         edits[node] = (*edits.get(node, ()), *map(Keep, operands))
-    return Analysis(grid, states, edits, _token_sources(module, edits), after, whole), refusals
+    return Analysis(grid, states, edits, _token_sources(module, edits), after, whole), refusals, misused
 
 
 def _flow(
@@ -91,6 +130,7 @@ def _flow(
     grid: tuple[int, int, int],
     token_inputs: Mapping[Node, Tokens],
     whole: dict[Node, Refusal],
+    barred: set[Node],
 ) -> Flow | Refusal:
     """The flow of one node, or why there is none."""
     if node.op == "placeholder":
@@ -109,13 +149,19 @@ def _flow(
         return refuse(node, states, "no rule for this operator", help="add one to RULES in passes/rules.py")
     if not carries_tokens and not is_patchify(node) and not any(isinstance(states[o], Grid | Parts) for o in operands):
         return Flow(FREE)
-    answer = rule(Query(node, states, grid))
+    query = Query(node, states, grid)
+    answer = rule(query)
     if isinstance(answer, Flow):
         return answer
     if not carries_tokens:
         return Flow(FREE)
     if isinstance(answer, Never):
         return refuse(node, states, answer.reason, answer.help)
+    if node not in barred and (piece := cut_out(query)) is not None:
+        return piece
+    if isinstance(answer, Reborn):
+        whole[node] = refuse(node, states, answer.reason)
+        return Flow(answer.tokens, (*leaves, Enter(answer.tokens)))
     whole[node] = refuse(node, states, answer)
     return Flow(FREE, tuple(leaves))
 
@@ -135,7 +181,7 @@ def after_tokens(
     computable: dict[Node, bool] = {}
     for node in module.graph.nodes:
         own = edits.get(node, ())
-        meets = isinstance(states[node], Tokens) or any(isinstance(e, Attend | Accumulate) for e in own)
+        meets = isinstance(states[node], Tokens | Piece) or any(isinstance(e, Attend | Accumulate) for e in own)
         computable[node] = not meets and all(computable[o] for o in _read(node, own))
     output = module.graph.output_node()
     after, kept, todo = {output}, dict[Node, list[Node]](), [output]

@@ -20,7 +20,7 @@ def attention(q: Query) -> Flow | str | Never:
 
     1. Keys and values carry no tokens: cross-attention, nothing to do.
     2. Both carry them as their rows: the context comes from the cache.
-    3. All that have a batch dim carry it as that: attention over something else, token by token.
+    3. All that have a batch dim carry it as that: attention over something else, token by token, each with its mask.
     """
     operands = [operand for operand in q.node.args[:3] if isinstance(operand, Node)]
     rank = len(q.shape)
@@ -30,16 +30,16 @@ def attention(q: Query) -> Flow | str | Never:
         return Flow(FREE)
     if q.arg(4, "dropout_p", 0.0):
         return Never("it drops elements at random", help="call model.eval() first")
+    if any(len(shape_of(operand)) != rank for operand in operands):
+        return "its queries, keys and values differ in their number of dims"
+    masks = [mask] if isinstance(mask, Node) else []
+    batch = {state.dim - len(shape_of(o)) for o in (*operands, *masks) if isinstance(state := q.state(o), Tokens)}
+    if min(batch) < -2:
+        return align(q, [*operands, *masks], rank, (rank - 2, rank - 1))
     if q.arg(5, "is_causal", False):
         return "a causal mask depends on the rows that are left out"
     if isinstance(q.state(mask), Tokens):
         return "its mask is computed from tokens"
-    if any(len(shape_of(operand)) != rank for operand in operands):
-        return "its queries, keys and values differ in their number of dims"
-    if any(isinstance(state, Tokens) and state.dim < rank - 2 for state in (query, key, value)):
-        return (
-            "each token has a mask of its own" if mask is not None else align(q, operands, rank, (rank - 2, rank - 1))
-        )
     if any(isinstance(state, Tokens) and state.dim == rank - 1 for state in (query, key, value)):
         return "its features lie along the token axis"
     edits: list[Edit] = []
@@ -99,6 +99,10 @@ def matmul(q: Query) -> Flow | str:
     3. Both have it as a batch dim.
     """
     left, right = (operand for operand in q.node.args[:2] if isinstance(operand, Node))
+    return _product(q, left, right)
+
+
+def _product(q: Query, left: Node, right: Node) -> Flow | str:
     states = q.state(left), q.state(right)
     ranks = len(shape_of(left)), len(shape_of(right))
     if ranks[1] == 1 or ranks[0] == 1:
@@ -174,11 +178,40 @@ def addmm(q: Query) -> Flow | str:
     return align(q, [bias, left], len(q.shape), own_dims=(len(q.shape) - 1,))
 
 
+def baddbmm(q: Query) -> Flow | str:
+    """`beta * bias + alpha * (left @ right)`, of batches; the bias broadcasts against the product."""
+    bias, left, right = (operand for operand in q.node.args[:3] if isinstance(operand, Node))
+    flow, state, shape = _product(q, left, right), q.state(bias), shape_of(bias)
+    if isinstance(flow, str):
+        return flow
+    if any(isinstance(edit, Accumulate) for edit in flow.edits):
+        return "it contracts the token axis"
+    if not isinstance(flow.state, Tokens):
+        return "its bias carries the token axis" if isinstance(state, Tokens) else flow
+    place = flow.state.at(flow.state.dim - len(q.shape) + len(shape))
+    if isinstance(state, Tokens):
+        return flow if state == place else "its operands have different token axes"
+    meets = place.dim >= 0 and shape[place.dim] != 1
+    return Flow(flow.state, (*flow.edits, Gather(bias, place))) if meets else flow
+
+
+def flex_attention(q: Query) -> Flow | Never:
+    """`flex_attention` calls functions of the user's with the places of queries and keys."""
+    if not any(isinstance(q.state(operand), Tokens) for operand in q.node.all_input_nodes):
+        return Flow(FREE)
+    return Never(
+        "it scores and masks keys by their places in the sequence, which are others among the active tokens",
+        help="use scaled_dot_product_attention, with an attn_mask if need be",
+    )
+
+
 RULES: dict[Any, Any] = {
+    torch.ops.higher_order.flex_attention: flex_attention,
     aten.scaled_dot_product_attention.default: attention,
     aten.matmul.default: matmul,
     aten.mm.default: matmul,
     aten.bmm.default: matmul,
     aten.addmm.default: addmm,
     aten.einsum.default: einsum,
+    aten.baddbmm.default: baddbmm,
 }

@@ -109,7 +109,24 @@ class Parts:
         return "; ".join(map(str, self.states))
 
 
-AxisState = Free | Grid | Tokens | Parts
+@dataclass(frozen=True)
+class Piece:
+    """The rows `start` to `end` of a token axis that is laid out as `tokens`, cut out at the slices `cuts`.
+
+    A partial form does not cut: the node holds all the rows it would hold as `tokens`, and those outside the piece
+    mean nothing. So it may go only where rows are independent, until all pieces are put together again (`Choose`).
+    """
+
+    tokens: Tokens
+    start: int
+    end: int
+    cuts: frozenset[Node]
+
+    def __str__(self) -> str:
+        return f"rows {self.start} to {self.end} of the {self.tokens}"
+
+
+AxisState = Free | Grid | Tokens | Parts | Piece
 FREE = Free()
 
 
@@ -177,7 +194,23 @@ class Keep:
     operand: Node
 
 
-Edit = Gather | Resize | Enter | Leave | Attend | Accumulate | Keep
+@dataclass(frozen=True)
+class Uncut:
+    """A piece is cut out of `operand`: take `operand` as it is."""
+
+    operand: Node
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Pieces are put together: take each row from its piece. `ends` are the rows at which the pieces end."""
+
+    pieces: tuple[Node, ...]
+    ends: tuple[int, ...]
+    tokens: Tokens
+
+
+Edit = Gather | Resize | Enter | Leave | Attend | Accumulate | Keep | Uncut | Choose
 
 
 @dataclass(frozen=True)
@@ -186,6 +219,14 @@ class Flow:
 
     state: AxisState
     edits: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reborn:
+    """What a rule says of a node that is computed whole, with a token axis in its result; and why it is."""
+
+    reason: str
+    tokens: Tokens
 
 
 @dataclass(frozen=True)

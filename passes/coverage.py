@@ -1,8 +1,8 @@
 """`python -m hetcache_compile.passes.coverage [NAME ...]`, from the root of the repository.
 
 Captures the tiny transformers of `tests/zoo` and lists every operator that meets tokens, in how many models, with
-its rule; operators without a rule; operators that are computed whole, and why; and rules that the oracle of
-`tests/test_rules.py` finds wrong. Exits with 1 if a rule is missing or wrong.
+its rule; operators without a rule; operators that are computed whole, and why; and rules that the oracle (`oracle`)
+finds wrong. Exits with 1 if a rule is missing or wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 from torch.fx import GraphModule
 
 from .analyse import analyse
-from .axis import Parts, Tokens
+from .axis import Parts, Piece, Tokens
 from .inputs import GridMismatchError, TokenInputs
+from .oracle import wrong_rules
 from .refusal import UnsupportedGraphError
 from .rules import RULES
+from .samples import ACCEPTED
 
 NO_RULE = "no rule for this operator"
 
@@ -50,7 +52,7 @@ class Coverage:
         self.whole.update(f"{refusal.op}: {refusal.reason}" for refusal in analysis.whole.values())
         for node in module.graph.nodes:
             states = (analysis.states[operand] for operand in node.all_input_nodes)
-            if node.op == "call_function" and any(isinstance(state, Tokens | Parts) for state in states):
+            if node.op == "call_function" and any(isinstance(state, Tokens | Parts | Piece) for state in states):
                 self.met[str(node.target)].add(name)
 
     def __str__(self) -> str:
@@ -63,19 +65,6 @@ class Coverage:
         lines.append(f"without a rule: {len(self.missing)}")
         lines += [f"  {op}: {', '.join(sorted(names))}" for op, names in sorted(self.missing.items())]
         return "\n".join(lines)
-
-
-def wrong_rules() -> list[str]:
-    """Calls of the oracle whose partial form does not give the rows of the full one."""
-    oracle = importlib.import_module("test_rules")
-    wrong = []
-    for call in oracle.ACCEPTED:
-        for name, sizes in oracle.SIZES.items():
-            try:
-                oracle.check_rows(call, sizes)
-            except (AssertionError, RuntimeError, oracle.RefusedError) as error:
-                wrong.append(f"{call} ({name}): {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    return wrong
 
 
 def zoo_coverage(entries: Iterable[Any]) -> Coverage:
@@ -103,7 +92,7 @@ def main(names: list[str]) -> int:
     sys.path.insert(0, str(tests))
     entries = importlib.import_module("zoo").ENTRIES
     chosen = [e for e in entries if not names or any(name.lower() in e.name.lower() for name in names)]
-    coverage, wrong = zoo_coverage(chosen), wrong_rules()
+    coverage, wrong = zoo_coverage(chosen), wrong_rules(ACCEPTED)
     print(coverage)
     print(f"wrong, says the oracle: {len(wrong)}")
     print("".join(f"  {line}\n" for line in wrong), end="")

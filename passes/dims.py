@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axis import FREE, AxisState, Edit, Enter, Flow, Gather, Grid, Leave, Parts, Place, Resize, Tokens
-from .query import Query, align, grid_of, move_dims, works_along, wrap
+from .axis import FREE, AxisState, Enter, Flow, Grid, Leave, Parts, Place, Resize, Tokens
+from .query import Query, align, grid_of, move_dims, position, works_along, wrap
 from .refusal import shape_of
 from .reshape import merge, move, split
 
@@ -204,25 +204,18 @@ def slices(q: Query) -> Flow | str:
     if not isinstance(state, Tokens) or state.dim != dim:
         return works_along(state, {dim}, "")
     size = shape[dim]
-    start, end = (_position(q.arg(i, n), size, d) for i, n, d in ((2, "start", 0), (3, "end", size)))
+    start, end = (position(q.arg(i, n), size, d) for i, n, d in ((2, "start", 0), (3, "end", size)))
     taken = cut(state, start, end, q.num_tokens) if state.folds == 1 and q.arg(4, "step", 1) == 1 else None
     if taken is None:
         return "it cuts the token axis"
-    edits = [Resize(i, None, _rows_before(state, p, q)) for i, p in ((2, start), (3, end)) if i < len(q.node.args)]
+    edits = [Resize(i, None, rows_before(state, p, q)) for i, p in ((2, start), (3, end)) if i < len(q.node.args)]
     return Flow(taken, tuple(edits))
 
 
-def _rows_before(tokens: Tokens, position: int, q: Query) -> Tokens:
+def rows_before(tokens: Tokens, position: int, q: Query) -> Tokens:
     """The rows before a place in the dim, to be counted."""
     rows = cut(tokens, 0, position, q.num_tokens)
     return rows if isinstance(rows, Tokens) else Tokens(tokens.dim, (position,))
-
-
-def _position(value: int | None, size: int, default: int) -> int:
-    """A place in a dim, as Python's slices count."""
-    if value is None:
-        return default
-    return max(0, min(size, value + size if value < 0 else value))
 
 
 def pieces(q: Query) -> Flow | str:
@@ -231,6 +224,8 @@ def pieces(q: Query) -> Flow | str:
     dim = wrap(q.arg(2, "dim", 0), len(shape_of(operand)))
     if not isinstance(state, Tokens) or state.dim != dim:
         return works_along(state, {dim}, "")
+    if q.node.target is aten.split.Tensor:
+        return _runs(q, state, shape_of(operand)[dim])
     if q.node.target is not aten.split_with_sizes.default or state.folds != 1:
         return "it cuts the token axis"
     sizes, states, edits, position = q.arg(1, "split_sizes"), [], [], 0
@@ -243,6 +238,17 @@ def pieces(q: Query) -> Flow | str:
             edits.append(Resize(1, number, part))
         position += size
     return Flow(Parts(tuple(states)), tuple(edits))
+
+
+def _runs(q: Query, tokens: Tokens, size: int) -> Flow | str:
+    """`split(x, length)` along the token axis: into pieces that hold the same whole runs."""
+    length = q.arg(1, "split_size")
+    starts = range(0, size, length)
+    parts = [cut(tokens, start, start + length, q.num_tokens) for start in starts] if tokens.folds == 1 else [None]
+    first = parts[0]
+    if not isinstance(first, Tokens) or any(part != first for part in parts) or size % length:
+        return "it cuts the token axis"
+    return Flow(Parts(tuple(parts)), (Resize(1, None, first),))  # type: ignore[arg-type]
 
 
 def getitem(q: Query) -> Flow | str:
@@ -259,74 +265,8 @@ def remove_dim(q: Query) -> Flow | str:
     if isinstance(state, Tokens) and state.dim == dim and q.node.target is aten.select.int and state.folds == 1:
         index = wrap(q.arg(2, "index"), shape[dim])
         if cut(state, index, index + 1, q.num_tokens) == FREE:
-            return Flow(FREE, (Resize(2, None, _rows_before(state, index, q)),))
+            return Flow(FREE, (Resize(2, None, rows_before(state, index, q)),))
     return works_along(state, {dim}, "it cuts the token axis", keeps_rank=False)
-
-
-def scatter_slice(q: Query) -> Flow | str:
-    """`slice_scatter(self, src, dim, start, end)`: both have every dim; only `dim` differs in size."""
-    base, source = (a for a in q.node.args[:2] if isinstance(a, Node))
-    states = q.state(base), q.state(source)
-    dim = wrap(q.arg(2, "dim", 0), len(q.shape))
-    if not any(isinstance(state, Tokens) for state in states):
-        return Flow(states[0])
-    if any(isinstance(state, Tokens) and state.dim == dim for state in states):
-        return _scatter_rows(q, base, source, dim)
-    return align(q, [base, source], len(q.shape), own_dims=(dim,))
-
-
-def _scatter_rows(q: Query, base: Node, source: Node, dim: int) -> Flow | str:
-    """Rows of a token axis are overwritten, in whole runs: the parts before, in and behind must fit together."""
-    size = q.shape[dim]
-    start, end = (_position(q.arg(i, n), size, d) for i, n, d in ((3, "start", 0), (4, "end", size)))
-    outer, inner = q.state(base), q.state(source)
-    if q.arg(5, "step", 1) != 1:
-        return "it cuts the token axis"
-    if not isinstance(outer, Tokens):
-        assert isinstance(inner, Tokens)
-        whole = (start + inner.whole[0], *inner.whole[1:-1], inner.whole[-1] + size - end)
-        outer = Tokens(dim, whole, inner.outer, inner.inner)
-    taken = cut(outer, start, end, q.num_tokens) if outer.dim == dim and outer.folds == 1 else None
-    if taken is None or (isinstance(inner, Tokens) and inner != taken):
-        return "it cuts the token axis"
-    edits: list[Edit] = [
-        Resize(i, None, _rows_before(outer, p, q)) for i, p in ((3, start), (4, end)) if i < len(q.node.args)
-    ]
-    gathered = ((base, outer), (source, taken))
-    edits += [Gather(o, t) for o, t in gathered if isinstance(t, Tokens) and not isinstance(q.state(o), Tokens)]
-    return Flow(outer, tuple(edits))
-
-
-def scatter_one(q: Query) -> Flow | str:
-    """`select_scatter(self, src, dim, index)`: `src` lacks the dim."""
-    base, source = (a for a in q.node.args[:2] if isinstance(a, Node))
-    dim = wrap(q.arg(2, "dim"), len(q.shape))
-    states = q.state(base), q.state(source)
-    wide = move_dims(states[1], lambda d: d + (d >= dim))
-    found = {state for state in (states[0], wide) if isinstance(state, Tokens)}
-    if not found:
-        return Flow(states[0])
-    if len(found) > 1 or (tokens := found.pop()).dim == dim:
-        return "it cuts the token axis"
-    edits = []
-    if not isinstance(states[0], Tokens):
-        edits.append(Gather(base, tokens))
-    if not isinstance(states[1], Tokens):
-        edits.append(Gather(source, tokens.at(tokens.dim - (tokens.dim > dim))))
-    return Flow(tokens, tuple(edits))
-
-
-def put_at(q: Query) -> Flow | str:
-    """`index_put(x, [.., index], values)`: one whole index along one dim, values with every dim of x."""
-    base, values = (a for a in (q.node.args[0], q.node.args[2]) if isinstance(a, Node))
-    indices = q.arg(1, "indices")
-    used = [d for d, index in enumerate(indices) if index is not None]
-    if len(used) != 1 or isinstance(q.state(indices[used[0]]), Tokens):
-        return "it picks elements by several indices"
-    if len(shape_of(indices[used[0]])) != 1 or len(shape_of(values)) != len(q.shape):
-        return "it picks elements by several indices"
-    flow = align(q, [base, values], len(q.shape), own_dims=(used[0],))
-    return "it picks rows of the token axis" if flow == "it works along the token axis" else flow
 
 
 def outer_product(q: Query) -> Flow | str:
@@ -336,29 +276,6 @@ def outer_product(q: Query) -> Flow | str:
     if all(tokens):
         return "each token meets each other token"
     return Flow(move_dims(states[0], lambda d: d) if tokens[0] else move_dims(states[1], lambda d: 1))
-
-
-def take(q: Query) -> Flow | str:
-    """`index_select(x, dim, index)` with a whole index, along any other dim."""
-    operand, state = q.first()
-    if isinstance(q.state(q.node.args[2]), Tokens):
-        return "its index carries the token axis"
-    return works_along(state, {wrap(q.arg(1, "dim"), len(shape_of(operand)))}, "it picks rows of the token axis")
-
-
-def take_at(q: Query) -> Flow | str:
-    """`x[:, index]`: one whole index along one dim."""
-    _, state = q.first()
-    indices = q.arg(1, "indices")
-    used = [d for d, index in enumerate(indices) if index is not None]
-    if len(used) != 1 or isinstance(q.state(indices[used[0]]), Tokens):
-        return "its index carries the token axis" if len(used) == 1 else "it picks elements by several indices"
-    dim, extra = used[0], len(shape_of(indices[used[0]])) - 1
-    if isinstance(state, Tokens) and state.dim == dim:
-        return "it picks rows of the token axis"
-    flow = works_along(state, {dim}, "")
-    assert isinstance(flow, Flow)
-    return Flow(move_dims(flow.state, lambda d: d + extra * (d > dim)))
 
 
 def as_complex(q: Query) -> Flow | str:
@@ -389,6 +306,7 @@ RULES: dict[Any, Any] = {
     aten.view_as_complex.default: as_complex,
     aten.view_as_real.default: as_real,
     aten.cat.default: concatenate,
+    aten.concat.default: concatenate,
     aten.stack.default: stack,
     aten.outer.default: outer_product,
     aten.pad_sequence.default: stack_padded,
@@ -400,10 +318,5 @@ RULES: dict[Any, Any] = {
     aten.slice.Tensor: slices,
     aten.select.int: remove_dim,
     aten.unbind.int: remove_dim,
-    aten.slice_scatter.default: scatter_slice,
-    aten.select_scatter.default: scatter_one,
-    aten.index_put.default: put_at,
-    aten.index_select.default: take,
-    aten.index.Tensor: take_at,
     operator.getitem: getitem,
 }

@@ -10,6 +10,8 @@ Attend      emit context rows of K, V   append cached rows to K, V      -
 Accumulate  emit the sum over context   add the cached sum              -
 Leave       emit the token tensor       write into the cached tensor    read the cached tensor
 Keep        emit the tensor             emit the tensor                 read the cached tensor
+Uncut       -                           leave out the cut               -
+Choose      -                           take each row from its piece    -
 ==========  ==========================  ==============================  ============================
 
 The reuse form holds only what comes after the last `Leave` and `Keep`. `FORMS` names the writers; a new form is one
@@ -29,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from .analyse import Analysis
-from .axis import Accumulate, Attend, Enter, Gather, Keep, Leave, Parts, Resize, Tokens
+from .axis import Accumulate, Attend, Choose, Enter, Gather, Keep, Leave, Parts, Piece, Resize, Tokens, Uncut
 from .cache import Budgets, CacheEntry, cache_layout, with_rows
 from .indices import rows_of, runs_of
 from .refusal import shape_of
@@ -192,6 +194,8 @@ def write_partial(source: GraphModule, analysis: Analysis, budgets: Budgets) -> 
     for node in writer._placeholders():
         _enter(writer, node, active_index)
     for node in writer.body():
+        if _pieces(writer, node, active_index):
+            continue
         replaced = _operands(writer, node, active_index)
         attended = _with_context(writer, node, replaced, active_index, context_index)
         copy = writer.copy(node, _rows_of(node, analysis, budgets), replaced)
@@ -277,6 +281,27 @@ def _set_argument(node: Node, position: int, value: Node) -> None:
         node.update_kwarg(node.target._schema.arguments[position].name, value)  # type: ignore[union-attr]
 
 
+def _pieces(writer: FormWriter, node: Node, active_index: Node) -> bool:
+    """Whether a node only cuts pieces of a token axis, or puts them together: then every piece has all active rows."""
+    for edit in writer.analysis.edits.get(node, ()):
+        if isinstance(edit, Uncut):
+            writer.new[node] = writer.new[edit.operand]
+            return True
+        if isinstance(edit, Choose):
+            rows = writer.row_index(edit.tokens, active_index, node)
+            shape = [-1 if dim == edit.tokens.dim else 1 for dim in range(len(shape_of(node)))]
+            *before, last = (writer.new[piece] for piece in edit.pieces)
+            for piece, end in reversed(list(zip(before, edit.ends, strict=False))):
+                inside = writer.call(aten.lt.Scalar, (rows, end), node)
+                last = writer.call(
+                    aten.where.self, (writer.call(aten.view.default, (inside, shape), node), piece, last), node
+                )
+            writer.new[node] = last
+            writer.expected[last] = _rows_of(node, writer.analysis, writer.budgets)
+            return True
+    return False
+
+
 def _add_context(writer: FormWriter, node: Node) -> None:
     """A sum over tokens: the fresh rows, and the cached sum over the context."""
     for edit in writer.analysis.edits.get(node, ()):
@@ -349,6 +374,7 @@ def has_side_effect(node: Node) -> bool:
 def _rows_of(node: Node, analysis: Analysis, budgets: Budgets) -> tuple[int, ...]:
     """The shape a node must have in the partial form. A birth is checked before its rows are taken."""
     state = analysis.states[node]
+    state = state.tokens if isinstance(state, Piece) else state
     born = any(isinstance(edit, Enter) for edit in analysis.edits.get(node, ()))
     if isinstance(state, Tokens) and not born:
         return with_rows(shape_of(node), state.dim, state.size(budgets.num_active))

@@ -86,10 +86,14 @@ def find_token_inputs(placeholders: Sequence[Node], grid: tuple[int, int, int]) 
 
 
 def _is_data(node: Node) -> bool:
-    """Whether a placeholder holds floating-point data; weights are named by `torch.export` or by Dynamo."""
+    """Whether a placeholder holds floating-point data."""
     value = node.meta.get("val")
-    is_weight = re.match(r"[pbc]_|.*_(parameters|buffers)_", node.name)
-    return bool(value is not None and value.dtype.is_floating_point and not is_weight)
+    return bool(value is not None and value.dtype.is_floating_point and not is_state(node.name))
+
+
+def is_state(name: str) -> bool:
+    """Whether a placeholder is a weight or buffer of the model, by the name that `torch.export` or Dynamo gives it."""
+    return re.match(r"[pbc]_|.*_(parameters|buffers)_", name) is not None
 
 
 def no_tokens(module: GraphModule, grid: tuple[int, int, int]) -> list[Refusal]:

@@ -61,6 +61,18 @@ def drop_whole_slices(module: GraphModule) -> PassResult:
     return PassResult(module, modified)
 
 
+def drop_size_hints(module: GraphModule) -> PassResult:
+    """`repeat_interleave` knows the size of its result; a form's is another one."""
+    hinted = [
+        node
+        for node in module.graph.nodes
+        if node.target is aten.repeat_interleave.self_int and node.kwargs.get("output_size") is not None
+    ]
+    for node in hinted:
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "output_size"}
+    return PassResult(module, bool(hinted))
+
+
 def name_squeezed_dims(module: GraphModule) -> PassResult:
     """`squeeze` says which dims go: those of size 1 now, whatever sizes a form has."""
     modified = False
@@ -108,6 +120,7 @@ PASSES: list[Callable[[GraphModule], PassResult]] = [
     drop_asserts,
     drop_empty_operands,
     drop_whole_slices,
+    drop_size_hints,
     name_squeezed_dims,
     share_subexpressions,
     drop_dead_code,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .axis import FREE, AxisState, Edit, Flow, Gather, Grid, Never, Tokens
+from .axis import FREE, AxisState, Edit, Flow, Gather, Grid, Never, Reborn, Tokens
 from .refusal import shape_of
 
 
@@ -53,13 +53,21 @@ class Query:
         return operand, self.states[operand]
 
 
-Rule = Callable[[Query], Flow | str | Never]
+Answer = Flow | str | Reborn | Never
+Rule = Callable[[Query], Answer]
 """The flow of a node, or why it cannot be computed on the active tokens alone (a string), or not at all."""
 
 
 def wrap(dim: int, rank: int) -> int:
     """A dim that counts from the end, counted from the start."""
     return dim + rank if dim < 0 else dim
+
+
+def position(value: int | None, size: int, default: int) -> int:
+    """A place in a dim, as Python's slices count."""
+    if value is None:
+        return default
+    return max(0, min(size, value + size if value < 0 else value))
 
 
 def move_dims(state: AxisState, new_dim: Callable[[int], int | None]) -> AxisState:

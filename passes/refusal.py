@@ -91,7 +91,7 @@ def source_line(node: Node) -> str:
     """`file:line: code` of the innermost Python frame outside torch that made `node`, or an empty string."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
+    own = [frame for frame in frames if not frame[0].startswith((TORCH, "<"))] or frames  # "<eval_with_key>": generated
     if not own:
         return ""
     file, line, code = own[-1]

@@ -3,8 +3,8 @@
 A rule takes a `Query` and returns a `Flow`, or a string that says why the operator cannot be computed on the active
 tokens alone; then it is computed whole, on operands whose inactive rows come from the cache. Rules are asked only
 about nodes that touch a token axis, or that may give birth to one; any other node is computed whole and needs no
-rule. To add an operator, find its family in `RULES` at the end of this file (or of `dims`, `attention`), and give
-the oracle in `tests/test_rules.py` a sample.
+rule. To add an operator, find its family in `RULES` at the end of this file (or of `dims`, `indexing`, `attention`),
+and give the oracle a sample in `samples`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import attention, dims
+from . import attention, dims, indexing
 from .axis import FREE, Flow, Never, Tokens
 from .patches import CONVOLUTIONS, convolution
 from .query import Query, Rule, align, move_dims, works_along, wrap
@@ -55,6 +55,13 @@ def group_norm(q: Query) -> Flow | str:
     if any(isinstance(q.state(a), Tokens) for a in q.node.args[1:]):
         return "its weights carry the token axis"
     return "it normalises over the token axis" if isinstance(state, Tokens) and state.dim > 0 else Flow(state)
+
+
+def pooling(q: Query) -> Flow | str:
+    """`max_pool3d(x, kernel)` and its like: along the last dims, as many as the kernel has."""
+    operand, state = q.first()
+    rank = len(shape_of(operand))
+    return works_along(state, set(range(rank - POOLS[q.node.target], rank)), "it pools over the token axis")
 
 
 def linear(q: Query) -> Flow | str:
@@ -102,6 +109,15 @@ def along_dim(q: Query) -> Flow | str:
     return works_along(state, mixed, "it mixes the rows of the token axis")
 
 
+def largest(q: Query) -> Flow | str:
+    """`topk(x, k, dim)` and `sort(x, dim)`: values and their places along one dim."""
+    operand, state = q.first()
+    position = 2 if q.node.target is aten.topk.default else 1
+    return works_along(
+        state, {wrap(q.arg(position, "dim", -1), len(shape_of(operand)))}, "it mixes the rows of the token axis"
+    )
+
+
 def roll(q: Query) -> Flow | str:
     """`roll(x, shifts, dims)`; without dims it rolls the flat tensor."""
     operand, state = q.first()
@@ -146,14 +162,25 @@ ELEMENTWISE = (
     aten.isnan.default,
 )  # fmt: skip
 
+POOLS: dict[Any, int] = {
+    aten.max_pool2d.default: 2,
+    aten.avg_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.avg_pool3d.default: 3,
+}
+"""Over how many dims each of them pools."""
+
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(CONVOLUTIONS, convolution),
     **dims.RULES,
+    **indexing.RULES,
     **attention.RULES,
     aten.dropout.default: dropout,
     aten.native_dropout.default: dropout,
     aten.type_as.default: like_first,
+    aten.fill.Scalar: like_first,
+    aten.fill.Tensor: like_first,
     aten.empty_like.default: like_first,
     aten.zeros_like.default: like_first,
     aten.ones_like.default: like_first,
@@ -168,6 +195,7 @@ RULES: dict[Any, Rule] = {
     aten.layer_norm.default: layer_norm,
     aten.rms_norm.default: layer_norm,
     aten.group_norm.default: group_norm,
+    **dict.fromkeys(POOLS, pooling),
     # reductions
     aten.sum.dim_IntList: reduction,
     aten.mean.dim: reduction,
@@ -183,6 +211,8 @@ RULES: dict[Any, Rule] = {
     aten.flip.default: along_dim,
     aten.roll.default: roll,
     aten.glu.default: along_dim,
+    aten.topk.default: largest,
+    aten.sort.default: largest,
 }
 
 

@@ -116,3 +116,18 @@ def captured() -> Iterator[Callable[[Case], Captured]]:
     """A function from a case to its one capture."""
     yield _capture
     _capture.cache_clear()
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """A model that is recompiled too often must not fall back to eager: a test would then show nothing."""
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Forget all that Dynamo has compiled, before and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

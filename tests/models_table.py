@@ -26,7 +26,8 @@ weights, torch 2.13, diffusers 0.42. {counts}.
 
 * **exact**: rewritten. *Frozen*: the largest difference of the full, partial (M = N / 3, random mask) and reuse
   forms to the plain model on the same inputs. *Changed*: of the partial form to the whole model with its inactive
-  tokens frozen, on new inputs. Both relative to the largest value of the output.
+  tokens frozen, on new inputs, with every inactive token cached (C = N - M) and with half of them, where the whole
+  model's attention leaves the others out. Both relative to the largest value of the output.
 * **refused**: runs unchanged, for the reason given.
 * **not capturable**: `torch.export` cannot make one static graph of it.
 

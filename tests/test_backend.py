@@ -1,101 +1,39 @@
 """The backend and the session: which form runs when, on whose cache, and what happens when things go wrong.
 
-The oracle is `Forms`: the functional forms with an explicit cache, of which `test_frozen_input` shows that they are
-right. Most tests compile forms with `inner="eager"`: the dispatch is the same and a second saved is a second saved.
+All on one captured model; `backend_checks` says what is compared with what.
 """
 
 from __future__ import annotations
 
 import contextvars
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backend_checks import (
+    TOLERANCE,
+    CountingInner,
+    N,
+    check,
+    compiled,
+    expected,
+    hetcache_is_closed,
+    max_error,
+    plan_of,
+    run,
+)
 from conftest import Captured
-from models import GRID, NUM_TOKENS, Case, TinyDiT, tiny_call
+from models import Case
 from torch import nn
-from torch.fx import GraphModule
 
 import hetcache_compile as hetcache
-from hetcache_compile import Forms, Plan, StepKind
+from hetcache_compile import Plan, StepKind
 from hetcache_compile.passes.layout import all_rows
 
-N = NUM_TOKENS
-TOLERANCE = 1e-5  # absolute, fp32, outputs are of the order of 1
-WAN, VACE = Case("wan"), Case("vace", batch=2, config=(("vace_layers", (0,)),))
-Kwargs = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def strict() -> Iterator[None]:
-    """A model that is recompiled too often must not fall back to eager: a test would then show nothing."""
-    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-
-
-class CountingInner:
-    """An inner compiler that runs graphs as they are and counts them; `before_run` is called before each run."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-        self.before_run: Callable[[], None] = lambda: None
-
-    def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.graphs += 1
-
-        def run(*args: Any) -> Any:
-            self.before_run()
-            return graph(*args)
-
-        return run
-
-
-def compiled(model: nn.Module, inner: Any = "eager") -> Any:
-    return torch.compile(model, backend="hetcache", options={"inner": inner})
-
-
-def plan_of(steps: str, num_active: int = 35, num_context: int | None = None, seed: int = 0) -> Plan:
-    """A plan with M random active tokens, C random others (default all) and these steps."""
-    order = np.random.default_rng(seed).permutation(N)
-    active, rest = np.sort(order[:num_active]), order[num_active:]
-    context = np.sort(rest[: len(rest) if num_context is None else num_context])
-    kinds = tuple(next(kind for kind in StepKind if kind.letter == letter) for letter in steps)
-    return Plan(GRID, active, context, np.zeros(N, dtype=np.uint8), kinds)
-
-
-def expected(forms: Forms, steps: str, calls: Sequence[Kwargs]) -> list[torch.Tensor]:
-    """What functional forms give for a chain of steps."""
-    cache: dict[str, torch.Tensor] = {}
-    outputs = []
-    for letter, kwargs in zip(steps, calls, strict=True):
-        kind = next(kind.form for kind in StepKind if kind.letter == letter)
-        output, cache = forms.run(kind, cache, (), kwargs)
-        outputs.append(tensor_of(output))
-    return outputs
-
-
-def tensor_of(output: Any) -> torch.Tensor:
-    """A model's output, or what is in its tuple."""
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def max_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.shape != b.shape or not torch.isfinite(a).all():
-        return float("inf")
-    return float((a - b).abs().max())
-
-
-def check(outputs: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> None:
-    """Each output equals its truth."""
-    errors = [max_error(output, truth) for output, truth in zip(outputs, truths, strict=True)]
-    assert max(errors) <= TOLERANCE, errors
-
-
-def run(model: Any, calls: Sequence[Kwargs]) -> list[torch.Tensor]:
-    return [tensor_of(model(**kwargs)) for kwargs in calls]
+pytestmark = pytest.mark.usefixtures("strict")
+WAN = Case("wan")
 
 
 @pytest.fixture(scope="module")
@@ -186,12 +124,6 @@ def test_sessions_start_anew(shared: Shared) -> None:
         check(outputs, expected(forms, steps[:taken], calls))
         assert sum(session.stats.steps.values()) == taken
     assert hetcache_is_closed()
-
-
-def hetcache_is_closed() -> bool:
-    from hetcache_compile.session import current_session
-
-    return current_session() is None
 
 
 def test_sessions_do_not_nest(shared: Shared) -> None:
@@ -390,226 +322,3 @@ def test_unknown_option() -> None:
     graph = torch.fx.symbolic_trace(nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"unknown options \['iner'\].*inner, inner_options"):
         hetcache.hetcache_backend(graph, [torch.randn(1, 2)], options={"iner": "eager"})
-
-
-# Models of their own: each test compiles anew
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """Forget all that Dynamo has compiled, before and after."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def tiny_calls(steps: str, first: int = 0, **kwargs: Any) -> list[Kwargs]:
-    return [tiny_call(first + seed, **kwargs) for seed in range(len(steps))]
-
-
-def test_reused_output_is_the_callers(fresh: None) -> None:
-    """What a step returned must not change when a later step overwrites the cache: samplers keep outputs.
-
-    With patches of one pixel, all that comes after the tokens is a view of them.
-    """
-    patch = (1, 1, 1)
-    model = TinyDiT(patch=patch)
-    steps = "FPRPRFRF"
-    plan, calls = plan_of(steps), tiny_calls("FPRPRFRF", patch=patch)
-    with hetcache.session(plan):
-        outputs = run(compiled(model), calls)
-    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls))
-
-
-def test_inference_mode(fresh: None) -> None:
-    """Its tensors have no version counter; a sampler may still write each step into the same latents."""
-    model, steps = TinyDiT(), "FPRP"
-    fast, plan, calls = compiled(model, "aot_eager"), plan_of(steps), tiny_calls(steps)
-    for kwargs in calls:
-        kwargs["text"] = calls[0]["text"]
-    truths = expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls)
-    with torch.inference_mode(), hetcache.session(plan) as session:
-        latents = torch.empty_like(calls[0]["latents"])
-        assert latents.is_inference()
-        outputs = [fast(latents.copy_(kwargs["latents"]), kwargs["text"].clone()) for kwargs in calls]
-    check(outputs, truths)
-    assert session.stats.steps == {"FULL": 1, "PARTIAL": 2, "REUSE": 1}
-
-
-def test_guidance_in_one_batch(fresh: None) -> None:
-    model = TinyDiT()
-    steps = "FPRP"
-    plan, calls = plan_of(steps), tiny_calls(steps, batch=2)
-    with hetcache.session(plan) as session:
-        outputs = run(compiled(model), calls)
-    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls))
-    assert session.stats.steps == {"FULL": 1, "PARTIAL": 2, "REUSE": 1}
-
-
-def test_two_experts(fresh: None) -> None:
-    """Two models of one class and shape: Dynamo runs one graph for both, so the cache must tell them apart.
-
-    The second joins at a step that the plan calls REUSE; with no cache of its own it runs FULL.
-    """
-    high, low, inner = TinyDiT(), TinyDiT(seed=7), CountingInner()
-    fast_high, fast_low = compiled(high, inner), compiled(low, inner)
-    plan, calls = plan_of("FPRRPR"), tiny_calls("FPRRPR")
-    assert max_error(run(fast_high, calls[:1])[0], run(fast_low, calls[:1])[0]) > 1000 * TOLERANCE
-    assert inner.graphs == 1  # shared, or the rest of this test shows less than it should
-    with hetcache.session(plan) as session:
-        outputs = [*run(fast_high, calls[:3]), *run(fast_low, calls[3:])]
-    forms_high, forms_low = (hetcache.rewrite(model, plan, (), calls[0]) for model in (high, low))
-    check(outputs[:3], expected(forms_high, "FPR", calls[:3]))
-    check(outputs[3:], expected(forms_low, "FPR", calls[3:]))
-    assert session.stats.kinds == [StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE] * 2
-    assert session.stats.cache_bytes == 2 * sum(all_rows(entry, N).num_bytes for entry in forms_low.cache_entries)
-    # Frozen inputs, both in turn in one session: each stays with its own weights and its own cache.
-    with hetcache.session(plan_of("FFPPRRPPRR")) as session:
-        for _ in range(5):
-            for fast, model in ((fast_high, high), (fast_low, low)):
-                check(run(fast, calls[:1]), run(model, calls[:1]))
-    assert session.stats.steps == {"FULL": 2, "PARTIAL": 4, "REUSE": 4}
-
-
-def test_two_experts_with_guidance(fresh: None) -> None:
-    """Four caches: two branches of two experts, as in Wan 2.2."""
-    models = [TinyDiT(), TinyDiT(seed=7)]
-    fast = [compiled(model) for model in models]
-    steps, experts = "FPRPFP", (0, 0, 0, 1, 1, 1)
-    plan = plan_of(steps)
-    calls = {"cond": tiny_calls(steps), "uncond": tiny_calls(steps, first=50)}
-    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in calls}
-    with hetcache.session(plan) as session:
-        for step, expert in enumerate(experts):
-            for name, branch in calls.items():
-                with session.branch(name):
-                    outputs[name] += run(fast[expert], branch[step : step + 1])
-    forms = [hetcache.rewrite(model, plan, (), calls["cond"][0]) for model in models]
-    for name, branch in calls.items():
-        check(outputs[name][:3], expected(forms[0], "FPR", branch[:3]))
-        check(outputs[name][3:], expected(forms[1], "FFP", branch[3:]))  # the first call of an expert is FULL
-    assert session.stats.steps == {"FULL": 6, "PARTIAL": 4, "REUSE": 2}
-
-
-def test_a_failed_full_step_leaves_no_cache(fresh: None) -> None:
-    """Its buffers may be half written. Another expert goes on; the first comes back to a step that may not reuse."""
-    high, low, inner = TinyDiT(), TinyDiT(seed=7), CountingInner()
-    fast_high, fast_low = compiled(high, inner), compiled(low, inner)
-    calls = tiny_calls("FFRR")
-
-    def fail() -> None:
-        raise MemoryError("no room")
-
-    with hetcache.session(plan_of("FFRR")) as session:
-        check(run(fast_high, calls[:1]), run(high, calls[:1]))
-        inner.before_run = fail
-        with pytest.raises(MemoryError):
-            run(fast_high, calls[1:2])
-        inner.before_run = lambda: None
-        check(run(fast_low, calls[1:2]), run(low, calls[1:2]))
-        check(run(fast_high, calls[2:3]), run(high, calls[2:3]))
-        check(run(fast_high, calls[3:4]), run(high, calls[2:3]))
-    assert session.stats.kinds == [StepKind.FULL, StepKind.FULL, StepKind.FULL, StepKind.REUSE]
-
-
-def test_weights_are_not_baked_in(fresh: None) -> None:
-    """Weights that change after compilation (a LoRA is fused, say) are those of the next edit."""
-    model, kwargs = TinyDiT(), tiny_call(0)
-    fast, plan = compiled(model), plan_of("FPR")
-    before = run(model, [kwargs])
-    for _ in range(2):
-        with hetcache.session(plan):
-            check(run(fast, [kwargs] * 3), run(model, [kwargs] * 3))
-        model.qkv.weight.mul_(2.0)
-    assert max_error(run(model, [kwargs])[0], before[0]) > 1000 * TOLERANCE
-
-
-def test_unsupported_graph(fresh: None) -> None:
-    """Causal attention over tokens: one warning with the reasons; the model runs unchanged, in a session and out."""
-    model, calls = TinyDiT(causal=True), tiny_calls("FPR")
-    fast, truths = compiled(model), run(model, calls)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            with hetcache.session(plan_of("FPR")) as session:
-                check(run(fast, calls), truths)
-            assert session.stats.steps == {"FULL": 0, "PARTIAL": 0, "REUSE": 0}
-    texts = [str(warning.message) for warning in caught if "hetcache" in str(warning.message)]
-    assert len(texts) == 1
-    for part in ("2 reasons", "scaled_dot_product_attention", "causal mask"):
-        assert part in texts[0]
-    check(run(fast, calls), truths)
-
-
-def test_text_of_another_length(fresh: None) -> None:
-    """Dynamo makes the length symbolic on the second one; forms stay static, one set for each length."""
-    model, plan = TinyDiT(), plan_of("FPR")
-    fast = compiled(model)
-    for length in (11, 13, 17):
-        calls = tiny_calls("FPR", text_tokens=length)
-        with hetcache.session(plan) as session:
-            outputs = run(fast, calls)
-        check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPR", calls))
-        assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 1}
-        check(run(fast, calls), run(model, calls))
-
-
-def test_text_of_another_length_in_one_edit(fresh: None) -> None:
-    """A call of another shape finds no cache, so it is FULL."""
-    model, short, long = TinyDiT(), tiny_call(1, text_tokens=11), tiny_call(2, text_tokens=13)
-    calls = [short, short, long, long]
-    with hetcache.session(plan_of("FRPR")) as session:
-        check(run(compiled(model), calls), run(model, calls))
-    assert session.stats.kinds == [StepKind.FULL, StepKind.REUSE] * 2
-
-
-def test_gradients_outside_a_session(fresh: None) -> None:
-    model, kwargs = TinyDiT(), tiny_call(0)
-    fast = compiled(model, "aot_eager")
-    gradients = []
-    with torch.enable_grad():
-        with hetcache.session(plan_of("FPR")):
-            assert not any(output.requires_grad for output in run(fast, [kwargs] * 3))
-        for called in (model, fast):
-            model.zero_grad()
-            called(**kwargs).square().sum().backward()
-            assert model.qkv.weight.grad is not None
-            gradients.append(model.qkv.weight.grad / N)
-    assert gradients[0].abs().max() > 0.1
-    assert max_error(*gradients) <= TOLERANCE
-
-
-def test_aot_eager(fresh: None) -> None:
-    """First inside a session, then outside, there with two lengths of text."""
-    model, steps = TinyDiT(), "FPRPFR"
-    fast = compiled(model, "aot_eager")
-    plan, calls = plan_of(steps), tiny_calls(steps)
-    with hetcache.session(plan):
-        outputs = run(fast, calls)
-    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls))
-    for length in (11, 13):
-        calls = tiny_calls("FF", text_tokens=length)
-        check(run(fast, calls), run(model, calls))
-
-
-def test_inductor(fresh: None) -> None:
-    """The default; without text, because a C++ compiler takes seconds for each kernel."""
-    model, steps = TinyDiT(), "FPRPFPR"
-    plan, calls = plan_of(steps), tiny_calls(steps)
-    for kwargs in calls:
-        del kwargs["text"]
-    with hetcache.session(plan) as session:
-        outputs = run(torch.compile(model, backend="hetcache"), calls)
-    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls))
-    assert session.stats.steps == {"FULL": 2, "PARTIAL": 3, "REUSE": 2}
-
-
-def test_vace(captured: Callable[[Case], Captured], fresh: None) -> None:
-    """The model the project is for, with control latents and scales that change at each step."""
-    model, steps = captured(VACE), "FPRPR"
-    plan = plan_of(steps)
-    calls = [model.call(seed) for seed in range(len(steps))]
-    with hetcache.session(plan) as session:
-        outputs = run(compiled(model.model), calls)
-    check(outputs, expected(model.forms(plan), steps, calls))
-    assert session.stats.steps == {"FULL": 1, "PARTIAL": 2, "REUSE": 2}

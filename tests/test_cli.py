@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 import hetcache_compile as hetcache
 from hetcache_compile import reference
+from hetcache_compile.cli_common import check_size, size_factors
 from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
 from hetcache_compile.media import Clip, read_video, write_video
 
@@ -133,6 +135,49 @@ def test_bench_quality_measures_a_clip_of_ones_own_or_the_held_out_ones(
     }  # fmt: skip
     assert "steps:1" in out
     assert "…" not in out
+
+
+def test_sizes_are_checked_by_the_factors_of_the_pipeline_itself():
+    """Tokens of 32 x 16 pixels, latent frames of 8: what Wan refuses goes, and the other way round."""
+    model = SimpleNamespace(config=SimpleNamespace(patch_size=(1, 2, 1)))
+    pipe = SimpleNamespace(
+        transformer=None, transformer_2=model, vae_scale_factor_spatial=16, vae_scale_factor_temporal=8
+    )
+    assert size_factors(pipe) == (8, 32, 16)
+    check_size(64, 48, 17, pipe)
+    for size, message in (
+        ((48, 48, 17), "height must be a multiple of 32, got 48"),
+        ((64, 40, 17), "width must be a multiple of 16, got 40"),
+        ((64, 48, 13), "one more than a multiple of 8, got 13"),
+    ):
+        with pytest.raises(hetcache.PlanError, match=message):
+            check_size(*size, pipe)
+    check_size(48, 48, 13)
+    pipe.vae_scale_factor_temporal = 1
+    check_size(64, 48, 13, pipe)
+    del pipe.vae_scale_factor_spatial
+    with pytest.raises(hetcache.PlanError, match="does not say into what it cuts a video"):
+        check_size(64, 48, 13, pipe)
+
+
+@pytest.mark.parametrize("command", ["plan", "edit", "explain", "calibrate"])
+def test_a_size_that_the_model_cannot_cut_up(command, hetcache_command, mask_file, tmp_path):
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    odd = tmp_path / "odd.npy"
+    np.save(odd, moving_mask(FRAMES, SIZE + 8, SIZE))
+    video = tmp_path / "in.mp4"
+    write_video(video, np.zeros((FRAMES, SIZE, SIZE, 3), dtype=np.uint8))
+    inputs = {
+        "plan": ("--model", tmp_path / "model", "--mask", odd, "-o", tmp_path / "x.hetplan"),
+        "edit": ("--model", tmp_path / "model", "--video", video, "--mask", odd, "--prompt", "a cat"),
+        "explain": (tmp_path / "model",),
+        "calibrate": ("--model", tmp_path / "model", "-o", tmp_path / "x.hetcal"),
+    }
+    size = ("--height", SIZE + 8, *(() if command == "calibrate" else ("--width", SIZE)), "--num-frames", FRAMES)
+    status, _, err = hetcache_command(command, *inputs[command], *size)
+    assert status == 2
+    assert "height must be a multiple of 16, got 72" in " ".join(err.replace("│", " ").split())
+    assert not list(tmp_path.glob("x.*"))
 
 
 def bad_inputs(tmp_path, mask_file):

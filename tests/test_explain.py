@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import hetcache_compile as hetcache
 from hetcache_compile.capture import capture
 from hetcache_compile.cli import app
+from hetcache_compile.demo import save_random_checkpoint
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.explain import Explanation, explain, write_picture
 from hetcache_compile.passes.flops import graph_flops
@@ -106,6 +107,18 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.output
     assert "token axis at dim 2" in result.output
     assert (tmp_path / "x.html").exists()
+
+
+def test_command_on_a_checkpoint(tmp_path: Path) -> None:
+    """A folder as `from_pretrained` reads it: the pipeline itself makes the call that is looked at."""
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    size = ["--height", "48", "--width", "64", "--num-frames", "5"]
+    result = CliRunner().invoke(app, ["explain", str(tmp_path / "model"), *size, "--picture", str(tmp_path / "x.svg")])
+    assert result.exit_code == 0, result.output
+    assert "24 tokens, 6 of them active" in result.output
+    for attention in ("blocks.0.attn1", "vace_blocks.0.attn1"):
+        assert attention in result.output
+    assert (tmp_path / "x.svg").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from diffusers.models.transformers import (
     T5FilmDecoder,
 )
 
-from .entry import Draw, Entry, seeded
-from .ltx import text_mask
+from .entry import Draw, Entry, seeded, text_mask
 from .video import rotary
 
 FRAMES, TEXT = 37, 11

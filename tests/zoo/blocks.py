@@ -7,8 +7,7 @@ from typing import Any
 from diffusers import Transformer2DModel, TransformerTemporalModel
 from diffusers.models.transformers import DreamLiteTransformer2DModel, DualTransformer2DModel
 
-from .entry import IMAGE, VIDEO, Draw, Entry, image, seeded
-from .ltx import text_mask
+from .entry import IMAGE, VIDEO, Draw, Entry, image, seeded, text_mask
 
 TEXT = 11
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}

@@ -82,6 +82,11 @@ def coordinates(grid: Grid, axes: int = 3) -> torch.Tensor:
     return torch.cat([where.new_zeros(len(where), max(0, axes - 3)), where], dim=1)[:, -axes:]
 
 
+def text_mask(length: int, valid: int = 8) -> torch.Tensor:
+    """`[1, length]`: 1 for the first tokens, 0 for padding."""
+    return (torch.arange(length) < valid).long()[None]
+
+
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     """The model that `make` gives, with loud random weights.
 

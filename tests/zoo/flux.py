@@ -15,8 +15,7 @@ from diffusers import (
     OvisImageTransformer2DModel,
 )
 
-from .entry import IMAGE, Draw, Entry, coordinates, seeded, tokens
-from .ltx import text_mask
+from .entry import IMAGE, Draw, Entry, coordinates, seeded, text_mask, tokens
 
 N, TEXT = tokens(IMAGE), 11
 CONFIG: dict[str, Any] = {

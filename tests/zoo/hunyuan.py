@@ -13,8 +13,7 @@ from diffusers import (
 )
 from diffusers.models.transformers import MotifVideoTransformer3DModel
 
-from .entry import IMAGE, VIDEO, Draw, Entry, image, latents, seeded
-from .ltx import text_mask
+from .entry import IMAGE, VIDEO, Draw, Entry, image, latents, seeded, text_mask
 
 PATCH = (1, 2, 2)
 TEXT = 11

@@ -17,8 +17,7 @@ from diffusers import (
     PRXTransformer2DModel,
 )
 
-from .entry import IMAGE, Draw, Entry, image, seeded, tokens
-from .ltx import text_mask
+from .entry import IMAGE, Draw, Entry, image, seeded, text_mask, tokens
 from .video import rotary
 
 N, TEXT = tokens(IMAGE), 11

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
 
-from .entry import VIDEO, Draw, Entry, seeded, tokens
+from .entry import VIDEO, Draw, Entry, seeded, text_mask, tokens
 
 N = tokens(VIDEO)
 SIZE = dict(zip(("num_frames", "height", "width"), VIDEO, strict=True))
 TEXT, AUDIO = 11, 17
-
-
-def text_mask(length: int = TEXT, valid: int = 8) -> torch.Tensor:
-    """`[1, length]`: 1 for the first tokens, 0 for padding."""
-    return (torch.arange(length) < valid).long()[None]
 
 
 def ltx(seed: int = 0) -> dict[str, Any]:
@@ -25,7 +19,7 @@ def ltx(seed: int = 0) -> dict[str, Any]:
         "hidden_states": draw(1, N, 5),
         "encoder_hidden_states": draw(1, TEXT, 13),
         "timestep": draw.timestep(),
-        "encoder_attention_mask": text_mask(),
+        "encoder_attention_mask": text_mask(TEXT),
         "return_dict": False,
         **SIZE,
     }
@@ -46,7 +40,7 @@ def ltx2(seed: int = 0) -> dict[str, Any]:
         "audio_encoder_hidden_states": draw(1, TEXT, 13),
         "audio_timestep": draw.timestep(),
         "sigma": draw.timestep(),
-        "audio_encoder_attention_mask": text_mask(),
+        "audio_encoder_attention_mask": text_mask(TEXT),
         "audio_num_frames": AUDIO,
     }
 

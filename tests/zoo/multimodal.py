@@ -15,9 +15,8 @@ from diffusers import (
     OmniGenTransformer2DModel,
 )
 
-from .entry import IMAGE, Draw, Entry, image, latents, seeded, tokens
+from .entry import IMAGE, Draw, Entry, image, latents, seeded, text_mask, tokens
 from .images import HEADS, SQUARE, sized, text_to_image
-from .ltx import text_mask
 
 PATCH = (1, 2, 2)
 N, TEXT = tokens(IMAGE), 11

@@ -12,8 +12,7 @@ from diffusers import (
     NucleusMoEImageTransformer2DModel,
 )
 
-from .entry import IMAGE, Draw, Entry, coordinates, seeded, tokens
-from .ltx import text_mask
+from .entry import IMAGE, Draw, Entry, coordinates, seeded, text_mask, tokens
 
 N, TEXT = tokens(IMAGE), 11
 REFERENCE = (1, 3, 4)

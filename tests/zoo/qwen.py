@@ -12,8 +12,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from .entry import IMAGE, VIDEO, Draw, Entry, image, latents, seeded, tokens
-from .ltx import text_mask
+from .entry import IMAGE, VIDEO, Draw, Entry, image, latents, seeded, text_mask, tokens
 
 PATCH = (1, 2, 2)
 N, TEXT = tokens(IMAGE), 11

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers import SanaWMLTX2RefinerTransformer3DModel, SanaWMTransformer3DModel
 
-from .entry import VIDEO, Draw, Entry, latents, seeded, tokens
-from .ltx import text_mask
+from .entry import VIDEO, Draw, Entry, latents, seeded, text_mask, tokens
 from .video import rotary
 
 TEXT, N = 11, tokens(VIDEO)

@@ -12,8 +12,7 @@ from diffusers import (
     MochiTransformer3DModel,
 )
 
-from .entry import VIDEO, Draw, Entry, coordinates, latents, seeded, tokens
-from .ltx import text_mask
+from .entry import VIDEO, Draw, Entry, coordinates, latents, seeded, text_mask, tokens
 
 PATCH = (1, 2, 2)
 TEXT = 11
