@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from ..capture import Program
-from ..passes.forms import Form, has_side_effect
+from ..passes.forms import Form
+from ..passes.graphs import has_side_effect
 from ..passes.interleave import interleave_writes
 from ..passes.refusal import module_path, shape_of
 

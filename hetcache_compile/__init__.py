@@ -27,7 +27,8 @@ from .errors import (
 from .forms import Forms, rewrite
 from .partition import TokenKind
 from .passes.rules import register_attention
-from .plan import Plan, plan_for
+from .plan import Plan
+from .planning import plan_for
 from .schedule import PRESETS, StepKind
 from .session import Session, session
 

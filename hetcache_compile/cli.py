@@ -184,7 +184,8 @@ def make_plan(
     """
     from .editing import load_pipeline
     from .media import read_mask
-    from .plan import Plan, plan_for
+    from .plan import Plan
+    from .planning import plan_for
     from .preview import save_preview
 
     if model is None:

@@ -18,7 +18,8 @@ from .backend import hetcache_backend
 from .engine import Engine
 from .errors import InputFileError
 from .media import GREY, Frames, to_frames, to_pictures
-from .plan import Plan, plan_for
+from .plan import Plan
+from .planning import plan_for
 from .schedule import StepKind
 from .session import Stats, session
 from .timing import Stopwatch

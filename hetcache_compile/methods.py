@@ -18,7 +18,7 @@ import numpy as np
 from .editing import EditRequest, Progress, Run
 from .errors import PlanError
 from .optimal import Budget
-from .plan import check_options
+from .planning import check_options
 from .schedule import StepKind, make_schedule
 
 FULL = "full"

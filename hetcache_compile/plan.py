@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +28,7 @@ from .passes.cache import Budgets
 from .passes.choose import STRATEGIES
 from .passes.extrapolate import MAX_ORDER
 from .passes.select import NUM_QUERIES
-from .schedule import Schedule, StepKind, make_schedule, preset_options, time_distances
+from .schedule import Schedule, StepKind, make_schedule
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -228,10 +225,10 @@ class Plan:
         )  # fmt: skip
         context = choose_context(active, distance, cached_ratio=cached_ratio)
         timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
-        search = _search(calibration, timesteps, active.size / kind.size, extrapolation)
+        search = schedule_search(calibration, timesteps, active.size / kind.size, extrapolation)
         steps = make_schedule(schedule, num_inference_steps, search=search)
         return cls(
-            grid, active, context, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation,
+            grid, active, context, kind, steps, schedule=schedule_name(schedule), extrapolation=extrapolation,
             context_extrapolation=context_extrapolation, selection=selection,
             context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio),
         )  # fmt: skip
@@ -264,14 +261,14 @@ class Plan:
         steps = make_schedule(schedule, num_inference_steps)
         indices = np.flatnonzero(array), np.flatnonzero(~array)
         return cls(
-            grid, *indices, kind, steps, schedule=_schedule_name(schedule), extrapolation=extrapolation,
+            grid, *indices, kind, steps, schedule=schedule_name(schedule), extrapolation=extrapolation,
             context_extrapolation=context_extrapolation,
         )  # fmt: skip
 
     def with_schedule(self, schedule: Schedule) -> Plan:
         """The same partition with other step kinds."""
         steps = make_schedule(schedule, len(self.steps), self.distances if self.distances.size else None)
-        return replace(self, steps=steps, schedule=_schedule_name(schedule))
+        return replace(self, steps=steps, schedule=schedule_name(schedule))
 
     def tokens_of(self, kind: TokenKind) -> NDArray[np.bool_]:
         """Bool `[T', H', W']`: the tokens of one kind."""
@@ -314,109 +311,7 @@ class Plan:
         return FILE.load(path, decode)
 
 
-def plan_for(
-    pipe: Any,
-    *,
-    mask: Any,
-    height: int,
-    width: int,
-    num_frames: int,
-    num_inference_steps: int = 50,
-    num_reference_images: int = 0,
-    schedule: Schedule = "balanced",
-    calibration: Calibration | None = None,
-    **options: Any,
-) -> Plan:
-    """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
-
-    Args:
-        pipe: a pipeline with `vae_scale_factor_temporal`, `vae_scale_factor_spatial`, `scheduler` and
-            `transformer` (whose config has `patch_size`); it is not changed.
-        mask: `[num_frames, height, width]` in pixels, or on the token grid.
-        height: of the video, in pixels.
-        width: of the video, in pixels.
-        num_frames: of the video, rounded like the pipeline does.
-        num_inference_steps: as passed to the pipeline.
-        num_reference_images: how many reference images the call has.
-        schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
-        calibration: of this model, for an `"optimal:..."` schedule.
-        options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
-            `context_extrapolation`, `selection`, `merged_ratio` of `Plan.from_mask`. A preset's own options hold
-            unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`, else 0.
-
-    Raises:
-        PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
-    """
-    check_options(options)
-    # Not `or`: the truth of a compiled module is its length, and most have none.
-    models = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    model = next((model for model in models if model is not None), None)
-    if model is None or not hasattr(pipe, "vae_scale_factor_temporal"):
-        raise PlanError(f"{type(pipe).__name__} is no video pipeline with a transformer")
-    model = getattr(model, "_orig_mod", model)
-    takes_time = "timestep" in inspect.signature(model.forward).parameters
-    options = {"extrapolation": int(takes_time), **preset_options(schedule), **options}
-    patch_t, patch_h, patch_w = model.config.patch_size
-    temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
-    if height % (spatial * patch_h) or width % (spatial * patch_w):
-        raise PlanError(
-            f"height and width must be multiples of {spatial * patch_h} and {spatial * patch_w}, "
-            f"got {height} and {width}"
-        )
-    if num_frames % temporal != 1 % temporal:
-        num_frames = num_frames // temporal * temporal + 1
-    latent_frames = num_reference_images + (num_frames - 1) // temporal + 1
-    if latent_frames % patch_t:
-        raise PlanError(f"{latent_frames} latent frames are no multiple of the patch size {patch_t}")
-    grid = (latent_frames // patch_t, height // (spatial * patch_h), width // (spatial * patch_w))
-    pixels = (num_frames, height, width)
-    if np.shape(mask) not in (grid, pixels):
-        raise MaskError(f"the mask has shape {np.shape(mask)}, this call needs {pixels} pixels or {grid} tokens")
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(num_inference_steps)
-    distances = time_distances(model, scheduler.timesteps)
-    plan = Plan.from_mask(
-        mask,
-        grid,
-        num_inference_steps=len(distances),
-        schedule="full",
-        temporal_factor=temporal,
-        temporal_patch=patch_t,
-        reference_frames=num_reference_images,
-        **options,
-    )
-    timesteps = scheduler.timesteps.double().cpu().numpy()
-    search = _search(calibration, timesteps, plan.num_active / plan.num_tokens, plan.extrapolation)
-    steps = make_schedule(schedule, len(distances), distances, search)
-    return replace(plan, steps=steps, timesteps=timesteps, distances=distances, schedule=_schedule_name(schedule))
-
-
-OF_THE_EDIT = (
-    "num_inference_steps", "schedule", "temporal_factor", "temporal_patch", "reference_frames", "calibration"
-)  # fmt: skip
-"""Keywords of `Plan.from_mask` that are no choice of how to cache."""
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Whether these are options of `plan_for`, by name and type. Whether a value is in range is known with the edit.
-
-    Raises:
-        PlanError: no such option, or no value for it.
-    """
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(Plan.from_mask).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in OF_THE_EDIT
-    }
-    for name, value in options.items():
-        if name not in known:
-            raise PlanError(f"there is no option {name!r}: give one of {', '.join(known)}")
-        for kind, noun in ((Integral, "a whole number"), (Real, "a number"), (str, "a name")):
-            if isinstance(known[name], kind) and not isinstance(value, kind):
-                raise PlanError(f"{name} must be {noun}, got {value!r}")
-
-
-def _search(
+def schedule_search(
     calibration: Calibration | None, timesteps: NDArray[np.float64], share: float, order: int
 ) -> Callable[[str], tuple[StepKind, ...]] | None:
     """The search for the best schedule of an edit, where there is a calibration."""
@@ -427,5 +322,6 @@ def _search(
     return lambda budget: optimal_schedule(calibration, budget, timesteps, share, order)
 
 
-def _schedule_name(schedule: Schedule) -> str:
+def schedule_name(schedule: Schedule) -> str:
+    """What a plan's file calls a schedule."""
     return schedule if isinstance(schedule, str) else "list"

@@ -10,7 +10,8 @@ import copy
 
 from torch.fx import Graph, GraphModule, Node
 
-from .forms import Form, aten, has_side_effect
+from .forms import Form, aten
+from .graphs import has_side_effect
 
 
 def write_in_place(form: Form) -> Form:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .forms import fake_mode
+from .graphs import fake_mode
 
 
 def flop_counter() -> FlopCounterMode:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
-from .forms import has_side_effect
+from .graphs import has_side_effect
 from .refusal import shape_of
 
 aten = torch.ops.aten

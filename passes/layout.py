@@ -14,7 +14,8 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from .cache import CacheEntry, with_rows
-from .forms import CONTEXT, MASK_COLUMNS, Form, aten, fake_mode, has_side_effect, verify_shapes
+from .forms import CONTEXT, MASK_COLUMNS, Form, aten
+from .graphs import fake_mode, has_side_effect, verify_shapes
 from .indices import rows_of
 
 

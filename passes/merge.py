@@ -16,7 +16,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .cache import CacheEntry, with_rows
-from .forms import CONTEXT, Form, fake_mode, has_side_effect, verify_shapes
+from .forms import CONTEXT, Form
+from .graphs import fake_mode, has_side_effect, verify_shapes
 from .refusal import Refusal, UnsupportedGraphError, refuse, shape_of
 from .state import caller, index_inputs
 

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from .axis import Tokens
 from .cache import CacheEntry
 from .choose import NUM_CLUSTERS
-from .forms import Form, has_side_effect, verify_shapes
+from .forms import Form
+from .graphs import has_side_effect, verify_shapes
 from .refusal import Refusal, UnsupportedGraphError, shape_of
 from .state import Call, caller, index_inputs
 

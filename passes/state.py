@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from .cache import CacheEntry
-from .forms import Form, device_of, fake_mode, has_side_effect, verify_shapes
+from .forms import Form
+from .graphs import device_of, fake_mode, has_side_effect, verify_shapes
 from .refusal import Refusal, UnsupportedGraphError
 
 aten = torch.ops.aten

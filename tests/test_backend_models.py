@@ -85,9 +85,7 @@ def test_two_experts() -> None:
     check(outputs[:3], expected(forms_high, "FPR", calls[:3]))
     check(outputs[3:], expected(forms_low, "FPR", calls[3:]))
     assert session.stats.kinds == [StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE] * 2
-    assert session.stats.cache_bytes == 2 * sum(
-        all_rows(entry, N).num_bytes for entry in forms_low.cache_entries
-    )
+    assert session.stats.cache_bytes == 2 * sum(all_rows(entry, N).num_bytes for entry in forms_low.cache_entries)
     # Frozen inputs, both in turn in one session: each stays with its own weights and its own cache.
     with hetcache.session(plan_of("FFPPRRPPRR")) as session:
         for _ in range(5):

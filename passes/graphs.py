@@ -1,0 +1,54 @@
+"""What every writer of graphs needs: shapes checked on fake tensors, what may be dropped, where a graph runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+
+from .refusal import shape_of
+
+
+class VerificationError(AssertionError):
+    """A form's graph does not have the shapes that the analysis promised: a wrong rule, never a user's error."""
+
+
+def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) -> None:
+    """Run a form on fake tensors, store each result in `meta["val"]`, and compare it with what was promised."""
+
+    class Verify(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            if n.op != "output":
+                n.meta["val"] = result
+                if n in expected and shape_of(n) != expected[n]:
+                    raise VerificationError(f"{n.name} ({n.target}) has shape {shape_of(n)}, expected {expected[n]}")
+            return result
+
+    inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    with fake_mode(module):
+        Verify(module).run(*inputs, enable_io_processing=False)
+
+
+def has_side_effect(node: Node) -> bool:
+    """FX takes attention for a random number generator, because it could drop out; a form has no dropout."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+
+def fake_mode(module: GraphModule) -> FakeTensorMode:
+    """The mode of the fake tensors that the graph was captured on."""
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    mode = detect_fake_mode(values)
+    assert mode is not None, "the graph was not captured on fake tensors"
+    return mode
+
+
+def device_of(module: GraphModule) -> torch.device:
+    """Where the graph runs: the first device of its inputs that is not the CPU, if any."""
+    values = (node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder")
+    devices = [value.device for value in values if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
