@@ -56,7 +56,9 @@ def calibrate(
     seed: Seed = 0,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, whose rounding is larger than many of these errors.")
+    ] = "float32",
     inner: Inner = "inductor",
     device: Device = "auto",
 ) -> None:
