@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from hetcache_compile import Calibration, reference
 from hetcache_compile.files import atomically
 from hetcache_compile.partition import TokenKind
 
@@ -158,6 +159,18 @@ def about_attention(study: Study) -> dict[str, str]:
         values[f"fresh_{lag}"] = percent(best[lag:].mean(), 1)
         values[f"overlap_{lag}"] = percent(np.nanmean(study.mean["overlap"][1, i]))
         values[f"stale_{lag}"] = percent(np.nanmean(study.mean["stale"][i]), 1)
+    return values
+
+
+def about_amplification(calibration: Calibration) -> dict[str, str]:
+    """What later steps make of an error, from the calibration that is shipped."""
+    amplification = calibration.amplification_at(calibration.timesteps)
+    values = {"amplified_clips": str(len(calibration.clips)), "amplified_steps": str(calibration.num_steps)}
+    for name, share in (("early", 0.04), ("third", 0.36), ("late", 0.85)):
+        step = round(share * calibration.num_steps)
+        values[f"amplified_step_{name}"] = str(step)
+        for kind in (TokenKind.GENERATIVE, TokenKind.CONTEXT):
+            values[f"amplified_{kind.name.lower()}_{name}"] = f"{amplification[kind, step]:.2g}"
     return values
 
 
@@ -328,7 +341,7 @@ def main() -> None:
     study = Study(json.loads((ROOT / "benchmarks" / "results" / "drift.json").read_text()))
     path = DOCS / "drift.md"
     page = path.read_text()
-    filled = fill(page, figures(study))
+    filled = fill(page, figures(study) | about_amplification(Calibration.load(reference.CALIBRATION)))
     if "--check" in sys.argv:
         sys.exit(filled != page)
     draw(study)

@@ -30,7 +30,6 @@ from torch import nn
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
-from hetcache_compile.passes.layout import all_rows
 
 pytestmark = pytest.mark.usefixtures("strict")
 WAN = Case("wan")
@@ -166,8 +165,7 @@ def test_second_edit_in_a_session(shared: Shared, restart: bool) -> None:
 def test_cache_bytes(shared: Shared, num_context: int) -> None:
     model, fast, _ = shared
     plan = plan_of("FPR", 35, num_context)
-    entries = model.forms(plan).cache_entries
-    one_branch = sum(all_rows(entry, N).num_bytes for entry in entries)
+    one_branch = model.forms(plan).buffer_bytes
     # keys and values of two blocks [1, 2 heads, rows, 12], and the output [1, N, 5 channels in patches of 4]
     rows = N if num_context == N - 35 else num_context
     assert one_branch == 4 * (2 * 2 * 2 * rows * 12 + N * 20)
