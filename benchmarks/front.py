@@ -32,14 +32,15 @@ from hetcache_compile.report import provenance
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (50, 20)
-SCHEDULES = (
-    "quality", "FRR", "FRPRPR", "FRRP", "balanced", "FRRPRRPRRPRR", "FRRR", "fast", "FRRRRPRRRRPRRRR",
-    "optimal:2x", "optimal:3x", "optimal:4x", "optimal:5x", "optimal:6x",
+SCHEDULES = ("quality", "balanced", "fast", "optimal:3x", "optimal:4x", "optimal:5x")
+ADDITIONS = (
+    "balanced+o0", "balanced+selection=none", "balanced+selection=attention", "balanced+selection=hetcache",
+    "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25", "balanced+cached_ratio=0.25",
+    "balanced+merged_ratio=0.25+context_extrapolation=1", "fast+merged_ratio=0.25+context_extrapolation=1",
 )  # fmt: skip
-ADDITIONS = ("balanced+o0", "balanced+o2", "balanced+context_ratio=0", "balanced+margin=1", "balanced+margin=4")
-"""Of one schedule, each part in turn: without extrapolation, with more or less computed beside the mask."""
-PAPER = ("paper-slow", "paper-fast", "teacache:0.04+o0", "teacache:0.1+o0", "teacache:0.1")
-FEWER = tuple(f"steps:{number}" for number in (35, 25, 20, 16, 12, 10, 8, 6, 5))
+"""Of one schedule, each part in turn, and together: what is predicted, what is computed, what attention reads."""
+PAPER = ("paper-slow", "paper-fast")
+FEWER = tuple(f"steps:{number}" for number in (25, 20, 12, 8, 5))
 
 
 def family(name: str) -> str:
