@@ -254,7 +254,8 @@ def cache_spec(entry: CacheEntry) -> CacheSpec:
 
 def layers_of(entries: Sequence[CacheEntry]) -> dict[str, str]:
     """Module path by layer number: the first part of an entry's name (`3` of `3.key`)."""
-    return {entry.name.split(".")[0]: entry.module for entry in entries if entry.group == "key_values"}
+    numbered = {entry.name.split(".")[0]: entry.module for entry in entries if entry.group == "key_values"}
+    return {number: module for number, module in numbered.items() if number.isdecimal()}  # no times of all layers
 
 
 def sample_tensors(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

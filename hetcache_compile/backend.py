@@ -107,7 +107,7 @@ class CompiledGraph:
         session = current_session()
         if session is None:
             return self.run_plain(inputs)
-        refusal = (signature_of(inputs), session.plan.grid, len(session.plans))
+        refusal = (signature_of(inputs), form_key(session.plan), len(session.plans))
         if refusal in self._refused:
             return self.run_plain(inputs)
         with torch.no_grad():
@@ -190,7 +190,9 @@ class CompiledGraph:
         """
         if num_plans == 1:
             return known
-        first = next(iter(latents.values()))
+        first = next(iter(latents.values()), None)
+        if first is None:
+            raise SessionError("the session has several plans, but the latents of this model have no batch dim")
         size = first.shape[0]
         if size % num_plans:
             raise SessionError(

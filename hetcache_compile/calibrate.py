@@ -198,6 +198,8 @@ def log_amplification(
         if step != probe:
             return None
         velocity = recorder.steps[probe - 1][branch].velocity
+        if isinstance(output, torch.Tensor):
+            return velocity
         if isinstance(output, tuple | list):
             return (velocity, *output[1:])
         output.sample = velocity

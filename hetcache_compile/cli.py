@@ -23,6 +23,7 @@ from .cli_common import (
     Height,
     Inner,
     Margin,
+    More,
     Schedule,
     Steps,
     TokenInput,
@@ -104,7 +105,8 @@ def edit(
     calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
-    extrapolation: Extrapolation = 1,
+    extrapolation: Extrapolation = None,
+    more: More = None,
     keep_masked: Annotated[
         bool, typer.Option(help="Let the model see what the video has inside the mask; else it sees grey there.")
     ] = False,
@@ -150,7 +152,7 @@ def edit(
     _edit(
         pipe, request, out, schedule, inner,
         baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration,
-        **chosen(context, schedule, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation),
+        **chosen(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation),
     )  # fmt: skip
 
 
@@ -176,7 +178,8 @@ def make_plan(
     calibration: CalibrationFile = None,
     margin: Margin = 2.0,
     context_ratio: ContextRatio = 0.05,
-    extrapolation: Extrapolation = 1,
+    extrapolation: Extrapolation = None,
+    more: More = None,
 ) -> None:
     """Partition the tokens of an edit and schedule its steps.
 
@@ -194,7 +197,7 @@ def make_plan(
         schedule = f"optimal:{budget}"
     known = load_calibration(calibration)
     pixels = read_mask(mask, num_frames, height, width)
-    options = chosen(context, schedule, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation)
+    options = chosen(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation)
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, torch_dtype("float32"), "cpu")
@@ -204,6 +207,7 @@ def make_plan(
             num_reference_images=reference_images, schedule=schedule, calibration=known, **options,
         )  # fmt: skip
     else:
+        options = {"extrapolation": 1, **options}
         made = Plan.from_mask(
             pixels, (reference_images + (num_frames - 1) // 4 + 1, height // 16, width // 16),
             num_inference_steps=steps, schedule=schedule, reference_frames=reference_images, calibration=known,

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .errors import PlanError
+from .methods import parse_option
+from .planning import check_options
 from .schedule import preset_options
 
 console = Console(stderr=True)
@@ -27,8 +29,17 @@ ContextRatio = Annotated[
     float, typer.Option(help="Share of context tokens that PARTIAL steps compute.", min=0.0, max=1.0)
 ]
 Extrapolation = Annotated[
-    int,
-    typer.Option(help="Order at which outputs that a step does not compute are predicted; 0 repeats.", min=0, max=2),
+    int | None,
+    typer.Option(
+        help="Order at which outputs that a step does not compute are predicted; 0 repeats. "
+        "[default: 1, or 0 for a model without a timestep]",
+        min=0,
+        max=2,
+    ),
+]
+More = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another option of a plan: selection=hetcache, merged_ratio=0.25, ... Repeatable."),
 ]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Frames = Annotated[
@@ -68,15 +79,22 @@ def progress_bars() -> Iterator[Any]:
             bars.update(task.id, completed=task.total)
 
 
-def chosen(context: typer.Context, schedule: str, **options: Any) -> dict[str, Any]:
-    """Options of a plan, but for those that a preset has of its own and the user did not give."""
+def chosen(context: typer.Context, schedule: str, more: list[str] | None = None, **options: Any) -> dict[str, Any]:
+    """Options of a plan, but for those that the user did not give and that a preset or a model decides.
+
+    Raises:
+        PlanError: one of `more` is not written as NAME=VALUE, or is no option of a plan.
+    """
+    given_by_name = dict(parse_option(text) for text in more or ())
+    check_options(given_by_name)
     own = preset_options(schedule)
 
     def given(name: str) -> bool:
         source = context.get_parameter_source(name)
         return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
-    return {name: value for name, value in options.items() if name not in own or given(name)}
+    kept = {name: value for name, value in options.items() if value is not None and (name not in own or given(name))}
+    return kept | given_by_name
 
 
 def check_size(height: int, width: int, num_frames: int, pipe: Any = None) -> None:

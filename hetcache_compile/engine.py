@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from .backend import check_finite
 from .errors import EngineError, SessionError
+from .forms import form_key
 from .manifest import FormSpec, Manifest, TensorSpec
 from .plan import Plan
 from .runners import RUNNERS, Runner, form_of
@@ -223,21 +224,16 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         return {name: tensor for name, tensor in outputs.items() if name not in reads}, written
 
     def check_plan(self, plan: Plan) -> None:
-        """Raise `SessionError` if the engine was exported for another grid or other budgets."""
-        made_for = self.manifest.plan
-        fits = plan.grid == made_for.grid and (
-            plan.num_merged == made_for.num_merged or "num_context" in self.manifest.dynamic_dims
-        )
+        """Raise `SessionError` if the engine was exported for a plan with other sizes or options."""
+        made_for, asked = form_key(self.plan), form_key(plan)
         for name in BUDGETS:
-            size = getattr(plan, name)
             dynamic = self.manifest.dynamic_dims.get(name)
-            fits &= dynamic.min <= size <= dynamic.max if dynamic else size == getattr(made_for, name)
-        if not fits:
-            raise SessionError(
-                f"the engine was exported for grid {made_for.grid}, M = {made_for.num_active}, "
-                f"C = {made_for.num_context} in {made_for.num_merged} rows; the plan has {plan.grid}, "
-                f"{plan.num_active} and {plan.num_context} in {plan.num_merged}: export it with this plan"
-            )
+            if dynamic and dynamic.min <= getattr(plan, name) <= dynamic.max:
+                asked = asked._replace(**{name: getattr(made_for, name)})
+        if plan.num_merged == plan.num_context and asked.num_context == made_for.num_context == made_for.num_merged:
+            asked = asked._replace(num_merged=made_for.num_merged)
+        if different := made_for.differences(asked):
+            raise SessionError(f"the engine was exported for a plan with another {different}: export it with this plan")
 
 
 def named_sizes(form: FormSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Program, capture
 from .errors import SessionError
+from .partition import Grid
 from .passes.analyse import Analysis, analyse
 from .passes.buffers import write_in_place
 from .passes.cache import Budgets, CacheEntry
@@ -31,8 +32,10 @@ Cache = dict[str, torch.Tensor]
 class Forms:
     """The forms of one model for one plan. Call `full`, `partial` and `reuse` like the model.
 
-    `full(*args, **kwargs)` returns `(output, cache)`; the others take the cache first and return the next one.
-    A cache is a dict from `CacheEntry.input_name` to tensor; forms never change one in place. Other plans with
+    `full(*args, **kwargs)` returns `(output, cache)`; the others take the cache first and return the next one. `full`
+    begins an edit; `run("full", cache, args, kwargs)` goes on with one, so that later predictions can start from what
+    was computed before. A cache is a dict from `CacheEntry.input_name` to tensor; forms never change one in place.
+    Other plans with
     the same budgets can use the same forms: pass their indices with `for_plan`.
     """
 
@@ -58,11 +61,8 @@ class Forms:
 
     def for_plan(self, plan: Plan) -> Forms:
         """The same forms for another mask with the same grid and budgets."""
-        if form_key(plan) != form_key(self.plan):
-            raise SessionError(
-                f"these forms are for grid, budgets and extrapolation {form_key(self.plan)}, "
-                f"the plan has {form_key(plan)}"
-            )
+        if different := form_key(self.plan).differences(form_key(plan)):
+            raise SessionError(f"these forms are for a plan with another {different}: rewrite the model for this one")
         return Forms(self.program, self.analysis, plan, self.by_kind)
 
     def full(self, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
@@ -94,10 +94,30 @@ class Forms:
         return pytree.tree_unflatten(results[:num_outputs], self.program.out_spec), {**cache, **written}
 
 
-def form_key(plan: Plan) -> tuple[Any, ...]:
+class FormKey(NamedTuple):
     """All that the forms know of a plan: plans that agree in it share their forms."""
-    selection = plan.selection if plan.selects_at_run_time else None
-    return plan.grid, plan.budgets, plan.num_merged, plan.extrapolation, plan.context_extrapolation, selection
+
+    grid: Grid
+    num_active: int
+    num_context: int
+    num_merged: int
+    extrapolation: int
+    context_extrapolation: int
+    selection: str
+
+    def differences(self, other: FormKey) -> str:
+        """What the other has otherwise, such as `num_active (35, 40)`; empty where they agree."""
+        pairs = zip(self._fields, self, other, strict=True)
+        return ", ".join(f"{name} ({ours}, {theirs})" for name, ours, theirs in pairs if ours != theirs)
+
+
+def form_key(plan: Plan) -> FormKey:
+    """The key of a plan's forms. How a fixed selection was made is nothing to them."""
+    selection = plan.selection if plan.selects_at_run_time else "fixed"
+    return FormKey(
+        plan.grid, plan.num_active, plan.num_context, plan.num_merged, plan.extrapolation, plan.context_extrapolation,
+        selection,
+    )  # fmt: skip
 
 
 def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets, plan: Plan) -> Form:

@@ -75,17 +75,27 @@ def parse_method(name: str) -> Method:
         return Method(name, steps=int(argument))
     schedule, *parts = name.split("+")
     make_schedule(schedule, 2, np.zeros(2), _no_search)
-    options = dict(_option(part, name) for part in parts)
+    try:
+        options = dict(_short_option(part) or parse_option(part) for part in parts)
+    except PlanError as error:
+        raise PlanError(f"{error}; {name!r} is not written as in FRRP+margin=1 or FRRP+o0") from error
     check_options(options)
     return Method(name, schedule, options)
 
 
-def _option(text: str, method: str) -> tuple[str, Any]:
-    if re.fullmatch("o[0-9]+", text):
-        return "extrapolation", int(text[1:])
+def _short_option(text: str) -> tuple[str, Any] | None:
+    return ("extrapolation", int(text[1:])) if re.fullmatch("o[0-9]+", text) else None
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """An option of a plan, from `name=value`: a number where it is one.
+
+    Raises:
+        PlanError: it is written otherwise.
+    """
     option, equals, value = text.partition("=")
     if not (option and equals and value):
-        raise PlanError(f"an option is written as in FRRP+margin=1 or FRRP+o0, got {method!r}")
+        raise PlanError(f"an option is written as name=value, got {text!r}")
     for number in (int, float):
         try:
             return option, number(value)

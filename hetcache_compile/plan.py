@@ -25,7 +25,7 @@ from .partition import (
     to_token_grid,
 )
 from .passes.cache import Budgets
-from .passes.choose import STRATEGIES
+from .passes.choose import ALWAYS, CANDIDATE, NEVER, STRATEGIES
 from .passes.extrapolate import MAX_ORDER
 from .passes.select import NUM_QUERIES
 from .schedule import Schedule, StepKind, make_schedule
@@ -151,11 +151,12 @@ class Plan:
         return self.selection in STRATEGIES
 
     @property
-    def always_active(self) -> NDArray[np.bool_]:
-        """Bool `[N]`: active tokens that are not context, whatever FULL steps choose."""
-        mask = np.zeros(self.num_tokens, dtype=np.bool_)
-        mask[self.active_index] = True
-        return np.asarray(mask & (self.token_kind != TokenKind.CONTEXT))
+    def token_standing(self) -> NDArray[np.int64]:
+        """Int64 `[N]`: whether FULL steps may choose a token (see `passes.choose`): context only."""
+        active = np.zeros(self.num_tokens, dtype=np.bool_)
+        active[self.active_index] = True
+        kept = np.where(active, ALWAYS, NEVER)
+        return np.where(self.token_kind == TokenKind.CONTEXT, CANDIDATE, kept).astype(np.int64)
 
     @property
     def query_index(self) -> NDArray[np.int64]:
@@ -280,9 +281,11 @@ class Plan:
         merged = f" in {self.num_merged} centroids" if self.num_merged < self.num_context else ""
         tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
         share = self.num_active / self.num_tokens
+        selection = "" if self.selection == "uniform" else f", selection {self.selection}"
+        predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         return (
             f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
-            f"C = {self.num_context} cached{merged}\n"
+            f"C = {self.num_context} cached{merged}{predicted}{selection}\n"
             f"{len(self.steps)} steps ({self.schedule}, extrapolation {self.extrapolation}): "
             f"{''.join(kind.letter for kind in self.steps)}"
         )

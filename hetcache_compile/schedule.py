@@ -99,7 +99,7 @@ def make_schedule(
     name, _, argument = schedule.partition(":")
     if name == "teacache":
         if distances is None:
-            raise PlanError(f"{asked} needs the model's time embedding: use plan_for(pipe, ...)")
+            raise PlanError(f"{asked} needs the model's time embedding: give --model, or use plan_for(pipe, ...)")
         if len(distances) != num_steps:
             raise PlanError(f"there are {len(distances)} distances but the sampler takes {num_steps} steps")
         try:

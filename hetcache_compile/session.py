@@ -192,14 +192,9 @@ def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
         raise SessionError("a session needs at least one plan")
     first, *rest = plans
     for number, plan in enumerate(rest, start=1):
-        for what, ours, theirs in (
-            ("grid, budgets and extrapolation", form_key(first), form_key(plan)),
-            ("steps", first.steps, plan.steps),
-        ):
-            if ours != theirs:
-                raise SessionError(
-                    f"the plans of a batch must agree in {what}: plan 0 has {ours}, plan {number} has {theirs}"
-                )
+        different = form_key(first).differences(form_key(plan)) or ("steps" if first.steps != plan.steps else "")
+        if different:
+            raise SessionError(f"the plans of a batch must be alike, but plans 0 and {number} differ in {different}")
     return tuple(plans)
 
 

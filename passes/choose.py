@@ -14,6 +14,8 @@ NUM_CLUSTERS = 16
 ITERATIONS = 10
 BLOCK = 2**24
 """Attention scores that are held at a time."""
+NEVER, CANDIDATE, ALWAYS = range(3)
+"""A token's standing: margin that the plan leaves out, context, active whatever is chosen."""
 STRATEGIES = ("attention", "kmeans", "hetcache")
 """Selections made in a FULL step: by relevance, by representativeness, by both."""
 
@@ -37,10 +39,11 @@ def attention_mass(query: Tensor, key: Tensor, query_rows: Tensor, scale: float 
     if key.ndim == 4 and key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    columns = key.float().transpose(-1, -2)  # products of half precision overflow before they are scaled
     per_query = max(1, key[..., 0].numel())
     total = torch.zeros(key.shape[-2], dtype=torch.float32, device=key.device)
     for block in torch.split(rows, max(1, BLOCK // per_query), dim=-2):
-        scores = (block @ key.transpose(-1, -2)).float() * scale
+        scores = (block.float() * scale) @ columns
         total += scores.softmax(dim=-1).sum(dim=tuple(range(scores.ndim - 1)))
     return total / rows[..., 0].numel()
 
@@ -52,17 +55,17 @@ def _(query: Tensor, key: Tensor, query_rows: Tensor, scale: float | None = None
 
 @torch.library.custom_op("hetcache::choose_active", mutates_args=())
 def choose_active(
-    relevance: Tensor, states: Tensor, always_active: Tensor, num_active: int, strategy: str, num_clusters: int
+    relevance: Tensor, states: Tensor, standing: Tensor, num_active: int, strategy: str, num_clusters: int
 ) -> Tensor:
-    """The tokens to compute: all that are always active, and the best of the others.
+    """The tokens to compute: all that are always active, and the best of the candidates.
 
     Args:
         relevance: float `[N]`, such as `attention_mass`.
         states: `[N, E]` hidden states.
-        always_active: bool `[N]`.
-        num_active: M, at least as many as are always active.
+        standing: int64 `[N]` of `ALWAYS`, `CANDIDATE` and `NEVER`.
+        num_active: M, at least as many as are always active, at most as many as may be.
         strategy: one of `STRATEGIES`.
-        num_clusters: of the K-means over the states of the others.
+        num_clusters: of the K-means over the states of the candidates.
 
     Returns:
         int64 `[M]`, sorted.
@@ -70,16 +73,16 @@ def choose_active(
     if strategy == "attention":
         score = relevance.float()
     else:
-        cluster, distance = kmeans(states.float(), ~always_active, num_clusters)
+        cluster, distance = kmeans(states.float(), standing == CANDIDATE, num_clusters)
         score = spread(-distance if strategy == "kmeans" else relevance, cluster, num_clusters + 1)
-    score = score.masked_fill(always_active, torch.inf)
-    return score.topk(num_active, sorted=False).indices.sort().values
+    score = score.nan_to_num(-torch.finfo(torch.float32).max)
+    score = score.masked_fill(standing == ALWAYS, torch.inf).masked_fill(standing == NEVER, -torch.inf)
+    # A stable sort: which of equal tokens is taken must not depend on the device.
+    return score.argsort(descending=True, stable=True)[:num_active].sort().values
 
 
 @choose_active.register_fake
-def _(
-    relevance: Tensor, states: Tensor, always_active: Tensor, num_active: int, strategy: str, num_clusters: int
-) -> Tensor:
+def _(relevance: Tensor, states: Tensor, standing: Tensor, num_active: int, strategy: str, num_clusters: int) -> Tensor:
     return relevance.new_empty(num_active, dtype=torch.int64)
 
 

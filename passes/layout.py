@@ -34,7 +34,7 @@ def keep_all_rows(form: Form, num_tokens: int) -> Form:
     writes = dict(zip(form.writes, results[num_outputs:], strict=True))
     written: dict[CacheEntry, Node] = {}
     for entry, value in writes.items():
-        selected = all_rows(entry, num_tokens) != entry and value.op != "placeholder"
+        selected = all_rows(entry, num_tokens) != entry and value.target is aten.index_select.default
         written[all_rows(entry, num_tokens)] = value.args[0] if selected else value
     for entry, node in inputs.items():
         with fake_mode(form.module):

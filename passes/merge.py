@@ -81,6 +81,9 @@ def _merge_rows(graph: Graph, form: Form, num_context: int, num_merged: int) -> 
         if entry.rows != "context":
             continue
         rows = results[start + number]
+        if entry.name.endswith(".key"):
+            for attention in _readers(rows.args[0]):
+                _check(attention)
         shape = merged(entry, num_merged).shape
         zeros = call(aten.new_zeros.default, rows, list(shape), dtype=torch.float32)
         total = call(aten.index_add.default, zeros, entry.dim, cluster, _as(call, rows, torch.float32))
@@ -91,13 +94,22 @@ def _merge_rows(graph: Graph, form: Form, num_context: int, num_merged: int) -> 
     return _finish(form, graph, ("context_cluster", "context_log_size"), num_merged, writes)
 
 
-def _add_bias(graph: Graph, attention: Node, keys: Node, entry: CacheEntry, log_size: Node) -> None:
-    """One more column: 1 in every query, log n / scale in the keys of centroids, 0 in fresh keys."""
-    target = aten.scaled_dot_product_attention.default
+def _readers(keys: Node) -> list[Node]:
+    """The attentions that read these keys in a full form."""
+    return [user for user in keys.users if len(user.args) > 2 and user.args[1] is keys]
+
+
+def _check(attention: Node) -> None:
     mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    target = aten.scaled_dot_product_attention.default
     if attention.target is not target or mask is not None or attention.kwargs.get("enable_gqa"):
         reason = "an attention with a mask, grouped heads or an operator of its own cannot read merged context"
         raise UnsupportedGraphError([refuse(attention, {}, reason, "make the plan with merged_ratio=1")])
+
+
+def _add_bias(graph: Graph, attention: Node, keys: Node, entry: CacheEntry, log_size: Node) -> None:
+    """One more column: 1 in every query, log n / scale in the keys of centroids, 0 in fresh keys."""
+    _check(attention)
     call = caller(graph, "merge", attention)
     query, value = attention.args[0], attention.args[2]
     assert isinstance(query, Node)

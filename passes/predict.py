@@ -7,7 +7,7 @@ before beside the latest one, and a partial step reads the line through both at 
 =========  ==========================================================================
 form       after the pass
 =========  ==========================================================================
-full       emits what the cache held as the older value, and the times of both
+full       what the cache held becomes the older value, unless it is of the same time
 partial    reads `latest + (latest - older) * (now - t0) / (t0 - t1)`
 reuse      as before
 =========  ==========================================================================
@@ -59,9 +59,14 @@ def predict_context(form: Form, time_input: str | None = None) -> Form:
             line.read(inputs.read(entry), inputs.read(older(entry)))
         # What the last full step computed stays as it is: predictions start from it.
         return inputs.finish({entry: value for entry, value in writes.items() if entry not in entries})
-    before = {older(entry): inputs.read(entry) for entry in entries}
+    # A step at the time of the last one (a second-order solver) replaces it. Nor may this be a plain copy: compilers
+    # write buffers in the order of arguments, where the latest value, which is overwritten too, comes first.
+    moves = call(aten.ne.Tensor, now, call(aten.select.int, times, 0, 0))
+    before = {
+        older(entry): call(aten.where.self, moves, inputs.read(entry), inputs.read(older(entry))) for entry in entries
+    }
     moved = call(aten.cat.default, [call(aten.view.default, now, [1]), call(aten.slice.Tensor, times, 0, 0, 1)])
-    return inputs.finish({**before, times_entry: moved, **writes})
+    return inputs.finish({**before, times_entry: call(aten.where.self, moves, moved, times), **writes})
 
 
 def older(entry: CacheEntry) -> CacheEntry:

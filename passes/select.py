@@ -59,8 +59,8 @@ def select_active(form: Form, selection: Selection) -> Form:
     graph = copy.deepcopy(form.module.graph)
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     writes = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
-    indices = {"query_index": ((NUM_QUERIES,), torch.int64), "always_active": ((selection.num_tokens,), torch.bool)}
-    query_index, always_active = index_inputs(graph, form, indices)
+    indices = {"query_index": ((NUM_QUERIES,), torch.int64), "token_standing": ((selection.num_tokens,), torch.int64)}
+    query_index, token_standing = index_inputs(graph, form, indices)
     call = caller(graph, "select", graph.output_node())
     attentions = [found for entry, key in writes.items() if (found := _attention(entry, key)) is not None]
     if not attentions:
@@ -70,7 +70,7 @@ def select_active(form: Form, selection: Selection) -> Form:
     middle = attentions[len(attentions) // 2]
     active = call(
         torch.ops.hetcache.choose_active.default, relevance, _states(call, middle, selection.num_tokens),
-        always_active, selection.num_active, selection.strategy, NUM_CLUSTERS,
+        token_standing, selection.num_active, selection.strategy, NUM_CLUSTERS,
     )  # fmt: skip
     graph.output_node().args = ((*results, active),)
     graph.eliminate_dead_code(has_side_effect)

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from .cache import CacheEntry
 from .forms import Form
 from .graphs import device_of, fake_mode, has_side_effect, verify_shapes
+from .inputs import is_state
 from .refusal import Refusal, UnsupportedGraphError
 
 aten = torch.ops.aten
@@ -74,15 +75,17 @@ def time_of(graph: Graph, form: Form, name: str | None) -> Node:
         UnsupportedGraphError: no input is the time.
     """
     placeholders: list[Node] = [node for node in graph.nodes if node.op == "placeholder"]
-    inputs = placeholders[: len(placeholders) - len(form.indices) - len(form.reads)]
+    given = placeholders[: len(placeholders) - len(form.indices) - len(form.reads)]
+    inputs = [node for node in given if not is_state(node.name)]
     # Dynamo writes l_timestep_ for timestep; audio_timestep or timestep_r are other inputs.
     found = [node for node in inputs if node.name.lower().removeprefix("l_").strip("_") == (name or "timestep")]
     if not found and name is None:
         found = [node for node in inputs if "timestep" in node.name]
     if len(found) != 1:
-        names = ", ".join(node.name for node in inputs if not node.name.startswith("p_"))
+        names = ", ".join(node.name for node in inputs)
         reason = "extrapolation needs the time of a step, and no input is called timestep"
-        raise UnsupportedGraphError([Refusal(reason, help=f"the inputs are {names}")])
+        help = f"make the plan with extrapolation=0 and context_extrapolation=0; the inputs are {names}"
+        raise UnsupportedGraphError([Refusal(reason, help=help)])
     return found[0]
 
 

@@ -123,20 +123,39 @@ def test_the_backend_runs_merged_context_as_the_functional_forms_do(model) -> No
     assert forms.buffer_bytes < 0.5 * whole.buffer_bytes
 
 
-def test_an_attention_with_a_mask_is_refused() -> None:
-    class Masked(Attention):
-        def forward(self, latents, mask):
-            x = self.embed(latents).flatten(2).transpose(1, 2)
-            q, k, v = self.qkv(x).unflatten(2, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind(0)
-            x = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-            return x.transpose(1, 2).unflatten(2, (2, 2, 5))
+class Masked(Attention):
+    def forward(self, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return x.transpose(1, 2).unflatten(2, (2, 2, 5))
 
-    active = np.arange(20) % 3 == 0
-    whole = hetcache.Plan.from_token_mask(active, (2, 2, 5), num_inference_steps=2, schedule="F")
+
+def test_an_attention_with_a_mask_is_refused_before_the_first_step_and_runs_without_merging() -> None:
+    whole = hetcache.Plan.from_token_mask(np.arange(20) % 3 == 0, (2, 2, 5), num_inference_steps=2, schedule="FP")
     merged = replace(whole, context_cluster=np.arange(13) // 2)
     arguments = torch.randn(1, 3, 2, 2, 5), torch.randn(1, 1, 20, 20)
     with pytest.raises(UnsupportedGraphError, match=r"(?s)with a mask.*merged_ratio=1"):
         hetcache.rewrite(Masked(), merged, arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(Masked(), backend="hetcache", options={"inner": "eager"})
+    with pytest.warns(UserWarning, match="merged_ratio=1"), hetcache.session(merged) as session:
+        compiled(*arguments)
+    assert sum(session.stats.steps.values()) == 0
+    with hetcache.session(whole) as session:
+        [compiled(*arguments) for _ in range(2)]
+    assert session.stats.steps == {"FULL": 1, "PARTIAL": 0, "REUSE": 0} or session.stats.steps["FULL"] == 2
+
+
+def test_inductor_does_what_eager_does(model) -> None:
+    merged = replace(plan(np.arange(N - 20) // 2), steps=tuple(map(hetcache.StepKind, (0, 1, 2))))
+    calls, results = [CASE.call(model, seed) for seed in range(3)], []
+    for inner in ("eager", "inductor"):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="hetcache", options={"inner": inner})
+        with hetcache.session(merged):
+            results.append([compiled(**call)[0] for call in calls])
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.9])

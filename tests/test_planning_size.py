@@ -50,9 +50,9 @@ def test_choosing_tokens_holds_no_matrix_of_all_tokens(monkeypatch) -> None:
                     largest = max(largest, tensor.numel())
             return result
 
-    always = torch.arange(N) < 5000
+    standing = torch.where(torch.arange(N) < 5000, 2, 1)
     with torch.no_grad(), Watch():
         mass = attention_mass._init_fn(query, key, rows)
-        chosen = choose_active._init_fn(mass, key[0, 0], always, 8192, "hetcache", 16)
+        chosen = choose_active._init_fn(mass, key[0, 0], standing, 8192, "hetcache", 16)
     assert chosen.shape == (8192,)
     assert largest <= 2**24

@@ -43,7 +43,9 @@ def plan(order: int, steps: str = "FFP", **options) -> hetcache.Plan:
     )
 
 
-def active_error(model: nn.Module, order: int, times: list[float], steps: str, *, compiled: bool = False) -> float:
+def active_error(
+    model: nn.Module, order: int, times: list[float], steps: str, *, compiled: bool = False, inner: str = "eager"
+) -> float:
     """How far the last step is off at the active tokens; inactive outputs are another matter."""
     made = plan(order, steps)
     latents = torch.randn(1, 3, *GRID, generator=torch.Generator().manual_seed(0))
@@ -52,7 +54,7 @@ def active_error(model: nn.Module, order: int, times: list[float], steps: str, *
         expected = model(*calls[-1])
         if compiled:
             torch._dynamo.reset()
-            run = torch.compile(model, backend="hetcache", options={"inner": "eager"})
+            run = torch.compile(model, backend="hetcache", options={"inner": inner})
             with hetcache.session(made):
                 actual = [run(*call) for call in calls][-1]
         else:
@@ -73,6 +75,16 @@ def test_exact_where_keys_and_values_move_on_a_line(times: list[float], steps: s
 
 def test_partial_steps_in_between_do_not_bend_the_line() -> None:
     assert active_error(Drifting(1), 1, [900, 800, 700, 650, 500], "FFPPP", compiled=True) < 1e-5
+
+
+def test_a_second_full_step_at_the_same_time_replaces_the_first() -> None:
+    for compiled in (False, True):
+        assert active_error(Drifting(1), 1, [900, 800, 800, 650], "FFFP", compiled=compiled) < 1e-5
+
+
+def test_inductor_keeps_the_older_values_too() -> None:
+    """It writes buffers in the order of arguments, not in that of the graph."""
+    assert active_error(Drifting(1), 1, [900, 800, 700, 500, 300], "FFPFP", compiled=True, inner="inductor") < 1e-5
 
 
 def test_not_exact_on_a_parabola() -> None:
@@ -112,8 +124,21 @@ def test_a_model_without_a_time_is_refused() -> None:
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
             return super().forward(latents, latents.new_ones(1))
 
-    with pytest.raises(UnsupportedGraphError, match="no input is called timestep"):
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)no input is called timestep.*context_extrapolation=0"):
         hetcache.rewrite(Timeless(1), plan(1), (torch.randn(1, 3, *GRID),))
+
+
+def test_a_weight_is_no_time() -> None:
+    class Scaled(Drifting):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.timestep_scale = nn.Parameter(torch.tensor([500.0]))
+
+        def forward(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(latents, t * self.timestep_scale)
+
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)no input is called timestep.*latents, t$"):
+        hetcache.rewrite(Scaled(), plan(1), (torch.randn(1, 3, *GRID), torch.ones(1)))
 
 
 def test_wrong_orders() -> None:

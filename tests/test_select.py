@@ -13,7 +13,16 @@ import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, UnsupportedGraphError
 from hetcache_compile.partition import SELECTIONS, TokenKind
 from hetcache_compile.passes import choose
-from hetcache_compile.passes.choose import STRATEGIES, attention_mass, choose_active, kmeans, spread
+from hetcache_compile.passes.choose import (
+    ALWAYS,
+    CANDIDATE,
+    NEVER,
+    STRATEGIES,
+    attention_mass,
+    choose_active,
+    kmeans,
+    spread,
+)
 
 CASE = Case("vace")
 N = CASE.num_tokens
@@ -98,16 +107,30 @@ def test_the_best_of_each_cluster_in_proportion_to_its_size() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_chosen_tokens_are_distinct_sorted_and_the_same_each_time(strategy: str) -> None:
     relevance, states = torch.rand(100), torch.randn(100, 8)
-    always = torch.arange(100) % 9 == 0
-    chosen = choose_active(relevance, states, always, 40, strategy, 16)
+    standing = torch.full((100,), CANDIDATE)
+    standing[::9], standing[1::9] = ALWAYS, NEVER
+    chosen = choose_active(relevance, states, standing, 40, strategy, 16)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert chosen.shape == (40,)
-    assert set(torch.nonzero(always).flatten().tolist()) <= set(chosen.tolist())
-    torch.testing.assert_close(choose_active(relevance, states, always, 40, strategy, 16), chosen)
+    always = set(torch.nonzero(standing == ALWAYS).flatten().tolist())
+    assert always <= set(chosen.tolist())
+    assert (standing[chosen] != NEVER).all()
+    torch.testing.assert_close(choose_active(relevance, states, standing, 40, strategy, 16), chosen)
     if strategy == "attention":
-        rest = torch.nonzero(~always).flatten()
-        best = rest[relevance[rest].argsort(descending=True)[: 40 - int(always.sum())]]
-        assert set(chosen.tolist()) == set(best.tolist()) | set(torch.nonzero(always).flatten().tolist())
+        rest = torch.nonzero(standing == CANDIDATE).flatten()
+        best = rest[relevance[rest].argsort(descending=True)[: 40 - len(always)]]
+        assert set(chosen.tolist()) == set(best.tolist()) | always
+
+
+def test_scores_in_half_precision_do_not_overflow() -> None:
+    """The products are beyond fp16's largest number; their softmax is not, and generative tokens stay active."""
+    query = torch.full((1, 1, 8, 64), 60.0, dtype=torch.float16)
+    key = torch.randn(1, 1, 8, 64).half() * 60
+    mass = attention_mass(query, key, torch.arange(8))
+    torch.testing.assert_close(mass, attention_mass(query.float(), key.float(), torch.arange(8)))
+    standing = torch.tensor([ALWAYS] * 2 + [CANDIDATE] * 6)
+    broken = torch.full((8,), torch.nan)
+    assert {0, 1} <= set(choose_active(broken, torch.randn(8, 4), standing, 4, "attention", 2).tolist())
 
 
 @pytest.mark.parametrize("context_extrapolation", [0, 1])
@@ -217,3 +240,15 @@ def test_a_plan_keeps_its_options_in_its_file(tmp_path) -> None:
         loaded = hetcache.Plan.load(tmp_path / "a.hetplan")
         assert (loaded.selection, loaded.context_extrapolation) == (made.selection, made.context_extrapolation)
         np.testing.assert_array_equal(loaded.context_cluster, made.context_cluster)
+
+
+def test_inductor_does_what_eager_does(calls, model) -> None:
+    """Buffers are written in place there, in an order of the compiler's own."""
+    chosen_by = plan("hetcache", context_extrapolation=1)
+    results = []
+    for inner in ("eager", "inductor"):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="hetcache", options={"inner": inner})
+        with hetcache.session(chosen_by):
+            results.append([compiled(**call)[0] for call in calls])
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
