@@ -14,6 +14,8 @@ JOINED = (OURS, THE_PAPER, FEWER_STEPS)
 LIBRARIES = ("diffusers", "cache-dit")
 SPEEDS = {50: (2.5, 4.0), 20: (2.5,)}
 """The table's rows: number of steps -> the least speed-up."""
+SCHEDULE = "balanced"
+"""The schedule that additions are shown on."""
 WRONG = 1e-3
 """A relative error on inputs that stay the same above which a cache is called wrong: rounding is far below."""
 
@@ -102,7 +104,14 @@ def front_table(result: Result) -> str:
             for speed in speeds:
                 rows.append(f"| **{steps} steps, at least {speed:g}x** |" + " |" * len(columns))
                 rows += [family_row(result, str(steps), speed, who, columns) for who in (*JOINED, *LIBRARIES)]
-    rows += ["", caption(result), "", "![Fidelity against speed-up](benchmarks/results/front.png)"]
+    rows += [
+        "",
+        *additions_table(result, columns),
+        "",
+        caption(result),
+        "",
+        "![Fidelity against speed-up](benchmarks/results/front.png)",
+    ]
     return "\n".join(rows)
 
 
@@ -113,6 +122,22 @@ def family_row(result: Result, steps: str, speed: float, who: str, columns: Sequ
         best = max(fast, key=lambda point: point["psnr_db"], default=None)
         cells.append(f"{best['psnr_db']:.1f} dB, {best['speedup']:.1f}x: `{best['method']}`" if best else "-")
     return f"| {who} | " + " | ".join(cells) + " |"
+
+
+def additions_table(result: Result, columns: Sequence[str]) -> list[str]:
+    """One schedule with each addition, and with several: what moves the front, and what does not."""
+    steps = next(iter(result["steps"]))
+    names = [name for name in result["steps"][steps]["methods"] if name.partition("+")[0] == SCHEDULE]
+    rows = [f"| {steps} steps | " + " | ".join(f"masks of {size} %" for size in columns) + " |"]
+    rows.append("| --- |" + " --- |" * len(columns))
+    for name in sorted(names, key=len):
+        found = ({p["method"]: p for p in points(result, steps, size)}.get(name) for size in columns)
+        rows.append(f"| `{name}` | " + " | ".join(figures(point) for point in found) + " |")
+    return rows
+
+
+def figures(point: Point | None) -> str:
+    return f"{point['psnr_db']:.1f} dB, {point['speedup']:.2f}x" if point else "-"
 
 
 def caption(result: Result) -> str:
