@@ -103,7 +103,7 @@ def front_table(result: Result) -> str:
         if str(steps) in result["steps"]:
             for speed in speeds:
                 rows.append(f"| **{steps} steps, at least {speed:g}x** |" + " |" * len(columns))
-                rows += [family_row(result, str(steps), speed, who, columns) for who in (*JOINED, *LIBRARIES)]
+                rows += [family_row(result, str(steps), speed, who, columns) for who in compared(result)]
     rows += [
         "",
         *additions_table(result, columns),
@@ -113,6 +113,12 @@ def front_table(result: Result) -> str:
         "![Fidelity against speed-up](benchmarks/results/front.png)",
     ]
     return "\n".join(rows)
+
+
+def compared(result: Result) -> list[str]:
+    """The families that were measured: ours, the paper's, fewer steps, and other libraries' caches by library."""
+    found = families(result)
+    return [who for who in (*JOINED, *LIBRARIES) if any(name.startswith(who) for name in found)]
 
 
 def family_row(result: Result, steps: str, speed: float, who: str, columns: Sequence[str]) -> str:
