@@ -5,12 +5,21 @@
 3. `reshape`           where a reshape puts a factor of a dim;
 4. `query`, `patches`, `dims`, `attention`, `rules`
                        one table: for each operator, where its token axis goes and what to edit;
-5. `inputs`            inputs that hold packed tokens;
+5. `inputs`, `pieces`  inputs that hold packed tokens; a token axis that is cut and joined;
 6. `analyse`           apply the table to a whole graph, or collect every reason why not;
-7. `indices`, `forms`  write the full, partial and reuse forms from the analysis;
-8. `buffers`           let a form keep its cache in place.
+7. `batch`             the same graph for some samples of a batch;
+8. `cache`, `indices`, `forms`
+                       write the full, partial and reuse forms from the analysis;
+9. passes over a finished form, each of which a plan may ask for or not:
+   `layout`            keep all rows of keys and values instead of those of the context,
+   `select`            let full steps choose the active tokens (`choose`: which),
+   `merge`             attend to centroids of the context,
+   `predict`, `extrapolate`
+                       predict cached keys and values, and outputs (`state`: what such passes share);
+10. `buffers`          let a form keep its cache in place.
 
-`flops` counts what a form computes; `coverage` is a command that finds missing and wrong rules.
+`graphs` checks what is written; `interleave` tidies forms for exporters; `flops` counts what a form computes; `oracle`
+and `samples` know the truth about a rule, and `coverage` is a command that finds missing and wrong ones.
 
 The passes know FX graphs, token grids and counts. They know no model, plan or session.
 """
