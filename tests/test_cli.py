@@ -37,6 +37,20 @@ def test_every_command_has_help(hetcache_command):
         assert "Usage" in out
 
 
+def test_plan_takes_any_option_of_a_plan(hetcache_command, mask_file, tmp_path):
+    path = tmp_path / "a.hetplan"
+    options = ("--set", "selection=hetcache", "--set", "context_extrapolation=1")
+    status, printed, _ = hetcache_command("plan", "--mask", mask_file, "-o", path, *options, *SMALL)
+    assert status == 0
+    plan = hetcache.Plan.load(path)
+    assert (plan.selection, plan.context_extrapolation, plan.extrapolation) == ("hetcache", 1, 1)
+    assert "cached K/V predicted, selection hetcache" in printed
+    for wrong, message in (("selektion=x", "no option 'selektion'"), ("margin", "name=value")):
+        status, _, error = hetcache_command("plan", "--mask", mask_file, "-o", path, "--set", wrong, *SMALL)
+        assert status == 2
+        assert message in error
+
+
 def test_plan_writes_the_plan_and_its_picture(hetcache_command, mask_file, tmp_path):
     plan, preview = tmp_path / "a.hetplan", tmp_path / "plan.png"
     status, out, _ = hetcache_command(
