@@ -1,6 +1,6 @@
 """Fidelity to the uncached result against time, on the reference model: ours, the paper's, fewer steps, other caches.
 
-    python benchmarks/front.py                   # everything, into results/front.json and front.png: about six hours
+    python benchmarks/front.py                   # everything, into results/front.json and front.png: hours
     python benchmarks/front.py --fidelity-only   # what a busy machine may do: all clips, no times
     python benchmarks/front.py --clips 3 --methods balanced,steps:20,taylorseer:3 --steps 50
 

@@ -132,7 +132,7 @@ class Masked(Attention):
 
 
 def test_an_attention_with_a_mask_is_refused_before_the_first_step_and_runs_without_merging() -> None:
-    whole = hetcache.Plan.from_token_mask(np.arange(20) % 3 == 0, (2, 2, 5), num_inference_steps=2, schedule="FP")
+    whole = hetcache.Plan.from_token_mask(np.arange(20) % 3 == 0, (2, 2, 5), num_inference_steps=2, schedule=list("FP"))
     merged = replace(whole, context_cluster=np.arange(13) // 2)
     arguments = torch.randn(1, 3, 2, 2, 5), torch.randn(1, 1, 20, 20)
     with pytest.raises(UnsupportedGraphError, match=r"(?s)with a mask.*merged_ratio=1"):
@@ -144,7 +144,7 @@ def test_an_attention_with_a_mask_is_refused_before_the_first_step_and_runs_with
     assert sum(session.stats.steps.values()) == 0
     with hetcache.session(whole) as session:
         [compiled(*arguments) for _ in range(2)]
-    assert session.stats.steps == {"FULL": 1, "PARTIAL": 0, "REUSE": 0} or session.stats.steps["FULL"] == 2
+    assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 0}
 
 
 def test_inductor_does_what_eager_does(model) -> None:
