@@ -300,4 +300,4 @@ def test_errors_count_as_they_are_amplified(calibrated):
     louder = replace(measured, log_amplification=measured.log_amplification + np.log(2))
     steps = hetcache.Plan.from_token_mask(np.arange(8) < 2, (2, 2, 2), num_inference_steps=STEPS, schedule="FR").steps
     errors = [expect(known, steps, known.timesteps, 0.5).error for known in (measured, louder)]
-    assert errors[1] == pytest.approx(2 * errors[0], rel=0.05)
+    assert errors[1] == pytest.approx(2 * errors[0])
