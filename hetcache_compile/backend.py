@@ -158,7 +158,7 @@ class CompiledGraph:
         watch = Stopwatch(device)
         results = []
         for p, own in enumerate(buffers):
-            indices = [session.index(name, device, p) for name in form.indices]
+            indices = [session.index(name, device, p, kind=kind, step=branch.step) for name in form.indices]
             outputs = run(*part.program.flat_inputs((*inputs, *part.samples[p]), {}), *indices, *own)
             results.append(own_outputs(outputs, own))
         branch.filled.add(cache_key)

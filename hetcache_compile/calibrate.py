@@ -19,6 +19,7 @@ from .editing import EditRequest, Progress, compiled, make_plan, run_pipeline, w
 from .errors import CalibrationError
 from .forms import Forms, rewrite
 from .media import Clip
+from .multistep import step_lengths
 from .partition import TokenKind
 from .plan import Plan
 from .schedule import StepKind
@@ -103,7 +104,8 @@ def calibrate(
     }
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
-    calibration = _open(out, known, scheduler.timesteps.double().cpu().numpy())
+    one_step = step_lengths(pipe.scheduler, num_inference_steps) is not None
+    calibration = _open(out, known, scheduler.timesteps.double().cpu().numpy(), one_step)
     requests = {
         clip.name: EditRequest(
             video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=num_inference_steps,
@@ -127,7 +129,7 @@ def calibrate(
     return calibration
 
 
-def _open(out: Path, settings: dict[str, Any], timesteps: Array) -> Calibration:
+def _open(out: Path, settings: dict[str, Any], timesteps: Array, one_step: bool) -> Calibration:
     """What `out` holds already, or an empty calibration."""
     if out.exists():
         found = Calibration.load(out)
@@ -144,7 +146,9 @@ def _open(out: Path, settings: dict[str, Any], timesteps: Array) -> Calibration:
     empty = np.zeros((kinds, steps, steps)), np.zeros((kinds, sources.size, offsets.size))
     probes = np.unique([min(max(round(share * steps), 1), steps - 2) for share in PROBES])
     logs = np.zeros((kinds, probes.size))
-    return Calibration(timesteps, empty[0], sources, offsets, empty[1], probes, logs, settings=settings)
+    return Calibration(
+        timesteps, empty[0], sources, offsets, empty[1], probes, logs, one_step=one_step, settings=settings
+    )
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from .files import ArrayFile
 from .partition import TokenKind
 
 Array = NDArray[np.float64]
-FILE = ArrayFile("hetcal", "calibration", 2, "calibrate anew", CalibrationError)
+FILE = ArrayFile("hetcal", "calibration", 3, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
 
 
@@ -75,6 +75,8 @@ class Calibration:
         counts: int64 `[3]`: how many clips have tokens of the kind.
         clips: names of the clips measured so far.
         costs: seconds by step kind, or None while they are not measured.
+        one_step: whether the solver moves the latents by its step's length times the output, and by nothing else (see
+            `multistep.step_lengths`).
         settings: what was measured: model, machine, options.
     """
 
@@ -88,6 +90,7 @@ class Calibration:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_KINDS, dtype=np.int64))
     clips: tuple[str, ...] = ()
     costs: Costs | None = None
+    one_step: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -245,7 +248,9 @@ class Calibration:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as one safetensors file with a JSON header, atomically."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
-        header: dict[str, Any] = {"clips": list(self.clips), "settings": self.settings, "costs": None}
+        header: dict[str, Any] = {
+            "clips": list(self.clips), "settings": self.settings, "costs": None, "one_step": self.one_step
+        }  # fmt: skip
         if self.costs is not None:
             arrays |= {"cost_shares": self.costs.shares, "cost_partial": self.costs.partial}
             header["costs"] = {"full": self.costs.full, "reuse": self.costs.reuse, "inner": self.costs.inner}
@@ -265,7 +270,10 @@ class Calibration:
                 measured = arrays["cost_shares"], arrays["cost_partial"]
                 costs = Costs(float(times["full"]), float(times["reuse"]), *measured, str(times["inner"]))
             recorded = {name: arrays[name] for name in ARRAYS}
-            return cls(**recorded, clips=tuple(header["clips"]), costs=costs, settings=dict(header["settings"]))
+            return cls(
+                **recorded, clips=tuple(header["clips"]), costs=costs, one_step=bool(header["one_step"]),
+                settings=dict(header["settings"]),
+            )  # fmt: skip
 
         return FILE.load(path, decode)
 

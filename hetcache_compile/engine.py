@@ -144,7 +144,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         run = self.runner.prepare(kind.form)
         load_seconds = time.perf_counter() - start
         buffers = branch.buffers.setdefault(self, {})
-        indices = {name: session.index(name, self.device) for name in self.indices}
+        indices = {name: session.index(name, self.device, kind=kind, step=branch.step) for name in self.indices}
         if kind is StepKind.FULL:
             if session.check_finite:
                 check_finite(latents, branch.step)

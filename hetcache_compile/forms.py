@@ -14,6 +14,7 @@ from .capture import Program, capture
 from .errors import SessionError
 from .partition import Grid
 from .passes.analyse import Analysis, analyse
+from .passes.blend import STEP_WEIGHTS
 from .passes.buffers import write_in_place
 from .passes.cache import Budgets, CacheEntry
 from .passes.extrapolate import extrapolate
@@ -22,6 +23,7 @@ from .passes.inputs import TokenInputs
 from .passes.layout import keep_all_rows
 from .passes.merge import merge_context
 from .passes.predict import predict_context
+from .passes.refusal import Refusal, UnsupportedGraphError
 from .passes.select import Selection, select_active
 from .plan import Plan
 
@@ -77,12 +79,17 @@ class Forms:
         """Compute no token: the output of the last computed step."""
         return self.run("reuse", cache, args, kwargs)
 
-    def run(self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Cache]:
-        """Run the form `kind`."""
+    def run(
+        self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any], step: int | None = None
+    ) -> tuple[Any, Cache]:
+        """Run the form `kind`; with `step`, the number of a step, as the plan's weights say (see `passes.blend`)."""
         form = self.by_kind[kind]
         inputs = self.program.flat_inputs(args, kwargs)
         device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
-        indices = [torch.as_tensor(getattr(self.plan, name), device=device) for name in form.indices]
+        values = {name: getattr(self.plan, name) for name in form.indices}
+        if step is not None and self.plan.weights.size:
+            values[STEP_WEIGHTS] = self.plan.weights[step]
+        indices = [torch.as_tensor(values[name], device=device) for name in form.indices]
         if kind == "full":
             cache = {e.input_name: e.empty(device) for e in form.reads} | cache
         missing = [entry.input_name for entry in form.reads if entry.input_name not in cache]
@@ -130,7 +137,11 @@ def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets
         form = merge_context(form, plan.num_context, plan.num_merged)
     if plan.context_extrapolation:
         form = predict_context(form)
-    return extrapolate(form, plan.extrapolation)
+    form = extrapolate(form, plan.extrapolation, plan.num_tokens, budgets.num_active)
+    if plan.weights.size and plan.extrapolation and STEP_WEIGHTS not in form.indices:
+        reason = "something other than moves comes after the last token, where a step's weights cannot reach it"
+        raise UnsupportedGraphError([Refusal(reason, help="make the plan with multistep=0")])
+    return form
 
 
 def buffered(form: Form, plan: Plan) -> Form:

@@ -1,41 +1,40 @@
 """The best schedule under a budget: a shortest path over the steps that are computed.
 
-The error model is additive. One step from timestep t_i to t_(i+1) moves the latents by that difference times the
-velocity, so a velocity that is off by a relative error e moves them wrong by |t_i - t_(i+1)| times e. Later steps make
-more or less of it, by the calibration's `amplification`. A schedule's error is the sum of these over its steps, with
-timesteps scaled so that the whole path is 1. Token kinds count alike, whatever their area. What a step adds:
+The error model is additive in squares. A *run* is a computed step and the steps after it that predict, up to the next
+computed one, which may correct them (see `multistep`). What a run leaves wrong in the latents has an expected squared
+error, known from the calibration. Later steps make more or less of it, by the calibration's `amplification`. Errors of
+different runs are taken for independent, so that their squares add up. The unit is the mean square of an output times
+that of the whole path, so that the root of a schedule's error is a share of what the path moves. Active and inactive
+tokens count alike, whatever their area. What a run adds:
 
-* FULL: nothing.
-* PARTIAL: what was recorded for the last FULL step as its source.
-* REUSE, generative and margin tokens: the recorded error of extrapolating the velocities of the last computed steps,
-  plus what those velocities were off by themselves, if they came from PARTIAL steps after the last FULL one. Context
-  tokens: the recorded error of repeating the last FULL step.
+* Active tokens (as generative ones, see `multistep.active_kind`): a run goes from one computed step, FULL or PARTIAL,
+  to the next. The output of a PARTIAL step is off by what was recorded for the last FULL step as its source.
+* Inactive tokens (as context): from one FULL step to the next. The FULL step before is taken to be as far back again.
 
-So what a step adds depends on the last FULL step and on the last `order + 1` computed steps, and on nothing else:
-these are the states of a dynamic programme. All steps of one kind cost the same, hence the numbers of FULL and
-PARTIAL steps *are* the cost. They are kept as axes of each state's table, and nothing is rounded: the schedule found is
-the best of all those that never take more than `longest_run` REUSE steps in a row.
+So what a run adds depends on the last FULL step and on the last `order + 1` computed steps, and on nothing else: these
+are the states of a dynamic programme (a PARTIAL step before the last FULL one counts as exact). All steps of one kind
+cost the same, hence the numbers of FULL and PARTIAL steps *are* the cost. They are kept as axes of each state's table,
+and nothing is rounded: the schedule found is the best of all those that never take more than `longest_run` REUSE steps
+in a row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
 
 from .calibration import Array, Calibration
 from .errors import CalibrationError, PlanError
-from .partition import TokenKind
+from .multistep import Method, Outputs, active_kind, inactive_kind, moved, partial_errors_squared
 from .schedule import StepKind
 
-LONGEST_RUN = 12
+LONGEST_RUN = 14
 ROUNDING = 1 + 1e-9
 """A budget that is met exactly is met, whatever the order of a sum."""
-ACTIVE = (TokenKind.GENERATIVE, TokenKind.MARGIN)
 Computed = tuple[int, ...]
 """The last computed steps, oldest first."""
 State = tuple[int, Computed]
@@ -44,73 +43,99 @@ END: State = (-1, ())
 
 
 class ErrorModel(Protocol):
-    """What a step adds to a schedule's error."""
+    """What a run adds to a schedule's squared error."""
 
-    def partial(self, full: int, step: int) -> float:
-        """A PARTIAL step on the cache of step `full`; infinite where that is not allowed."""
+    def runs(self, full: int, computed: Computed, stops: Sequence[int]) -> tuple[Array, Array]:
+        """Runs after FULL step `full`, from the last of the steps `computed` to each step of `stops`.
 
-    def reuse(self, full: int, computed: Computed, step: int) -> float:
-        """A REUSE step after the computed steps `computed`, the last FULL one of which was `full`."""
+        Returns:
+            `[stops]` where that is a FULL step, and where it is a PARTIAL one; infinite where that is not allowed.
+        """
+
+    def last_run(self, full: int, computed: Computed) -> float:
+        """The run that goes on to the end."""
 
 
 class RecordedErrors:
-    """The additive model of a calibration, for one sequence of timesteps.
+    """The additive model of a calibration, for one edit.
 
     Args:
         calibration: what was measured.
         timesteps: `[S]`, those of the edit; any number of them.
-        order: of extrapolation of REUSE steps: 0 repeats the last velocity, 1 goes on in a straight line, ...
+        method: how outputs are predicted and corrected.
+        lengths: `[S]` of `multistep.step_lengths`; by default those of Euler's method in flow matching.
     """
 
-    def __init__(self, calibration: Calibration, timesteps: Array, order: int = 0) -> None:
-        self.timesteps = timesteps
-        self.order = order
-        self.weights = -np.diff([*timesteps, 0.0]) / timesteps[0]
-        present = calibration.counts > 0
-        if not present.any():
+    def __init__(
+        self, calibration: Calibration, timesteps: Array, method: Method | None = None, lengths: Array | None = None
+    ) -> None:
+        if not calibration.counts.any():
             raise CalibrationError("the calibration holds no clip yet: run hetcache calibrate again")
-        self.active = [kind for kind in ACTIVE if present[kind]]
-        self.kinds = [kind for kind in TokenKind if present[kind]]
-        self.amplification = calibration.amplification_at(timesteps)
-        self.gram = calibration.gram_at(timesteps)
-        self.repeat = calibration.reuse_errors(timesteps)
-        self.of_partial = calibration.partial_errors(timesteps)
-        self.extrapolated = cache(self._extrapolated)
+        self.method = method or Method()
+        self.timesteps, lengths = timesteps, flow_lengths(timesteps) if lengths is None else lengths
+        self.lengths = lengths / lengths.sum()
+        gram, amplification = calibration.gram_at(timesteps), calibration.amplification_at(timesteps)
+        active, inactive = active_kind(calibration), inactive_kind(calibration)
+        self.active, self.inactive = (Outputs(gram[kind], self.lengths) for kind in (active, inactive))
+        last = amplification[:, -1:]
+        self.amplified = {
+            outputs: np.concatenate([amplification, last], axis=1)[kind] ** 2
+            for outputs, kind in ((self.active, active), (self.inactive, inactive))
+        }
+        self.allowed = np.isfinite(calibration.partial_errors(timesteps)[active])
+        self.noise = partial_errors_squared(calibration, timesteps, active)
+        self._inactive: dict[tuple[int, int], float] = {}
 
-    def partial(self, full: int, step: int) -> float:
+    def runs(self, full: int, computed: Computed, stops: Sequence[int]) -> tuple[Array, Array]:
         """See `ErrorModel`."""
-        return self._weighted(step, {kind: float(self.of_partial[kind, full, step]) for kind in self.kinds})
+        points, noise, index = computed[::-1], self._noise_of(full, computed), np.asarray(stops)
+        inactive = np.array([self._inactive_run(full, stop) for stop in stops])
+        to_full = self._left(self.active, points, noise, stops, np.zeros(len(stops)))
+        to_partial = self._left(self.active, points, noise, stops, self.noise[full, index])
+        return (to_full + inactive) / 2, np.where(self.allowed[full, index], to_partial / 2, np.inf)
 
-    def reuse(self, full: int, computed: Computed, step: int) -> float:
+    def last_run(self, full: int, computed: Computed) -> float:
         """See `ErrorModel`."""
-        coefficients, extrapolated = self.extrapolated(computed, step)
-        errors = dict(zip(self.active, extrapolated, strict=True))
-        for coefficient, source in zip(coefficients, computed, strict=True):
-            if source > full:
-                for kind in self.active:
-                    errors[kind] += abs(coefficient) * float(self.of_partial[kind, full, source])
-        if TokenKind.CONTEXT in self.kinds:
-            errors[TokenKind.CONTEXT] = float(self.repeat[TokenKind.CONTEXT, full, step])
-        return self._weighted(step, errors)
+        stops, known = [len(self.lengths)], self._full_steps(full, len(self.lengths))
+        active = self._left(self.active, computed[::-1], self._noise_of(full, computed), stops, None)
+        inactive = self._left(self.inactive, known, np.zeros(len(known)), stops, None)
+        return float(active[0] + inactive[0]) / 2
 
-    def _weighted(self, step: int, errors: Mapping[TokenKind, float]) -> float:
-        total = sum(float(self.amplification[kind, step]) * error for kind, error in errors.items())
-        return float(self.weights[step]) * total / len(self.kinds)
+    def _inactive_run(self, full: int, stop: int) -> float:
+        if (full, stop) not in self._inactive:
+            known = self._full_steps(full, stop)
+            left = self._left(self.inactive, known, np.zeros(len(known)), [stop], np.zeros(1))
+            self._inactive[full, stop] = float(left[0])
+        return self._inactive[full, stop]
 
-    def _extrapolated(self, computed: Computed, step: int) -> tuple[list[float], list[float]]:
-        """Lagrange's coefficients of the computed velocities at `step`, and the relative error by active kind."""
-        known = self.timesteps[list(computed)]
-        at = self.timesteps[step]
-        coefficients = [
-            float(np.prod([(at - other) / (here - other) for other in known if other != here])) for here in known
-        ]
-        nodes = [*computed, step]
-        combination = np.array([*coefficients, -1.0])
-        errors = []
-        for kind in self.active:
-            squared = combination @ self.gram[kind][np.ix_(nodes, nodes)] @ combination
-            errors.append(float(np.sqrt(max(squared, 0.0) / self.gram[kind, step, step])))
-        return coefficients, errors
+    def _full_steps(self, full: int, stop: int) -> Computed:
+        """The last FULL steps, latest first, as far as a state knows them."""
+        before = max(0, 2 * full - stop)
+        return (full, before)[: self.method.order + 1] if before < full else (full,)
+
+    def _noise_of(self, full: int, computed: Computed) -> Array:
+        return np.array([self.noise[full, point] if point > full else 0.0 for point in computed[::-1]])
+
+    def _left(self, outputs: Outputs, points: Computed, noise: Array, stops: Sequence[int], own: Array | None) -> Array:
+        """`[stops]`: squared error in the end of the steps from the latest point up to each stop.
+
+        `own` is the noise of the outputs of the stops, or None where they have none.
+        """
+        start = points[0]
+        if own is not None and self.method.corrects:
+            every = np.array([(*points, stop) for stop in stops])
+            noises = np.concatenate([np.tile(noise, (len(stops), 1)), own[:, None]], axis=1)
+            weights = outputs.fit_moves(start, stops, every, noises)
+        else:
+            every, noises = np.tile(points, (len(stops), 1)), np.tile(noise, (len(stops), 1))
+            times = None if self.method.fitted else self.timesteps
+            weights = moved(outputs, points, noise, max(stops), times)[[stop - start - 1 for stop in stops]]
+        return outputs.squared_errors(start, stops, every, noises, weights) * self.amplified[outputs][list(stops)]
+
+
+def flow_lengths(timesteps: Array) -> Array:
+    """`[S]`: how far Euler's method moves the latents in flow matching, where timesteps are noise levels."""
+    return np.asarray(-np.diff([*timesteps, 0.0]))
 
 
 @dataclass(frozen=True)
@@ -175,7 +200,7 @@ def shortest(
     cost = np.array([[costs.of(f, p, num_steps) for p in range(table.shape[1])] for f in range(table.shape[0])])
     allowed = np.isfinite(table) & (cost <= seconds)
     if budget.error is not None:
-        allowed &= table <= budget.error * ROUNDING
+        allowed &= table <= budget.error**2 * ROUNDING
     if not allowed.any():
         raise PlanError(
             f"no schedule of {num_steps} steps is {budget.factor:g}x faster than FULL steps: ask for less"
@@ -222,16 +247,14 @@ def _moves(
 ) -> Iterator[tuple[State, StepKind | None, float]]:
     """From a computed step over a run of REUSE steps to the next computed step, or to the end."""
     full, computed = state
-    run = 0.0
-    for step in range(computed[-1] + 1, min(computed[-1] + longest_run + 1, num_steps - 1) + 1):
-        recent = (*computed, step)[-(order + 1) :]
-        yield (step, recent), StepKind.FULL, run
-        partial = errors.partial(full, step)
-        if np.isfinite(partial):
-            yield (full, recent), StepKind.PARTIAL, run + partial
-        run += errors.reuse(full, computed, step)
+    stops = range(computed[-1] + 1, min(computed[-1] + longest_run + 1, num_steps - 1) + 1)
+    for stop, to_full, to_partial in zip(stops, *errors.runs(full, computed, stops), strict=True) if stops else ():
+        recent = (*computed, stop)[-(order + 1) :]
+        yield (stop, recent), StepKind.FULL, float(to_full)
+        if np.isfinite(to_partial):
+            yield (full, recent), StepKind.PARTIAL, float(to_partial)
     if computed[-1] + longest_run >= num_steps - 1:
-        yield END, None, run
+        yield END, None, errors.last_run(full, computed)
 
 
 def _shifted(table: Array, kind: StepKind | None) -> Array:
@@ -259,19 +282,17 @@ def _trace(tables: Tables, arrivals: Arrivals, num_steps: int, cell: tuple[int, 
 
 
 def total_error(errors: ErrorModel, steps: Sequence[StepKind], order: int = 0) -> float:
-    """The error of a schedule, step by step."""
+    """The squared error of a schedule, run by run."""
     full, total = 0, 0.0
     computed: Computed = (0,)
     for step, kind in enumerate(steps):
-        if kind is StepKind.PARTIAL:
-            total += errors.partial(full, step)
-        elif kind is StepKind.REUSE:
-            total += errors.reuse(full, computed, step)
+        if kind is StepKind.REUSE or not step:
+            continue
+        total += float(errors.runs(full, computed, [step])[kind is StepKind.PARTIAL][0])
         if kind is StepKind.FULL:
             full = step
-        if kind is not StepKind.REUSE and step:
-            computed = (*computed, step)[-(order + 1) :]
-    return total
+        computed = (*computed, step)[-(order + 1) :]
+    return total + errors.last_run(full, computed)
 
 
 @dataclass(frozen=True)
@@ -306,17 +327,27 @@ class Expectation:
 
 
 def expect(
-    calibration: Calibration, steps: Sequence[StepKind], timesteps: Array, share: float, order: int = 0
+    calibration: Calibration,
+    steps: Sequence[StepKind],
+    timesteps: Array,
+    share: float,
+    method: Method | None = None,
+    lengths: Array | None = None,
 ) -> Expectation:
-    """What the calibration expects of any schedule, at M / N = `share`."""
-    costs = step_costs(calibration, share)
-    error = total_error(RecordedErrors(calibration, timesteps, order), steps, order)
+    """What the calibration expects of any schedule, at M / N = `share`; see `optimal_schedule`."""
+    costs, method = step_costs(calibration, share), method or Method()
+    error = total_error(RecordedErrors(calibration, timesteps, method, lengths), steps, method.order)
     counts = (steps.count(StepKind.FULL), steps.count(StepKind.PARTIAL))
-    return Expectation(tuple(steps), error, costs.of(*counts, len(steps)), costs.full * len(steps))
+    return Expectation(tuple(steps), float(np.sqrt(error)), costs.of(*counts, len(steps)), costs.full * len(steps))
 
 
 def optimal_schedule(
-    calibration: Calibration, budget: Budget | str, timesteps: Array, share: float, order: int = 0
+    calibration: Calibration,
+    budget: Budget | str,
+    timesteps: Array,
+    share: float,
+    method: Method | None = None,
+    lengths: Array | None = None,
 ) -> tuple[StepKind, ...]:
     """The best schedule for an edit.
 
@@ -325,15 +356,17 @@ def optimal_schedule(
         budget: see `Budget.parse`.
         timesteps: `[S]` of the edit, decreasing.
         share: M / N of its plan.
-        order: of the extrapolation of REUSE steps.
+        method: how outputs are predicted and corrected.
+        lengths: `[S]` of its solver, see `multistep.step_lengths`.
 
     Raises:
         PlanError: the budget cannot be kept.
         CalibrationError: the calibration is not finished.
     """
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    errors = RecordedErrors(calibration, timesteps, order)
-    return shortest(errors, step_costs(calibration, share), len(timesteps), budget, order=order)
+    method = method or Method()
+    errors = RecordedErrors(calibration, timesteps, method, lengths)
+    return shortest(errors, step_costs(calibration, share), len(timesteps), budget, order=method.order)
 
 
 def step_costs(calibration: Calibration, share: float) -> StepCosts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from numpy.typing import NDArray
 
 from .errors import MaskError, PlanError, PlanFileError
 from .files import ArrayFile
+from .multistep import Method, step_weights
+from .optimal import flow_lengths, optimal_schedule
 from .partition import (
     SELECTIONS,
     Grid,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from .calibration import Calibration
 
 FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
-ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster")
+ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster", "weights")
 OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection")
 """What the file's header holds beside the grid."""
 
@@ -59,6 +60,8 @@ class Plan:
             choose it (`passes.select`), `active_index` is what they start from.
         context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.merge`), or empty
             where none are merged.
+        weights: float32 `[S, 2, extrapolation + 2]` of every step's outputs (see `multistep.step_weights`), or empty
+            where steps go by their times.
     """
 
     grid: Grid
@@ -73,6 +76,7 @@ class Plan:
     context_extrapolation: int = 0
     selection: str = "uniform"
     context_cluster: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -99,6 +103,7 @@ class Plan:
         self._check_clusters()
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
+        self._check_weights()
         if any(array.shape not in ((0,), (len(self.steps),)) for array in (self.timesteps, self.distances)):
             raise PlanError(
                 f"timesteps and distances must be empty or hold one value for each of {len(self.steps)} steps"
@@ -114,6 +119,15 @@ class Plan:
             raise PlanError("the clusters of context_cluster must be numbered from 0, and none may be empty")
         if self.selects_at_run_time:
             raise PlanError(f"selection {self.selection!r} changes the context while it runs: it cannot be merged")
+
+    def _check_weights(self) -> None:
+        if not self.weights.size:
+            return
+        shape = (len(self.steps), 2, self.extrapolation + 2)
+        if self.weights.dtype != np.float32 or self.weights.shape != shape or not np.isfinite(self.weights).all():
+            raise PlanError(f"weights must be finite float32 {shape}, got {self.weights.dtype} {self.weights.shape}")
+        if not self.extrapolation or self.selects_at_run_time:
+            raise PlanError("weights need an extrapolation of at least 1, and a selection that full steps do not make")
 
     @property
     def num_tokens(self) -> int:
@@ -164,6 +178,11 @@ class Plan:
         generative = np.flatnonzero(self.token_kind == TokenKind.GENERATIVE)
         return generative[(np.arange(NUM_QUERIES) * generative.size) // NUM_QUERIES]
 
+    @property
+    def step_weights(self) -> NDArray[np.float32]:
+        """Float32 `[2, extrapolation + 2]`: those of a step outside the plan, which goes by its time."""
+        return np.zeros((2, self.extrapolation + 2), dtype=np.float32)
+
     @classmethod
     def from_mask(
         cls,
@@ -184,6 +203,7 @@ class Plan:
         context_extrapolation: int = 0,
         selection: str = "uniform",
         merged_ratio: float = 1.0,
+        multistep: int = 1,
         calibration: Calibration | None = None,
     ) -> Plan:
         """A plan from a mask in pixels or on the token grid.
@@ -205,7 +225,10 @@ class Plan:
             context_extrapolation: 1 to predict cached K/V too.
             selection: how the context among the active tokens is chosen, see `partition.SELECTIONS`.
             merged_ratio: C' / C: how many keys and values stand for the cached tokens. 1 merges none.
-            calibration: of the model, for an `"optimal:..."` schedule; its noise schedule is taken for the edit's.
+            multistep: 1 to weigh outputs as the calibration's regression says; 0 to go by the times. Without a
+                calibration, or where full steps choose the active tokens, it is 0.
+            calibration: of the model, for an `"optimal:..."` schedule and for `multistep`; its noise schedule and its
+                solver are taken for the edit's.
 
         Raises:
             MaskError: the mask is empty or does not fit the grid.
@@ -225,14 +248,49 @@ class Plan:
             selection=selection,
         )  # fmt: skip
         context = choose_context(active, distance, cached_ratio=cached_ratio)
-        timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
-        search = schedule_search(calibration, timesteps, active.size / kind.size, extrapolation)
-        steps = make_schedule(schedule, num_inference_steps, search=search)
-        return cls(
-            grid, active, context, kind, steps, schedule=schedule_name(schedule), extrapolation=extrapolation,
+        plan = cls(
+            grid, active, context, kind, make_schedule("full", num_inference_steps), extrapolation=extrapolation,
             context_extrapolation=context_extrapolation, selection=selection,
             context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio),
         )  # fmt: skip
+        timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
+        lengths = flow_lengths(timesteps) if calibration and calibration.one_step else None
+        return plan.scheduled(schedule, calibration, timesteps=timesteps, lengths=lengths, multistep=bool(multistep))
+
+    def scheduled(
+        self,
+        schedule: Schedule,
+        calibration: Calibration | None,
+        *,
+        timesteps: NDArray[np.float64],
+        lengths: NDArray[np.float64] | None,
+        multistep: bool = True,
+        distances: NDArray[np.float64] | None = None,
+    ) -> Plan:
+        """The same partition with the steps of a schedule, and the weights that a calibration gives them.
+
+        Args:
+            schedule: see `schedule.make_schedule`.
+            calibration: of the model, or None.
+            timesteps: `[S]` of the edit; not needed without a calibration.
+            lengths: `[S]` of its solver (see `multistep.step_lengths`); None if that cannot be corrected.
+            multistep: whether outputs get fitted weights where they can.
+            distances: `[S]`, see `schedule.time_distances`.
+        """
+        if calibration is None:
+            steps = make_schedule(schedule, len(self.steps), distances)
+            return replace(self, steps=steps, schedule=schedule_name(schedule), weights=self.weights[:0])
+        known, share = calibration, self.num_active / self.num_tokens
+        fitted = multistep and self.extrapolation > 0 and not self.selects_at_run_time
+        method = Method(self.extrapolation, fitted, corrects=fitted and lengths is not None)
+        moves = flow_lengths(timesteps) if lengths is None else lengths
+
+        def search(budget: str) -> tuple[StepKind, ...]:
+            return optimal_schedule(known, budget, timesteps, share, method, moves)
+
+        steps = make_schedule(schedule, len(self.steps), distances, search)
+        weights = step_weights(known, steps, timesteps, moves, method) if fitted else self.weights[:0]
+        return replace(self, steps=steps, schedule=schedule_name(schedule), weights=weights)
 
     @classmethod
     def from_token_mask(
@@ -269,7 +327,7 @@ class Plan:
     def with_schedule(self, schedule: Schedule) -> Plan:
         """The same partition with other step kinds."""
         steps = make_schedule(schedule, len(self.steps), self.distances if self.distances.size else None)
-        return replace(self, steps=steps, schedule=schedule_name(schedule))
+        return replace(self, steps=steps, schedule=schedule_name(schedule), weights=self.weights[:0])
 
     def tokens_of(self, kind: TokenKind) -> NDArray[np.bool_]:
         """Bool `[T', H', W']`: the tokens of one kind."""
@@ -283,10 +341,11 @@ class Plan:
         share = self.num_active / self.num_tokens
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
+        outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
         return (
             f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
             f"C = {self.num_context} cached{merged}{predicted}{selection}\n"
-            f"{len(self.steps)} steps ({self.schedule}, extrapolation {self.extrapolation}): "
+            f"{len(self.steps)} steps ({self.schedule}, {outputs}): "
             f"{''.join(kind.letter for kind in self.steps)}"
         )
 
@@ -312,17 +371,6 @@ class Plan:
             )
 
         return FILE.load(path, decode)
-
-
-def schedule_search(
-    calibration: Calibration | None, timesteps: NDArray[np.float64], share: float, order: int
-) -> Callable[[str], tuple[StepKind, ...]] | None:
-    """The search for the best schedule of an edit, where there is a calibration."""
-    if calibration is None:
-        return None
-    from .optimal import optimal_schedule
-
-    return lambda budget: optimal_schedule(calibration, budget, timesteps, share, order)
 
 
 def schedule_name(schedule: Schedule) -> str:

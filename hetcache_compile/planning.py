@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import MaskError, PlanError
-from .plan import Plan, schedule_name, schedule_search
-from .schedule import Schedule, make_schedule, preset_options, time_distances
+from .multistep import step_lengths
+from .plan import Plan
+from .schedule import Schedule, preset_options, time_distances
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -44,10 +45,11 @@ def plan_for(
         num_inference_steps: as passed to the pipeline.
         num_reference_images: how many reference images the call has.
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
-        calibration: of this model, for an `"optimal:..."` schedule.
+        calibration: of this model, for an `"optimal:..."` schedule, and for the weights of outputs.
         options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
-            `context_extrapolation`, `selection`, `merged_ratio` of `Plan.from_mask`. A preset's own options hold
-            unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`, else 0.
+            `context_extrapolation`, `selection`, `merged_ratio`, `multistep` of `Plan.from_mask`. A preset's own
+            options hold unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`,
+            else 0.
 
     Raises:
         PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
@@ -80,6 +82,7 @@ def plan_for(
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     distances = time_distances(model, scheduler.timesteps)
+    timesteps = scheduler.timesteps.double().cpu().numpy()
     plan = Plan.from_mask(
         mask,
         grid,
@@ -90,10 +93,18 @@ def plan_for(
         reference_frames=num_reference_images,
         **options,
     )
-    timesteps = scheduler.timesteps.double().cpu().numpy()
-    search = schedule_search(calibration, timesteps, plan.num_active / plan.num_tokens, plan.extrapolation)
-    steps = make_schedule(schedule, len(distances), distances, search)
-    return replace(plan, steps=steps, timesteps=timesteps, distances=distances, schedule=schedule_name(schedule))
+    return replace(
+        plan.scheduled(
+            schedule,
+            calibration,
+            timesteps=timesteps,
+            lengths=step_lengths(pipe.scheduler, num_inference_steps) if calibration else None,
+            multistep=bool(options.get("multistep", True)),
+            distances=distances,
+        ),
+        timesteps=timesteps,
+        distances=distances,
+    )
 
 
 OF_THE_EDIT = (

@@ -19,6 +19,7 @@ import torch
 
 from .errors import SessionError
 from .forms import form_key
+from .passes.blend import STEP_WEIGHTS
 from .plan import Plan
 from .schedule import StepKind
 from .timing import Stopwatch
@@ -141,8 +142,25 @@ class Session:
         kind = self.plan.steps[branch.step]
         return (kind if cache_key in branch.filled else StepKind.FULL), branch
 
-    def index(self, name: str, device: torch.device, number: int = 0) -> torch.Tensor:
-        """`active_index` or `context_index` of plan `number` on a device, copied there once."""
+    def index(
+        self, name: str, device: torch.device, number: int = 0, *, kind: StepKind | None = None, step: int = 0
+    ) -> torch.Tensor:
+        """What a form takes of plan `number`, on a device, copied there once.
+
+        Args:
+            name: such as `active_index`; `step_weights` are those of step `step`, unless it is of another kind than
+                planned.
+            device: where the form runs.
+            number: of the plan.
+            kind: of the step.
+            step: its number.
+        """
+        plan = self.plans[number]
+        if name == STEP_WEIGHTS and plan.weights.size and kind is plan.steps[step]:
+            return self._on_device("weights", device, number)[step]
+        return self._on_device(name, device, number)
+
+    def _on_device(self, name: str, device: torch.device, number: int) -> torch.Tensor:
         key = (name, device, number)
         if key not in self._indices:
             self._indices[key] = torch.as_tensor(getattr(self.plans[number], name), device=device)

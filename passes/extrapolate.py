@@ -1,9 +1,10 @@
 """Let the forms predict what a step does not compute, instead of repeating what was computed last.
 
 Between steps the model's output moves on a smooth curve over the time of the flow. Each row of a cached output keeps
-its last `order` values beside the latest one, and the times when all of them were computed; wherever a form reads a
+its last `order` values beside the latest one, and the times when all of them were computed. Wherever a form reads a
 cached output it gets the Lagrange polynomial through these points at the present time: order 0 repeats, order 1 is a
-straight line. (TaylorSeer, arXiv 2503.06923, extrapolates features over the step number.)
+straight line (TaylorSeer, arXiv 2503.06923, extrapolates features over the step number). Or it gets what the plan's
+weights make of the points (see `blend`).
 
 =========  ==========================================================================
 form       after the pass
@@ -21,26 +22,31 @@ second-order solver, a test on frozen inputs) replaces it instead.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
 
-from .axis import Tokens
+from .blend import blend, only_moves_follow, take_weights
 from .cache import CacheEntry
 from .forms import Form
-from .state import NEVER, Call, StateInputs, arithmetic_of, caller, latest_time, time_of
+from .points import Points, lagrange_weights, points_of, weighted_sum
+from .state import Call, StateInputs, arithmetic_of, caller, latest_time, time_of
 
 aten = torch.ops.aten
 MAX_ORDER = 2
 
 
-def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
+def extrapolate(form: Form, order: int, num_tokens: int, num_active: int, time_input: str | None = None) -> Form:
     """The form with its outputs predicted at order 0, 1 or 2.
+
+    It takes `step_weights` where the plan can know which rows a step computes (no selection in full steps) and where
+    nothing but moves comes after the last token.
 
     Args:
         form: functional, as `forms` writes it.
-        order: degree of the polynomial; 0 changes nothing.
+        order: degree of the polynomial, and how many points are kept beside the latest; 0 changes nothing.
+        num_tokens: N.
+        num_active: M.
         time_input: the placeholder that holds the time of the step; by default the one called like `timestep`.
 
     Raises:
@@ -49,80 +55,63 @@ def extrapolate(form: Form, order: int, time_input: str | None = None) -> Form:
     if order == 0:
         return form
     graph = copy.deepcopy(form.module.graph)
-    inputs = StateInputs(graph, form)
-    outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
-    points = {entry: _points(inputs, entry, order) for entry in outputs}
+    entries = tuple(dict.fromkeys((*form.reads, *form.writes)))
+    outputs = [entry for entry in entries if entry.group == "output"]
     time = time_of(graph, form, time_input)
-    call = caller(graph, "extrapolate")
-    now = {entry: latest_time(call, time, arithmetic_of(entry)) for entry in outputs}
-    if form.kind != "full":
-        for entry in outputs:
-            predict(call, entry, points[entry], now[entry])
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     computed = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
+    weights = None
+    if _can_weigh(graph, form, entries, computed):
+        form, weights = take_weights(graph, form, order, num_tokens, num_active)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    inputs = StateInputs(graph, form)
+    points = {entry: points_of(inputs, entry, order) for entry in outputs}
+    call = caller(graph, "extrapolate", first)
+    now = {entry: latest_time(call, time, arithmetic_of(entry)) for entry in outputs}
     writes = dict(computed)
-    for entry in outputs if form.writes else ():
-        writes = {**push(graph, entry, points[entry], computed[entry], now[entry], form.kind), **writes}
-        if form.kind == "partial" and entry.rows == "tokens":
-            writes[entry] = _without_predictions(graph, computed[entry], points[entry].values[0])
+    for entry in outputs:
+        known, fresh = points[entry], computed.get(entry)
+        if weights is not None:
+            after = call if fresh is None else caller(graph, "extrapolate", fresh.next)
+            source = known.values[0] if fresh is None else fresh
+            others = set(graph.nodes)
+            value = blend(after, entry, known, now[entry], weights, fresh, form.kind)
+            _show(graph, source, value, [user for user in source.users if user in others], len(form.writes))
+        elif form.kind != "full":
+            predict(call, entry, known, now[entry])
+            if fresh is not None and entry.rows == "tokens":
+                writes[entry] = _without_predictions(graph, fresh, known.values[0])
+        if fresh is not None:
+            writes = {**push(graph, entry, known, fresh, now[entry], form.kind), **writes}
     return inputs.finish(writes)
 
 
-class Points:
-    """The values of a cached output, latest first, and the times of its rows: `times` is `[order + 1, rows]`."""
+def _show(graph: Graph, source: Node, value: Node, readers: list[Node], num_writes: int) -> None:
+    """Let readers, and the model's outputs, see `value` in place of `source`. The cache keeps what was computed."""
+    for reader in readers:
+        if reader.op != "output":
+            reader.replace_input_with(source, value)
+    output = graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    number = len(results) - num_writes
+    output.args = ((*(value if r is source else r for r in results[:number]), *results[number:]),)
 
-    def __init__(self, values: list[Node], times: Node, kept: list[CacheEntry], times_entry: CacheEntry) -> None:
-        self.values, self.times, self.kept, self.times_entry = values, times, kept, times_entry
 
-
-def history_of(entry: CacheEntry, order: int) -> list[CacheEntry]:
-    """The entries behind a cached output: `past_output.0.1` is what was computed one step earlier."""
-    return [replace(entry, name=f"{entry.name}.{age}") for age in range(1, order + 1)]
-
-
-def times_of(entry: CacheEntry, order: int) -> CacheEntry:
-    """When each row's values were computed, latest first; `NEVER` where nothing was computed yet."""
-    rows = entry.shape[entry.dim] if entry.rows == "tokens" else 1
-    name, shape = f"{entry.name}.times", (order + 1, rows)
-    return replace(
-        entry, name=name, rows="none", dim=0, shape=shape, dtype=arithmetic_of(entry), tokens=Tokens(0), initial=NEVER
-    )
+def _can_weigh(graph: Graph, form: Form, entries: tuple[CacheEntry, ...], computed: dict[CacheEntry, Node]) -> bool:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    reads = dict(zip(form.reads, placeholders[len(placeholders) - len(form.reads) :], strict=True))
+    ends = [computed.get(entry) or reads[entry] for entry in entries if entry.group == "output"]
+    return all(entry.group != "selection" for entry in entries) and all(map(only_moves_follow, ends))
 
 
 def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
     """Every reader of the cached output gets the polynomial's value at time `now`, row by row."""
     cached = points.values[0]
     readers = list(cached.users)
-    shape = [1] * len(entry.shape)
-    shape[entry.dim] = -1
-    total = None
-    for value, weight in zip(points.values, lagrange_weights(call, points, now), strict=True):
-        weight = call(aten.view.default, weight, shape)
-        term = call(aten.mul.Tensor, call(aten._to_copy.default, value, dtype=arithmetic_of(entry)), weight)
-        # Memory that was never written may hold NaN, which a weight of 0 does not take away.
-        term = call(aten.masked_fill.Scalar, term, call(aten.eq.Scalar, weight, 0), 0)
-        total = term if total is None else call(aten.add.Tensor, total, term)
-    assert total is not None
-    prediction = call(aten._to_copy.default, total, dtype=entry.dtype)
+    weights = lagrange_weights(call, points, now)
+    prediction = weighted_sum(call, entry, list(zip(points.values, weights, strict=True)))
     for reader in readers:
         reader.replace_input_with(cached, prediction)
-
-
-def lagrange_weights(call: Call, points: Points, now: Node) -> list[Node]:
-    """The weight `[rows]` of each value at time `now`. Values that were never computed count for nothing."""
-    times = [call(aten.select.int, points.times, 0, i) for i in range(len(points.values))]
-    known = [call(aten.gt.Scalar, time, 0.5 * NEVER) for time in times]
-    one, zero = (call(aten.full_like.default, times[0], value) for value in (1.0, 0.0))
-    weights = []
-    for i, time in enumerate(times):
-        weight = one
-        for j, other in enumerate(times):
-            if i != j:
-                ahead, apart = call(aten.sub.Tensor, now, other), call(aten.sub.Tensor, time, other)
-                factor = call(aten.mul.Tensor, weight, call(aten.div.Tensor, ahead, apart))
-                weight = call(aten.where.self, known[j], factor, weight)
-        weights.append(call(aten.where.self, known[i], weight, zero))
-    return weights
 
 
 def push(
@@ -156,9 +145,3 @@ def _without_predictions(graph: Graph, merged: Node, cached: Node) -> Node:
     assert merged.target is aten.index_copy.default
     _, dim, index, fresh = merged.args
     return caller(graph, "extrapolate", graph.output_node())(aten.index_copy.default, cached, dim, index, fresh)
-
-
-def _points(inputs: StateInputs, entry: CacheEntry, order: int) -> Points:
-    """The inputs that hold an output's values and times."""
-    kept, times = history_of(entry, order), times_of(entry, order)
-    return Points([inputs.read(e) for e in (entry, *kept)], inputs.read(times), kept, times)
