@@ -117,5 +117,5 @@ def expectation(calibration: Calibration, plan: Plan) -> str:
     named = {name: make_schedule(name, len(plan.steps)) for name in cycles} | {plan.schedule: plan.steps}
     share = plan.num_active / plan.num_tokens
     width = max(map(len, named))
-    expected = {n: expect(calibration, steps, timesteps, share, plan.extrapolation) for n, steps in named.items()}
+    expected = {n: expect(calibration, steps, timesteps, share, plan.method) for n, steps in named.items()}
     return "\n".join(f"{name:{width}}  {found.describe()}" for name, found in expected.items())

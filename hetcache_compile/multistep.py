@@ -148,8 +148,10 @@ def moved(
     latest = points[0]
     weights = np.eye(len(points))[:1]
     if steps := range(latest + 1, last):
-        fitted = times is None
-        predicted = outputs.predict(points, noise, steps) if fitted else [lagrange(times, points, s) for s in steps]
+        if times is None:
+            predicted = outputs.predict(points, noise, steps)
+        else:
+            predicted = np.array([lagrange(times, points, step) for step in steps])
         weights = np.concatenate([weights, predicted])
     return np.asarray(np.cumsum(weights * outputs.lengths[latest:last, None], axis=0))
 

@@ -130,7 +130,8 @@ class RecordedErrors:
             every, noises = np.tile(points, (len(stops), 1)), np.tile(noise, (len(stops), 1))
             times = None if self.method.fitted else self.timesteps
             weights = moved(outputs, points, noise, max(stops), times)[[stop - start - 1 for stop in stops]]
-        return outputs.squared_errors(start, stops, every, noises, weights) * self.amplified[outputs][list(stops)]
+        errors = outputs.squared_errors(start, stops, every, noises, weights)
+        return np.asarray(errors * self.amplified[outputs][list(stops)])
 
 
 def flow_lengths(timesteps: Array) -> Array:

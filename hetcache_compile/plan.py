@@ -179,6 +179,14 @@ class Plan:
         return generative[(np.arange(NUM_QUERIES) * generative.size) // NUM_QUERIES]
 
     @property
+    def method(self) -> Method:
+        """How outputs are predicted and corrected."""
+        fresh = self.weights[..., 0] if self.weights.size else self.weights
+        return Method(
+            self.extrapolation, bool(self.weights.size), corrects=bool(np.isin(fresh, (0, 1), invert=True).any())
+        )
+
+    @property
     def step_weights(self) -> NDArray[np.float32]:
         """Float32 `[2, extrapolation + 2]`: those of a step outside the plan, which goes by its time."""
         return np.zeros((2, self.extrapolation + 2), dtype=np.float32)

@@ -10,6 +10,7 @@ import pytest
 
 from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
 from hetcache_compile.calibration import Calibration, Costs
+from hetcache_compile.multistep import Method
 from hetcache_compile.optimal import Budget, RecordedErrors, StepCosts, expect, optimal_schedule, shortest, total_error
 
 F, P, R = StepKind
@@ -25,11 +26,18 @@ class RandomErrors:
     def draw(self, *key):
         return float(np.random.default_rng([self.seed, *key]).random())
 
-    def partial(self, full, step):
-        return 0.5 * self.draw(1, full, step) if step - full <= self.horizon else np.inf
+    def to_full(self, full, computed, stop):
+        return self.draw(2, full, stop, *computed)
 
-    def reuse(self, full, computed, step):
-        return self.draw(2, full, step, *computed)
+    def to_partial(self, full, computed, stop):
+        return 0.5 * self.draw(1, full, stop, *computed) if stop - full <= self.horizon else np.inf
+
+    def runs(self, full, computed, stops):
+        kinds = self.to_full, self.to_partial
+        return tuple(np.array([kind(full, computed, stop) for stop in stops]) for kind in kinds)
+
+    def last_run(self, full, computed):
+        return self.draw(3, full, *computed)
 
 
 def brute_force(errors, num_steps, order, longest_run):
@@ -41,19 +49,19 @@ def brute_force(errors, num_steps, order, longest_run):
             memo[function, key] = function(*key)
         return memo[function, key]
 
-    partial, reuse = errors.partial, errors.reuse
+    to_full, to_partial, last_run = errors.to_full, errors.to_partial, errors.last_run
     for steps in product((F, P, R), repeat=num_steps - 1):
         steps = (F, *steps)
         if any(all(s is R for s in steps[i : i + longest_run + 1]) for i in range(num_steps - longest_run)):
             continue
         error = 0.0
-        for step, kind in enumerate(steps):
-            before = [earlier for earlier in range(step) if steps[earlier] is not R]
+        for step, kind in enumerate((*steps, None)):
+            before = tuple(earlier for earlier in range(step) if steps[earlier] is not R)[-order - 1 :]
             full = max((earlier for earlier in range(step) if steps[earlier] is F), default=0)
-            if kind is P:
-                error += remembered(partial, full, step)
-            elif kind is R:
-                error += remembered(reuse, full, tuple(before[-order - 1 :]), step)
+            if kind is None:
+                error += remembered(last_run, full, before)
+            elif kind is not R and step:
+                error += remembered(to_full if kind is F else to_partial, full, before, step)
         yield steps, error
 
 
@@ -81,7 +89,7 @@ def test_no_schedule_is_better_than_the_one_found(num_steps, order, longest_run)
             assert steps in [entry[0] for entry in allowed]
             assert total_error(errors, steps, order) == pytest.approx(least, abs=1e-12)
             bound = least + 1e-9
-            steps = shortest(errors, costs, num_steps, Budget(error=bound), **settings)
+            steps = shortest(errors, costs, num_steps, Budget(error=bound**0.5), **settings)
             assert total_error(errors, steps, order) <= bound
             cheapest = min(cost for _, error, cost in found if error <= bound)
             assert costs.of(steps.count(F), steps.count(P), num_steps) == pytest.approx(cheapest)
@@ -102,7 +110,8 @@ def test_budgets():
             Budget.parse(text)
     costs = StepCosts(1.0, 0.5, 0.01)
     assert shortest(RandomErrors(0), costs, 5, Budget(factor=1)) is not None
-    assert shortest(RandomErrors(0), costs, 5, Budget(error=0.0)) == (F,) * 5
+    with pytest.raises(PlanError, match="keeps the error below"):
+        shortest(RandomErrors(0), costs, 5, Budget(error=0.0))
     with pytest.raises(PlanError, match="60x faster"):
         shortest(RandomErrors(0), costs, 5, Budget(factor=60))
 
@@ -133,29 +142,56 @@ def relative(estimate, truth):
     return np.linalg.norm(estimate - truth, axis=-1) / np.linalg.norm(truth, axis=-1)
 
 
-def test_errors_are_those_of_the_velocities():
+def test_recorded_errors_are_those_of_the_velocities():
     timesteps = np.linspace(1000, 30, STEPS)
     known, v = calibration_of(timesteps)
     assert known.reuse_errors()[:, 2, 5] == pytest.approx(relative(v[:, 2], v[:, 5]))
     assert known.partial_errors()[:, 3, 8] == pytest.approx(0.25 * relative(v[:, 3], v[:, 8]))
     assert np.isinf(known.partial_errors()[:, 3, [1, 2, 3, 9]]).all()
-    errors = RecordedErrors(known, timesteps)
-    assert errors.weights.sum() == pytest.approx(1)
-    weight = (timesteps[7] - timesteps[8]) / 1000
-    partial = 0.25 * relative(v[:, 4], v[:, 7]).mean()
-    assert errors.partial(4, 7) == pytest.approx(weight * partial)
-    by_hand = (relative(v[:2, 5], v[:2, 7]) + 0.25 * relative(v[:2, 4], v[:2, 5])).sum() + relative(v[2, 4], v[2, 7])
-    assert errors.reuse(4, (5,), 7) == pytest.approx(weight * by_hand / 3)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_extrapolation_has_no_error_on_polynomials_of_its_degree(order):
-    timesteps = np.geomspace(1000, 30, STEPS)
+def moves(v, timesteps):
+    """`[S, D]`: what each step moves the latents by, of a path of length 1."""
+    return v * -np.diff([*timesteps, 0.0])[:, None] / timesteps[0]
+
+
+def test_what_a_run_leaves_wrong_without_correction():
+    timesteps = np.linspace(1000, 30, STEPS)
+    known, v = calibration_of(timesteps)
+    errors, m = RecordedErrors(known, timesteps), [moves(kind, timesteps) for kind in v]
+    lengths = errors.lengths[:, None]
+
+    def repeated(kind, source, stop):
+        return ((m[kind][source:stop] - lengths[source:stop] * v[kind, source]).sum(axis=0) ** 2).sum()
+
+    to_full, to_partial = errors.runs(4, (4,), [6, 8])
+    assert to_full == pytest.approx([(repeated(0, 4, stop) + repeated(2, 4, stop)) / 2 for stop in (6, 8)])
+    assert to_partial == pytest.approx([repeated(0, 4, stop) / 2 for stop in (6, 8)])
+    # After a PARTIAL step, its own error is repeated too.
+    noise = (0.25 * relative(v[0, 4], v[0, 6])) ** 2 * (v[0, 6] ** 2).sum() * errors.lengths[6:9].sum() ** 2
+    to_full, _ = errors.runs(4, (6,), [9])
+    assert to_full == pytest.approx([(repeated(0, 6, 9) + noise + repeated(2, 4, 9)) / 2])
+    assert errors.last_run(4, (4,)) == pytest.approx((repeated(0, 4, STEPS) + repeated(2, 4, STEPS)) / 2)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_prediction_has_no_error_on_polynomials_of_its_degree(order, fitted):
+    timesteps = np.linspace(1000, 30, STEPS)
     known, _ = calibration_of(timesteps, degree=order)
-    exact, lower = RecordedErrors(known, timesteps, order), RecordedErrors(known, timesteps, order - 1)
-    computed = (1, 4, 5)[-(order + 1) :]
-    assert sum(exact.extrapolated(computed, 8)[1]) < 1e-6
-    assert order == 0 or sum(lower.extrapolated(computed[1:], 8)[1]) > 1e-3
+    computed = (3, 4, 5)[-(order + 1) :]
+    exact = RecordedErrors(known, timesteps, Method(order, fitted))
+    lower = RecordedErrors(known, timesteps, Method(order - 1, fitted))
+    assert exact.runs(5, computed, [8])[1] < 0.02 * lower.runs(5, computed[1:], [8])[1]
+
+
+def test_a_step_that_corrects_leaves_less_than_one_that_does_not():
+    timesteps = np.geomspace(1000, 30, STEPS)
+    known, _ = calibration_of(timesteps)
+    predicts, corrects = (RecordedErrors(known, timesteps, Method(1, True, c)) for c in (False, True))
+    for stops in ([6], [9]):
+        for plain, better in zip(predicts.runs(4, (2, 4), stops), corrects.runs(4, (2, 4), stops), strict=True):
+            assert better < 0.5 * plain
 
 
 @pytest.mark.parametrize("num_steps", [7, 30])
@@ -198,11 +234,14 @@ def test_kinds_that_no_clip_has_do_not_count():
     known, _ = calibration_of(np.linspace(1000, 30, STEPS))
     present = np.array([True, False, True])
     empty = replace(known, gram=0 * known.gram, partial=0 * known.partial, counts=0 * known.counts, clips=())
-    shown = present[:, None, None]
+    shown, one = present[:, None, None], np.array([False, True, False])[:, None, None]
     alone = empty.add("a", known.gram * shown, known.partial * shown, present)
     errors, all_kinds = RecordedErrors(alone, alone.timesteps), RecordedErrors(known, known.timesteps)
-    expected = (all_kinds.of_partial[0, 2, 4] + all_kinds.of_partial[2, 2, 4]) / 2
-    assert errors.partial(2, 4) == pytest.approx(expected * errors.weights[4])
+    for some, every in zip(errors.runs(2, (2,), [4, 6]), all_kinds.runs(2, (2,), [4, 6]), strict=True):
+        assert some == pytest.approx(every)  # generative tokens and context stand for the others
+    only = empty.add("a", known.gram * one, known.partial * one, one.ravel())
+    errors = RecordedErrors(only, only.timesteps)
+    assert errors.runs(2, (2,), [4])[0] == pytest.approx(2 * errors.runs(2, (2,), [4])[1])
     with pytest.raises(CalibrationError, match="no clip"):
         RecordedErrors(empty, empty.timesteps)
     with pytest.raises(CalibrationError, match="no step costs"):
