@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_matrices import attention_matrices
+from conftest import Captured
 from models import Case
 from safetensors.torch import load_file, safe_open, save_file
-from torch.overrides import TorchFunctionMode
 
 import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind
 from hetcache_compile.calibrate import Call, attention_mass
 from hetcache_compile.passes import choose
 
-CASE = Case("vace")
-N = CASE.num_tokens
 
-
-class Attentions(TorchFunctionMode):
-    """Queries and keys of every attention over `rows` queries and as many keys, in order."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows, self.seen = rows, []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            query, key = [*args, *(kwargs or {}).values()][:2]
-            if query.shape[-2] == key.shape[-2] == self.rows:
-                self.seen.append((query, key))
-        return func(*args, **(kwargs or {}))
-
-
-def masses(model: torch.nn.Module, kwargs: dict[str, Any], plan: hetcache.Plan, text: int = 0) -> np.ndarray:
+def shares(model: torch.nn.Module, kwargs: dict[str, Any], plan: hetcache.Plan, text: int = 0) -> np.ndarray:
     """`[L, 3]` by the whole matrix of every attention, whose first `text` rows are no tokens."""
-    with Attentions(text + plan.num_tokens) as found, torch.no_grad():
-        model(**kwargs)
-    kind, shares = torch.from_numpy(plan.token_kind), []
-    for query, key in found.seen:
-        matrix = (query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    kind, found = torch.from_numpy(plan.token_kind), []
+    for matrix in attention_matrices(model, kwargs, text + plan.num_tokens):
         rows = matrix[..., text:, text:][..., kind == TokenKind.GENERATIVE, :]
         by_kind = np.array([float(rows[..., kind == k].sum()) for k in TokenKind])
-        shares.append(by_kind / by_kind.sum())
-    return np.stack(shares)
+        found.append(by_kind / by_kind.sum())
+    return np.stack(found)
 
 
 def plan_with(num_generative: int, grid: tuple[int, int, int], **options: Any) -> hetcache.Plan:
@@ -57,29 +37,27 @@ def plan_with(num_generative: int, grid: tuple[int, int, int], **options: Any) -
     return hetcache.Plan.from_mask(mask.reshape(grid), grid, margin=1, multiple=1, **options)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"selection": "hetcache"}, {"merged_ratio": 0.5, "context_extrapolation": 1}, {"cached_ratio": 0.5}],
-    ids=["plain", "selecting", "merged and predicted", "left out"],
+    "options", [{}, {"selection": "hetcache"}, {"merged_ratio": 0.5}, {"cached_ratio": 0.5}], ids=str
 )
-def test_it_is_that_of_the_attention_matrices(batch: int, options: dict[str, Any], monkeypatch) -> None:
-    """Whatever else a plan does to the forms; the matrix is never whole."""
-    monkeypatch.setattr(choose, "BLOCK", 5 * 2 * batch * N)
-    case = replace(CASE, batch=batch)
-    model, plan = case.build(), plan_with(8, case.grid, **options)
-    calls = [case.call(model, seed) for seed in range(2)]
+@pytest.mark.parametrize(
+    "case",
+    [Case("vace"), Case("vace", batch=2, config=(("vace_layers", (0,)),))],
+    ids=lambda case: f"batch {case.batch}",
+)
+def test_it_is_that_of_the_attention_matrices(
+    captured: Callable[[Case], Captured], case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else the plan asks for; in blocks of 5 queries."""
+    monkeypatch.setattr(choose, "BLOCK", 5 * 2 * case.batch * case.num_tokens)
+    model, plan = captured(case), plan_with(8, case.grid, **options)
+    calls = [model.call(seed) for seed in range(2)]
     with torch.no_grad():
-        forms = hetcache.rewrite(model, plan, (), calls[0])
-        attentions, measured = attention_mass(forms, [Call((), kwargs, torch.empty(0)) for kwargs in calls])
-    assert sorted(attentions) == sorted(
-        f"{blocks}.{number}.attn1" for blocks in ("blocks", "vace_blocks") for number in range(2)
-    )
-    assert all(model.get_submodule(name) for name in attentions)
-    assert measured.shape == (4, 3)
+        attentions, measured = attention_mass(model.forms(plan), [Call((), kwargs, torch.empty(0)) for kwargs in calls])
+    assert sorted(attentions) == sorted(name for name, _ in model.model.named_modules() if name.endswith(".attn1"))
     assert (measured > 0).all()
     assert measured.sum(axis=1) == pytest.approx(1)
-    truths = [masses(model, kwargs, plan) for kwargs in calls]
+    truths = [shares(model.model, kwargs, plan) for kwargs in calls]
     assert np.abs(truths[0] - truths[1]).max() > 1e-3
     assert measured == pytest.approx(np.mean(truths, axis=0), abs=1e-6)
 
@@ -110,7 +88,7 @@ def test_what_text_gets_is_left_out() -> None:
     inputs = {"hidden_states": torch.randn(1, 30, 14), "text": torch.randn(1, 11, 14)}
     attentions, measured = measure(Joint(), plan, **inputs)
     assert attentions == ("",)
-    assert measured == pytest.approx(masses(Joint(), inputs, plan, text=11), abs=1e-6)
+    assert measured == pytest.approx(shares(Joint(), inputs, plan, text=11), abs=1e-6)
     assert measured.sum(axis=1) == pytest.approx(1)
 
 
