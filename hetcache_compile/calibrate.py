@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,9 @@ from .forms import Forms, rewrite
 from .media import Clip
 from .multistep import step_lengths
 from .partition import TokenKind
+from .passes.forms import FORMS
+from .passes.layout import keep_all_rows
+from .passes.mass import measure_mass
 from .plan import Plan
 from .schedule import StepKind
 from .session import session
@@ -154,8 +157,8 @@ def _open(out: Path, settings: dict[str, Any], timesteps: Array, one_step: bool)
 @torch.no_grad()
 def measure_clip(
     pipe: Any, request: EditRequest, plan: Plan, layout: Calibration, progress: Progress
-) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]], Array]:
-    """`gram`, `partial`, the kinds that are there and `log_amplification`, as `Calibration.add` takes them."""
+) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]], Array, tuple[str, ...], Array]:
+    """What `Calibration.add` takes after the clip's name: the kinds that are there are the third."""
     latents: list[torch.Tensor] = []
     with recorded(pipe, progress) as (recorder, observe):
         run_pipeline(pipe, request, "uncached", observe, decode=False, latents=latents)
@@ -181,7 +184,8 @@ def measure_clip(
     logs = np.zeros(layout.log_amplification.shape)
     for number, probe in enumerate(layout.probes):
         logs[:, number] = log_amplification(pipe, request, int(probe), recorder, latents, masks, progress)
-    return np.asarray(gram) / unit, partial / unit, present, logs
+    attention = attention_mass(forms, [steps[source][branch] for source in layout.sources for branch in branches])
+    return np.asarray(gram) / unit, partial / unit, present, logs, *attention
 
 
 def log_amplification(
@@ -254,6 +258,27 @@ def partial_distances(
             off = (velocity.double() - call.velocity.double()).square()
             distances[step] = np.array([float(off[..., mask].sum()) for mask in masks])
     return distances
+
+
+def attention_mass(forms: Forms, calls: Iterable[Call]) -> tuple[tuple[str, ...], Array]:
+    """Where generative tokens look: the module paths of L attentions, and `[L, 3]`, whose rows sum to 1.
+
+    The share of each kind of tokens in the attention that generative tokens give to tokens (in FULL steps, text left
+    out), mean over the calls. L = 0 where no attention can be read (see `passes.mass`).
+    """
+    plan = forms.plan
+    full = keep_all_rows(FORMS["full"](forms.program.module, forms.analysis, plan.budgets), plan.num_tokens)
+    measured = measure_mass(full, plan.num_tokens)
+    mean = np.zeros((len(measured.writes), len(TokenKind)))
+    if not measured.writes:
+        return (), mean
+    measuring = replace(forms, by_kind={"full": measured})
+    for number, call in enumerate(calls, start=1):
+        _, found = measuring.full(*call.args, **call.kwargs)
+        masses = (found[entry.input_name].double().cpu().numpy() for entry in measured.writes)
+        by_kind = np.stack([np.bincount(plan.token_kind, mass, len(TokenKind)) for mass in masses])
+        mean += (by_kind / by_kind.sum(axis=1, keepdims=True) - mean) / number
+    return tuple(entry.module for entry in measured.writes), mean
 
 
 def kind_masks(plan: Plan, velocity: torch.Tensor) -> list[torch.Tensor]:

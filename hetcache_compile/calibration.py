@@ -72,6 +72,9 @@ class Calibration:
         probes: int64 `[P]`: steps whose velocity was replaced by that of the step before, to see what becomes of it.
         log_amplification: float64 `[3, P]` by token kind: log of the error of the last latents over that of the latents
             right after the probed step. Mean over clips.
+        attention_mass: float64 `[L, 3]`: the shares of generative, margin and context tokens in the attention that
+            generative tokens give to tokens, mean over clips. L = 0 where it was not measured in every clip.
+        attentions: the module path of each of the L attentions.
         counts: int64 `[3]`: how many clips have tokens of the kind.
         clips: names of the clips measured so far.
         costs: seconds by step kind, or None while they are not measured.
@@ -87,6 +90,8 @@ class Calibration:
     partial: Array
     probes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     log_amplification: Array = field(default_factory=lambda: np.zeros((NUM_KINDS, 0)))
+    attention_mass: Array = field(default_factory=lambda: np.zeros((0, NUM_KINDS)))
+    attentions: tuple[str, ...] = ()
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_KINDS, dtype=np.int64))
     clips: tuple[str, ...] = ()
     costs: Costs | None = None
@@ -101,6 +106,7 @@ class Calibration:
             ("gram", (NUM_KINDS, steps, steps)),
             ("partial", (NUM_KINDS, sources.size, offsets.size)),
             ("log_amplification", (NUM_KINDS, self.probes.size)),
+            ("attention_mass", (len(self.attentions), NUM_KINDS)),
             ("counts", (NUM_KINDS,)),
         ):
             array = getattr(self, name)
@@ -133,6 +139,8 @@ class Calibration:
         partial: Array,
         present: NDArray[np.bool_],
         log_amplification: Array | None = None,
+        attentions: Sequence[str] = (),
+        attention_mass: Array | None = None,
     ) -> Calibration:
         """With one more clip.
 
@@ -142,6 +150,8 @@ class Calibration:
             partial: `[3, A, B]` of this clip.
             present: bool `[3]`: the kinds that this clip has.
             log_amplification: `[3, P]` of this clip; 0 where it was not measured.
+            attentions: module paths of the L attentions of this clip.
+            attention_mass: `[L, 3]` of this clip.
         """
         if log_amplification is None:
             log_amplification = np.zeros_like(self.log_amplification)
@@ -153,9 +163,17 @@ class Calibration:
             gram=self.gram + share * (gram - self.gram),
             partial=self.partial + share * (partial - self.partial),
             log_amplification=self.log_amplification + share[..., 0] * (log_amplification - self.log_amplification),
+            **self._with_attention(tuple(attentions), attention_mass),
             counts=counts,
             clips=(*self.clips, name),
         )
+
+    def _with_attention(self, attentions: tuple[str, ...], mass: Array | None) -> dict[str, Any]:
+        """`attentions` and `attention_mass` with one more clip: none as soon as a clip has others than the first."""
+        if mass is None or (self.clips and attentions != self.attentions):
+            return {"attentions": (), "attention_mass": np.zeros((0, NUM_KINDS))}
+        before = self.attention_mass if self.clips else np.zeros_like(mass)
+        return {"attentions": attentions, "attention_mass": before + (mass - before) / (len(self.clips) + 1)}
 
     def timesteps_for(self, num_steps: int) -> Array:
         """Timesteps `[num_steps]` of the same noise schedule at another number of steps, ends at 0 alike."""
@@ -221,7 +239,7 @@ class Calibration:
             return np.sqrt(self.partial / reuse)
 
     def describe(self) -> str:
-        """The calibration in two lines."""
+        """The calibration in two lines, and one on attention where it was measured."""
         errors = self.reuse_errors()
         one_later = {
             kind.name.lower(): float(np.mean(np.diagonal(errors[kind], offset=1)))
@@ -242,14 +260,27 @@ class Calibration:
             )
         return (
             f"{len(self.clips)} clips, {self.num_steps} steps: the velocity of the step before is off by {repeated} "
-            f"tokens\n{times}"
+            f"tokens\n{times}{self._describe_attention()}"
         )
+
+    def _describe_attention(self) -> str:
+        """A line on the attention that generative tokens give to the context; empty if it was not measured."""
+        if not self.attentions:
+            return ""
+        context = self.attention_mass[:, TokenKind.CONTEXT]
+        least, most = (
+            f"in {self.attentions[place] or 'the model'} ({context[place]:.0%})"
+            for place in (context.argmin(), context.argmax())
+        )
+        mean = f"generative tokens look at the context for {context.mean():.0%} of their attention"
+        return f"\n{mean}: least {least}, most {most}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as one safetensors file with a JSON header, atomically."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
         header: dict[str, Any] = {
-            "clips": list(self.clips), "settings": self.settings, "costs": None, "one_step": self.one_step
+            "clips": list(self.clips), "settings": self.settings, "costs": None, "one_step": self.one_step,
+            "attentions": list(self.attentions),
         }  # fmt: skip
         if self.costs is not None:
             arrays |= {"cost_shares": self.costs.shares, "cost_partial": self.costs.partial}
@@ -271,8 +302,8 @@ class Calibration:
                 costs = Costs(float(times["full"]), float(times["reuse"]), *measured, str(times["inner"]))
             recorded = {name: arrays[name] for name in ARRAYS}
             return cls(
-                **recorded, clips=tuple(header["clips"]), costs=costs, one_step=bool(header["one_step"]),
-                settings=dict(header["settings"]),
+                **recorded, clips=tuple(header["clips"]), attentions=tuple(header["attentions"]), costs=costs,
+                one_step=bool(header["one_step"]), settings=dict(header["settings"]),
             )  # fmt: skip
 
         return FILE.load(path, decode)
@@ -288,4 +319,14 @@ def _interpolate(sources: NDArray[np.int64], offsets: NDArray[np.int64], values:
     return np.asarray(RegularGridInterpolator(tuple(axes), values)(points), dtype=np.float64)
 
 
-ARRAYS = ("timesteps", "gram", "sources", "offsets", "partial", "probes", "log_amplification", "counts")
+ARRAYS = (
+    "timesteps",
+    "gram",
+    "sources",
+    "offsets",
+    "partial",
+    "probes",
+    "log_amplification",
+    "counts",
+    "attention_mass",
+)

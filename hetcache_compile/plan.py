@@ -28,7 +28,7 @@ from .partition import (
 from .passes.cache import Budgets
 from .passes.choose import ALWAYS, CANDIDATE, NEVER, STRATEGIES
 from .passes.extrapolate import MAX_ORDER
-from .passes.select import NUM_QUERIES
+from .passes.mass import NUM_QUERIES
 from .schedule import Schedule, StepKind, make_schedule
 
 if TYPE_CHECKING:

@@ -18,12 +18,11 @@ from .cache import CacheEntry
 from .choose import NUM_CLUSTERS
 from .forms import Form
 from .graphs import has_side_effect, verify_shapes
+from .mass import NUM_QUERIES, Attention, add_mass, find_attentions
 from .refusal import Refusal, UnsupportedGraphError, shape_of
 from .state import Call, caller, index_inputs
 
 aten = torch.ops.aten
-NUM_QUERIES = 256
-"""Generative queries that relevance is measured with, spread evenly over the mask."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ def select_active(form: Form, selection: Selection) -> Form:
     indices = {"query_index": ((NUM_QUERIES,), torch.int64), "token_standing": ((selection.num_tokens,), torch.int64)}
     query_index, token_standing = index_inputs(graph, form, indices)
     call = caller(graph, "select", graph.output_node())
-    attentions = [found for entry, key in writes.items() if (found := _attention(entry, key)) is not None]
+    attentions = find_attentions(writes)
     if not attentions:
         raise _refusal("no attention shows which context tokens matter")
-    masses = [_mass(call, found, query_index, selection.num_tokens) for found in attentions]
+    masses = [add_mass(found, query_index, selection.num_tokens) for found in attentions]
     relevance = call(aten.mean.dim, call(aten.stack.default, masses), [0])
     middle = attentions[len(attentions) // 2]
     active = call(
@@ -84,35 +83,7 @@ def _refusal(reason: str) -> UnsupportedGraphError:
     return UnsupportedGraphError([Refusal(reason, help="make the plan with selection='uniform'")])
 
 
-@dataclass(frozen=True)
-class _Attention:
-    query: Node
-    key: Node
-    tokens: Tokens
-    scale: float | None
-
-
-def _attention(entry: CacheEntry, key: Node) -> _Attention | None:
-    """The attention whose keys an entry holds, if its queries and keys are the tokens, with nothing folded in."""
-    if not entry.name.endswith(".key") or entry.tokens.folds != 1 or len(entry.tokens.whole) != 2:
-        return None
-    for user in key.users:
-        if user.target is aten.scaled_dot_product_attention.default and user.args[1] is key:
-            query = user.args[0]
-            assert isinstance(query, Node)
-            if entry.dim == len(shape_of(key)) - 2 and shape_of(query)[-2] == shape_of(key)[-2]:
-                return _Attention(query, key, entry.tokens, user.kwargs.get("scale"))  # type: ignore[arg-type]
-    return None
-
-
-def _mass(call: Call, found: _Attention, query_index: Node, num_tokens: int) -> Node:
-    offset = found.tokens.whole[0]
-    rows = call(aten.add.Scalar, query_index, offset) if offset else query_index
-    mass = call(torch.ops.hetcache.attention_mass.default, found.query, found.key, rows, found.scale)
-    return call(aten.slice.Tensor, mass, 0, offset, offset + num_tokens)
-
-
-def _states(call: Call, found: _Attention, num_tokens: int) -> Node:
+def _states(call: Call, found: Attention, num_tokens: int) -> Node:
     """Keys of one attention as `[N, E]`: what a token is, as attention sees it."""
     offset = found.tokens.whole[0]
     keys = call(aten.slice.Tensor, found.key, -2, offset, offset + num_tokens)

@@ -103,6 +103,10 @@ def test_it_reports_and_leaves_the_pipeline_alone(pipe, calibrated):
     assert not pipe.transformer._forward_hooks
     assert not hasattr(pipe.transformer, "_orig_mod")
     assert "2 clips, 5 steps" in measured.describe()
+    assert all(pipe.transformer.get_submodule(name) for name in measured.attentions)
+    assert measured.attentions
+    assert measured.attention_mass.sum(axis=1) == pytest.approx(1)
+    assert "generative tokens look at the context for" in measured.describe()
 
 
 def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkeypatch):
@@ -156,9 +160,20 @@ def test_means_over_clips_count_only_clips_that_have_the_kind(calibrated):
 def test_a_calibration_survives_saving_and_loading(calibrated, tmp_path):
     measured, out, _ = calibrated
     loaded = Calibration.load(out)
-    for name in ("timesteps", "gram", "sources", "offsets", "partial", "probes", "log_amplification", "counts"):
+    for name in (
+        "timesteps",
+        "gram",
+        "sources",
+        "offsets",
+        "partial",
+        "probes",
+        "log_amplification",
+        "counts",
+        "attention_mass",
+    ):
         assert np.array_equal(getattr(loaded, name), getattr(measured, name))
     assert (loaded.clips, loaded.settings["margin"]) == (measured.clips, 1.0)
+    assert loaded.attentions == measured.attentions
     assert (loaded.costs.full, loaded.costs.reuse) == (measured.costs.full, measured.costs.reuse)
     assert np.array_equal(loaded.costs.partial, measured.costs.partial)
     assert np.array_equal(loaded.partial_errors(), measured.partial_errors())

@@ -73,7 +73,7 @@ def run_forms(order: int, degree: int, times: tuple[float, ...], steps: str) -> 
     return errors
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("steps", ["FFFRR", "FFFPR", "FFFPP"])
 def test_exact_on_polynomials_of_its_degree(order: int, steps: str) -> None:
     assert max(run_forms(order, order, TIMES, steps)) < 2e-5

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from attention_matrices import attention_matrices
 from models import Case
 
 import hetcache_compile as hetcache
@@ -86,6 +87,28 @@ def test_kmeans_ends_where_no_row_has_a_nearer_centre() -> None:
     assert all(len(set(found[truth == number].tolist())) == 1 for number in range(5))
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 10])
+def test_kmeans_is_lloyds_step_by_step(iterations: int, monkeypatch) -> None:
+    """States without clusters, where every step moves rows: one row and one centre at a time, from the same seeds."""
+    monkeypatch.setattr(choose, "ITERATIONS", iterations)
+    states = np.random.default_rng(0).normal(size=(90, 5))
+    counts = np.random.default_rng(1).random(90) < 0.8
+    counted = np.flatnonzero(counts)
+    centres = states[counted[[int((number + 0.5) / 7 * counted.size) for number in range(7)]]]
+    labels: list[list[int]] = []
+    for _ in range(iterations + 1):
+        labels.append([min(range(7), key=lambda c, row=row: ((row - centres[c]) ** 2).sum()) for row in states])
+        members = [[row for row in counted if labels[-1][row] == number] for number in range(7)]
+        assert all(members)
+        before, centres = centres, np.stack([states[rows].mean(axis=0) for rows in members])
+    cluster, distance = kmeans(torch.from_numpy(states), torch.from_numpy(counts), 7)
+    assert cluster[counts].tolist() == np.array(labels[-1])[counts].tolist()
+    assert (cluster[~counts] == 7).all()
+    expected = ((states - before[labels[-1]]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(distance[counts].numpy(), expected[counts], rtol=1e-9, atol=1e-12)
+    assert iterations < 2 or labels[0] != labels[1] != labels[2]
+
+
 def test_kmeans_with_fewer_rows_than_clusters() -> None:
     cluster, distance = kmeans(torch.eye(6), torch.arange(6) < 3, 16)
     assert len(set(cluster[:3].tolist())) == 3
@@ -131,6 +154,22 @@ def test_scores_in_half_precision_do_not_overflow() -> None:
     standing = torch.tensor([ALWAYS] * 2 + [CANDIDATE] * 6)
     broken = torch.full((8,), torch.nan)
     assert {0, 1} <= set(choose_active(broken, torch.randn(8, 4), standing, 4, "attention", 2).tolist())
+
+
+def test_full_steps_choose_what_the_attention_matrices_say(model, calls) -> None:
+    """Brute force: of the context, the tokens that generative rows of all attention matrices give most to."""
+    chosen_by = plan("attention")
+    _, cache = hetcache.rewrite(model, chosen_by, (), calls[0]).full(**calls[0])
+    rows = torch.from_numpy(chosen_by.query_index)
+    assert set(rows.tolist()) == set(np.flatnonzero(chosen_by.token_kind == TokenKind.GENERATIVE))
+    matrices = attention_matrices(model, calls[0], N)
+    assert len(matrices) == 4
+    relevance = torch.stack([matrix[..., rows, :].mean(dim=(0, 1, 2)) for matrix in matrices]).mean(dim=0)
+    always = np.intersect1d(chosen_by.active_index, np.flatnonzero(chosen_by.token_kind != TokenKind.CONTEXT))
+    context = torch.from_numpy(np.flatnonzero(chosen_by.token_kind == TokenKind.CONTEXT))
+    best = context[relevance[context].argsort(descending=True)[: chosen_by.num_active - always.size]]
+    assert 0 < best.numel() < context.numel()
+    assert set(cache["past_selection.active_index"].tolist()) == {*always, *best.tolist()}
 
 
 @pytest.mark.parametrize("context_extrapolation", [0, 1])
