@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from .backend import hetcache_backend
-from .calibration import Array, Calibration, Costs
+from .calibration import DEFAULTS, Array, Calibration, Costs
 from .editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from .errors import CalibrationError
-from .forms import Forms, rewrite
+from .forms import Forms, rewrite, write_forms
 from .media import Clip
 from .multistep import step_lengths
 from .partition import TokenKind
@@ -33,6 +33,13 @@ NUM_SOURCES = 8
 PROBES = (0.04, 0.12, 0.24, 0.36, 0.6, 0.85)
 """Where errors are put in, as shares of the steps: close together where what becomes of them changes most."""
 SHARES = (0.0625, 0.25)
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"context_extrapolation": 1},
+    {"margin": 1.0},
+    {"margin": 1.0, "context_extrapolation": 1},
+)
+"""Options of a plan that change what PARTIAL steps are off by, and that a planner may choose."""
 TIMED_CYCLE = (StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE, StepKind.PARTIAL, StepKind.REUSE)
 CHUNK = 2**16
 
@@ -71,6 +78,7 @@ def calibrate(
     seed: int = 0,
     inner: str = "inductor",
     shares: Sequence[float] = SHARES,
+    variants: Sequence[Mapping[str, Any]] = VARIANTS,
     settings: Mapping[str, Any] | None = None,
     **partition: Any,
 ) -> Calibration:
@@ -87,6 +95,7 @@ def calibrate(
         seed: of the noise.
         inner: the torch.compile backend of the timed forms. Errors are measured on forms that run eagerly.
         shares: M / N of the PARTIAL steps that are timed.
+        variants: options of `plan_for` that PARTIAL steps are run with, in turn, in place of those of `partition`.
         settings: what else belongs to this calibration, such as the model's name; as JSON knows it.
         partition: of `plan_for`.
 
@@ -108,7 +117,13 @@ def calibrate(
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     one_step = step_lengths(pipe.scheduler, num_inference_steps) is not None
-    calibration = _open(out, known, scheduler.timesteps.double().cpu().numpy(), one_step)
+    empty = _empty(
+        scheduler.timesteps.double().cpu().numpy(),
+        one_step=one_step,
+        variants=tuple({**DEFAULTS, **partition, **chosen} for chosen in variants),
+        settings=known,
+    )
+    calibration = _open(out, empty)
     requests = {
         clip.name: EditRequest(
             video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=num_inference_steps,
@@ -125,62 +140,85 @@ def calibrate(
     for number, (name, request) in enumerate(requests.items()):
         progress("clips", number, len(requests))
         if name not in calibration.clips:
-            plan = make_plan(pipe, request, "full", extrapolation=0, **partition)
-            calibration = calibration.add(name, *measure_clip(pipe, request, plan, calibration, progress))
+            options: list[dict[str, Any]] = [{"extrapolation": 0, **partition, **chosen} for chosen in variants]
+            plans = [make_plan(pipe, request, "full", **each) for each in options]
+            calibration = calibration.add(name, *measure_clip(pipe, request, plans, calibration, progress))
             calibration.save(out)
     progress("clips", len(requests), len(requests))
     return calibration
 
 
-def _open(out: Path, settings: dict[str, Any], timesteps: Array, one_step: bool) -> Calibration:
-    """What `out` holds already, or an empty calibration."""
-    if out.exists():
-        found = Calibration.load(out)
-        changed = sorted(k for k in {*settings, *found.settings} if settings.get(k) != found.settings.get(k))
-        if changed:
-            raise CalibrationError(
-                f"{out} was calibrated otherwise (other {', '.join(changed)}): give another --out, or remove it"
-            )
-        return found
+def _open(out: Path, empty: Calibration) -> Calibration:
+    """What `out` holds already, or an empty calibration.
+
+    Raises:
+        CalibrationError: it holds one that was made otherwise.
+    """
+    if not out.exists():
+        return empty
+    found = Calibration.load(out)
+    changed = sorted(
+        name for name in {*empty.settings, *found.settings} if empty.settings.get(name) != found.settings.get(name)
+    )
+    changed += ["variants"] if found.variants != empty.variants else []
+    if changed:
+        raise CalibrationError(
+            f"{out} was calibrated otherwise (other {', '.join(changed)}): give another --out, or remove it"
+        )
+    return found
+
+
+def _empty(timesteps: Array, **known: Any) -> Calibration:
+    """What is to be measured, for so many steps."""
     steps = timesteps.size
     sources = np.unique(np.linspace(0, steps - 2, NUM_SOURCES).round().astype(np.int64))
     offsets = np.array([offset for offset in OFFSETS if offset < steps], dtype=np.int64)
-    kinds = len(TokenKind)
-    empty = np.zeros((kinds, steps, steps)), np.zeros((kinds, sources.size, offsets.size))
     probes = np.unique([min(max(round(share * steps), 1), steps - 2) for share in PROBES])
-    logs = np.zeros((kinds, probes.size))
+    kinds = len(TokenKind)
     return Calibration(
-        timesteps, empty[0], sources, offsets, empty[1], probes, logs, one_step=one_step, settings=settings
+        timesteps=timesteps,
+        gram=np.zeros((kinds, steps, steps)),
+        sources=sources,
+        offsets=offsets,
+        partial=np.zeros((len(known["variants"]), kinds, sources.size, offsets.size)),
+        probes=probes,
+        log_amplification=np.zeros((kinds, probes.size)),
+        **known,
     )
 
 
 @torch.no_grad()
 def measure_clip(
-    pipe: Any, request: EditRequest, plan: Plan, layout: Calibration, progress: Progress
+    pipe: Any, request: EditRequest, plans: Sequence[Plan], layout: Calibration, progress: Progress
 ) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]], Array, tuple[str, ...], Array]:
-    """What `Calibration.add` takes after the clip's name: the kinds that are there are the third."""
+    """What `Calibration.add` takes after the clip's name: the kinds that are there are the third.
+
+    There is a plan for each variant; the first says of which kind a token is.
+    """
     latents: list[torch.Tensor] = []
     with recorded(pipe, progress) as (recorder, observe):
         run_pipeline(pipe, request, "uncached", observe, decode=False, latents=latents)
     steps = recorder.steps
     if len({len(calls) for calls in steps}) != 1 or not steps[0]:
         raise CalibrationError("the pipeline does not call its transformer equally often in every step")
-    masks = kind_masks(plan, steps[0][0].velocity)
+    masks = kind_masks(plans[0], steps[0][0].velocity)
     branches = range(len(steps[0]))
     gram = sum(inner_products([calls[branch].velocity for calls in steps], masks) for branch in branches)
     energy = np.asarray(np.trace(gram, axis1=1, axis2=2) / len(steps))
     present = energy > 0
     unit = np.where(present, energy, 1.0)[:, None, None]
-    forms = rewrite(pipe.transformer, plan, steps[0][0].args, steps[0][0].kwargs)
+    forms = rewrite(pipe.transformer, plans[0], steps[0][0].args, steps[0][0].kwargs)
     partial = np.zeros(layout.partial.shape)
-    for number, source in enumerate(layout.sources):
-        progress("partial steps", number, layout.sources.size)
-        targets = [layout.target(int(source), int(offset)) for offset in layout.offsets]
+    todo = [(v, number) for v in range(len(plans)) for number in range(layout.sources.size)]
+    variants = [write_forms(forms.program, forms.analysis, plan) for plan in plans]
+    for done, (variant, number) in enumerate(todo):
+        progress("partial steps", done, len(todo))
+        source = int(layout.sources[number])
+        targets = [layout.target(source, int(offset)) for offset in layout.offsets]
         for branch in branches:
-            calls = {step: steps[step][branch] for step in {int(source), *targets}}
-            found = partial_distances(forms, calls, int(source), masks)
-            partial[:, number] += np.stack([found[target] for target in targets], axis=1)
-    progress("partial steps", layout.sources.size, layout.sources.size)
+            calls = [step[branch] for step in steps]
+            partial[variant, :, number] += partial_distances(variants[variant], calls, source, targets, masks)
+    progress("partial steps", len(todo), len(todo))
     logs = np.zeros(layout.log_amplification.shape)
     for number, probe in enumerate(layout.probes):
         logs[:, number] = log_amplification(pipe, request, int(probe), recorder, latents, masks, progress)
@@ -246,17 +284,25 @@ def recorded(pipe: Any, progress: Progress) -> Iterator[tuple[Recorder, Progress
 
 
 def partial_distances(
-    forms: Forms, calls: Mapping[int, Call], source: int, masks: Sequence[torch.Tensor]
-) -> dict[int, Array]:
-    """`[3]` by step: squared distance of a PARTIAL step on the FULL cache of `source` to the uncached velocity."""
-    _, cache = forms.full(*calls[source].args, **calls[source].kwargs)
-    distances = {}
-    for step, call in calls.items():
-        if step != source:
-            output, _ = forms.partial(cache, *call.args, **call.kwargs)
-            velocity = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
-            off = (velocity.double() - call.velocity.double()).square()
-            distances[step] = np.array([float(off[..., mask].sum()) for mask in masks])
+    forms: Forms, calls: Sequence[Call], source: int, targets: Sequence[int], masks: Sequence[torch.Tensor]
+) -> Array:
+    """`[3, targets]`: squared distance of PARTIAL steps on the FULL cache of `source` to the uncached velocities.
+
+    Where cached keys and values are predicted, the FULL step before is as far back as the PARTIAL step is ahead.
+    """
+    caches: dict[int, Any] = {}
+    distances = np.zeros((len(masks), len(targets)))
+    for number, target in enumerate(targets):
+        before = max(0, 2 * source - target) if forms.plan.context_extrapolation else source
+        if before not in caches:
+            _, cache = forms.full(*calls[before].args, **calls[before].kwargs)
+            if before < source:
+                _, cache = forms.run("full", cache, calls[source].args, calls[source].kwargs)
+            caches[before] = cache
+        output, _ = forms.partial(caches[before], *calls[target].args, **calls[target].kwargs)
+        velocity = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+        off = (velocity.double() - calls[target].velocity.double()).square()
+        distances[:, number] = [float(off[..., mask].sum()) for mask in masks]
     return distances
 
 

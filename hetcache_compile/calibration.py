@@ -17,7 +17,7 @@ as the model goes on from them, while those on known tokens are healed by the co
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,8 @@ from .partition import TokenKind
 Array = NDArray[np.float64]
 FILE = ArrayFile("hetcal", "calibration", 3, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
+DEFAULTS = {"margin": 2.0, "context_extrapolation": 0}
+"""What a plan has where it says nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,8 @@ class Calibration:
         gram: float64 `[3, S, S]` by token kind: inner products of the uncached velocities of two steps.
         sources: int64 `[A]`: steps whose FULL caches PARTIAL steps were run from.
         offsets: int64 `[B]`: how many steps later, but never past the last step.
-        partial: float64 `[3, A, B]`: squared distance of the PARTIAL velocity to the uncached one.
+        variants: V choices of what PARTIAL steps compute and read: options of `plan_for`, such as `margin`.
+        partial: float64 `[V, 3, A, B]`: squared distance of the PARTIAL velocity to the uncached one.
         probes: int64 `[P]`: steps whose velocity was replaced by that of the step before, to see what becomes of it.
         log_amplification: float64 `[3, P]` by token kind: log of the error of the last latents over that of the latents
             right after the probed step. Mean over clips.
@@ -96,6 +99,7 @@ class Calibration:
     clips: tuple[str, ...] = ()
     costs: Costs | None = None
     one_step: bool = False
+    variants: tuple[Mapping[str, Any], ...] = ({},)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,7 +108,7 @@ class Calibration:
             raise CalibrationError("a calibration needs at least two timesteps, positive and decreasing")
         for name, shape in (
             ("gram", (NUM_KINDS, steps, steps)),
-            ("partial", (NUM_KINDS, sources.size, offsets.size)),
+            ("partial", (len(self.variants), NUM_KINDS, sources.size, offsets.size)),
             ("log_amplification", (NUM_KINDS, self.probes.size)),
             ("attention_mass", (len(self.attentions), NUM_KINDS)),
             ("counts", (NUM_KINDS,)),
@@ -147,7 +151,7 @@ class Calibration:
         Args:
             name: of the clip.
             gram: `[3, S, S]` of this clip.
-            partial: `[3, A, B]` of this clip.
+            partial: `[V, 3, A, B]` of this clip.
             present: bool `[3]`: the kinds that this clip has.
             log_amplification: `[3, P]` of this clip; 0 where it was not measured.
             attentions: module paths of the L attentions of this clip.
@@ -214,7 +218,17 @@ class Calibration:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.sqrt(np.maximum(squared, 0) / energy[:, None, :]))
 
-    def partial_errors(self, timesteps: Array | None = None) -> Array:
+    def variant_like(self, options: Mapping[str, Any]) -> int:
+        """The variant that is nearest to the options of a plan: the same where they are names, near where numbers."""
+
+        def distance(variant: Mapping[str, Any]) -> tuple[int, float]:
+            pairs = [(value, options.get(name, DEFAULTS.get(name, value))) for name, value in variant.items()]
+            whole = sum(mine != asked for mine, asked in pairs if not isinstance(mine, float))
+            return whole, sum(abs(mine - asked) for mine, asked in pairs if isinstance(mine, float))
+
+        return min(range(len(self.variants)), key=lambda number: distance(self.variants[number]))
+
+    def partial_errors(self, timesteps: Array | None = None, variant: int = 0) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of a PARTIAL step on the FULL cache of the source.
 
         Infinite where the target does not come after the source, or later than any measured pair.
@@ -225,18 +239,18 @@ class Calibration:
         offset = target - source
         errors = self.reuse_errors(timesteps)
         points = np.stack([source.clip(*self.sources[[0, -1]]), offset.clip(*self.offsets[[0, -1]])], axis=-1)
-        for kind, share in enumerate(self._share_of_reuse()):
+        for kind, share in enumerate(self._share_of_reuse(variant)):
             errors[kind] *= _interpolate(self.sources, self.offsets, share, points)
         after = np.triu(np.ones(offset.shape, dtype=bool), 1) & (offset <= self.offsets[-1] + 1e-9)
         return np.where(after, errors, np.inf)
 
-    def _share_of_reuse(self) -> Array:
+    def _share_of_reuse(self, variant: int) -> Array:
         """`[3, A, B]`: error of PARTIAL over error of REUSE, where it was measured."""
         targets = np.array([[self.target(s, o) for o in self.offsets] for s in self.sources])
         gram, sources = self.gram, self.sources[:, None]
         reuse = gram[:, sources, sources] + gram[:, targets, targets] - 2 * gram[:, sources, targets]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.sqrt(self.partial / reuse)
+            return np.sqrt(self.partial[variant] / reuse)
 
     def describe(self) -> str:
         """The calibration in two lines, and one on attention where it was measured."""
@@ -280,7 +294,7 @@ class Calibration:
         arrays = {name: getattr(self, name) for name in ARRAYS}
         header: dict[str, Any] = {
             "clips": list(self.clips), "settings": self.settings, "costs": None, "one_step": self.one_step,
-            "attentions": list(self.attentions),
+            "attentions": list(self.attentions), "variants": list(self.variants),
         }  # fmt: skip
         if self.costs is not None:
             arrays |= {"cost_shares": self.costs.shares, "cost_partial": self.costs.partial}
@@ -303,7 +317,8 @@ class Calibration:
             recorded = {name: arrays[name] for name in ARRAYS}
             return cls(
                 **recorded, clips=tuple(header["clips"]), attentions=tuple(header["attentions"]), costs=costs,
-                one_step=bool(header["one_step"]), settings=dict(header["settings"]),
+                one_step=bool(header["one_step"]), variants=tuple(header["variants"]),
+                settings=dict(header["settings"]),
             )  # fmt: skip
 
         return FILE.load(path, decode)

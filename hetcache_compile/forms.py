@@ -174,6 +174,10 @@ def rewrite(
         GridMismatchError: the plan is for another grid.
     """
     program = capture(getattr(model, "_orig_mod", model), args, kwargs or {})
-    analysis = analyse(program.module, plan.grid, token_inputs)
+    return write_forms(program, analyse(program.module, plan.grid, token_inputs), plan)
+
+
+def write_forms(program: Program, analysis: Analysis, plan: Plan) -> Forms:
+    """Every form of a program that was captured and analysed, for any plan on its grid."""
     by_kind = {kind: write_form(kind, program, analysis, plan.budgets, plan) for kind in FORMS}
     return Forms(program, analysis, plan, by_kind)

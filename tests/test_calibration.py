@@ -79,7 +79,7 @@ def test_recorded_errors_are_what_sessions_make(pipe, calibrated):
         c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=3.0, max_sequence_length=16
     )
     plan = make_plan(pipe, request, "full", margin=1.0, multiple=1)
-    one = empty.add("clip 1", *measure_clip(pipe, request, plan, empty, lambda *_: None))
+    one = empty.add("clip 1", *measure_clip(pipe, request, [plan], empty, lambda *_: None))
     true = velocities(pipe, request, plan, "full")
     masks = kind_masks(plan, true[0][0])
     assert [int(mask.sum()) for mask in masks] == [4 * int(plan.tokens_of(kind).sum()) for kind in TokenKind]
@@ -294,7 +294,7 @@ def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated):
         c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=3.0, max_sequence_length=16
     )
     plan = make_plan(pipe, request, "full", margin=1.0, multiple=1, extrapolation=0)
-    one = empty.add("clip 1", *measure_clip(pipe, request, plan, empty, lambda *_: None))
+    one = empty.add("clip 1", *measure_clip(pipe, request, [plan], empty, lambda *_: None))
     assert one.probes.tolist() == [1, 2, 3]
     true, cached = [], []
     run_pipeline(pipe, request, "uncached", lambda *_: None, decode=False, latents=true)

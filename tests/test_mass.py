@@ -136,15 +136,12 @@ def test_clips_of_which_some_were_not_measured() -> None:
         assert "attention" not in known.describe()
 
 
-def test_files_of_before_and_broken_ones(tmp_path) -> None:
+def test_files_that_do_not_fit_together(tmp_path) -> None:
     path = tmp_path / "a.hetcal"
     calibration((NAMES, MASS[0])).save(path)
     arrays = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    mass = arrays.pop("attention_mass")
-    save_file(arrays, path, metadata)
-    assert Calibration.load(path).attention_mass.shape == (0, 3)
-    save_file({**arrays, "attention_mass": mass[:1].clone()}, path, metadata)
+    save_file({**arrays, "attention_mass": arrays["attention_mass"][:1].clone()}, path, metadata)
     with pytest.raises(CalibrationError, match=r"attention_mass must hold finite numbers of shape \(2, 3\)"):
         Calibration.load(path)
