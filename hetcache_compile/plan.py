@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .errors import MaskError, PlanError, PlanFileError
 from .files import ArrayFile
 from .partition import (
+    MERGINGS,
     SELECTIONS,
     Grid,
     TokenKind,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
 ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster")
-OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection")
+OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging")
 """What the file's header holds beside the grid."""
 
 
@@ -59,6 +60,8 @@ class Plan:
             choose it (`passes.select`), `active_index` is what they start from.
         context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.merge`), or empty
             where none are merged.
+        merging: how they are (see `partition.MERGINGS`). Where full steps cluster the keys of each attention
+            (`passes.cluster`), they start from `context_cluster`.
     """
 
     grid: Grid
@@ -73,6 +76,7 @@ class Plan:
     context_extrapolation: int = 0
     selection: str = "uniform"
     context_cluster: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    merging: str = "boxes"
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -106,6 +110,8 @@ class Plan:
 
     def _check_clusters(self) -> None:
         cluster = self.context_cluster
+        if self.merging not in MERGINGS:
+            raise PlanError(f"merging must be one of {', '.join(MERGINGS)}, got {self.merging!r}")
         if not cluster.size:
             return
         if cluster.dtype != np.int64 or cluster.shape != self.context_index.shape:
@@ -114,6 +120,8 @@ class Plan:
             raise PlanError("the clusters of context_cluster must be numbered from 0, and none may be empty")
         if self.selects_at_run_time:
             raise PlanError(f"selection {self.selection!r} changes the context while it runs: it cannot be merged")
+        if self.merging == "kmeans" and self.context_extrapolation:
+            raise PlanError("merging 'kmeans' draws new clusters in full steps, which context_extrapolation needs kept")
 
     @property
     def num_tokens(self) -> int:
@@ -184,6 +192,7 @@ class Plan:
         context_extrapolation: int = 0,
         selection: str = "uniform",
         merged_ratio: float = 1.0,
+        merging: str = "boxes",
         calibration: Calibration | None = None,
     ) -> Plan:
         """A plan from a mask in pixels or on the token grid.
@@ -205,6 +214,7 @@ class Plan:
             context_extrapolation: 1 to predict cached K/V too.
             selection: how the context among the active tokens is chosen, see `partition.SELECTIONS`.
             merged_ratio: C' / C: how many keys and values stand for the cached tokens. 1 merges none.
+            merging: how they are merged, see `partition.MERGINGS`.
             calibration: of the model, for an `"optimal:..."` schedule; its noise schedule is taken for the edit's.
 
         Raises:
@@ -231,7 +241,7 @@ class Plan:
         return cls(
             grid, active, context, kind, steps, schedule=schedule_name(schedule), extrapolation=extrapolation,
             context_extrapolation=context_extrapolation, selection=selection,
-            context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio),
+            context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio), merging=merging,
         )  # fmt: skip
 
     @classmethod
@@ -278,7 +288,7 @@ class Plan:
     def describe(self) -> str:
         """The plan in two lines."""
         counts = {kind: int((self.token_kind == kind).sum()) for kind in TokenKind}
-        merged = f" in {self.num_merged} centroids" if self.num_merged < self.num_context else ""
+        merged = f" in {self.num_merged} centroids ({self.merging})" if self.num_merged < self.num_context else ""
         tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
         share = self.num_active / self.num_tokens
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"
