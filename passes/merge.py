@@ -32,6 +32,8 @@ from .refusal import Refusal, UnsupportedGraphError, refuse, shape_of
 from .state import StateInputs, caller, index_inputs
 
 aten = torch.ops.aten
+LOG_SIZE = "log_size"
+"""The role of an entry, as `key` and `value` are: the log-sizes of an attention's own clusters."""
 COLUMNS = 8
 """Columns that are added: kernels want head sizes in multiples of 8."""
 
@@ -87,7 +89,7 @@ def log_size_of(keys: CacheEntry, num_merged: int) -> CacheEntry:
     """The log-sizes of an attention's clusters, float32 `[B, C']`; see `cluster.centroids`."""
     batch = keys.shape[0] if len(keys.shape) > 2 else 1
     return replace(
-        keys, name=keys.name.removesuffix("key") + "log_size", rows="none", dim=0, shape=(batch, num_merged),
+        keys, name=keys.name.removesuffix("key") + LOG_SIZE, rows="none", dim=0, shape=(batch, num_merged),
         dtype=torch.float32, tokens=Tokens(0),
     )  # fmt: skip
 
