@@ -27,6 +27,8 @@ FIRST_FUSED_OPSET = 23
 """From here on ONNX has Attention, RMSNormalization and RotaryEmbedding."""
 LARGEST_CONSTANT = 64 * 2**20
 """Bytes. A larger constant is cheaper to compute again than to ship."""
+LARGEST_MEMBERSHIP = 2**26
+"""Zeros and ones that are held at a time (see `sum_by_products`)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def lower(form: Form, program: Program, opset: int) -> Lowered:
     fold_constants(module, weights, names)
     gather_parts(module)
     choose_by_logic(module)
+    sum_by_products(module)
     if opset >= FIRST_FUSED_OPSET:
         fuse_rotary_embedding(module)
     else:
@@ -171,6 +174,31 @@ def choose_by_logic(module: GraphModule) -> None:
         else:
             filled = _insert(node, aten.logical_and.default, mask, _insert(node, aten.logical_not.default, where))
         node.replace_all_uses_with(filled)
+
+
+def sum_by_products(module: GraphModule) -> None:
+    """`index_add` of rows as products with zeros and ones, blockwise: TensorRT has no scatter that adds."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten.index_add.default or node.kwargs:
+            continue
+        into, dim, index, rows = node.args
+        rank, size = len(shape_of(node)), shape_of(node)[dim]
+        if rank == 1:
+            rows = _insert(node, aten.unsqueeze.default, rows, 1)
+        elif dim % rank != rank - 2:
+            continue
+        step = max(1, LARGEST_MEMBERSHIP // shape_of(index)[0])
+        sums = []
+        for start in range(0, size, step):
+            end = min(start + step, size)
+            numbers = _insert(node, aten.arange.start, start, end, device=index.meta["val"].device)
+            belongs = _insert(node, aten.eq.Tensor, _insert(node, aten.unsqueeze.default, numbers, 1), index)
+            member = _insert(node, aten.to.dtype, belongs, rows.meta["val"].dtype)
+            sums.append(_insert(node, aten.matmul.default, member, rows))
+        total = sums[0] if len(sums) == 1 else _insert(node, aten.cat.default, sums, 0 if rank == 1 else dim)
+        if rank == 1:
+            total = _insert(node, aten.squeeze.dim, total, 1)
+        node.replace_all_uses_with(_insert(node, aten.add.Tensor, into, total))
 
 
 def spell_out_attention(module: GraphModule) -> None:

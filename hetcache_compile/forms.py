@@ -108,6 +108,7 @@ class FormKey(NamedTuple):
     num_active: int
     num_context: int
     num_merged: int
+    merging: str
     extrapolation: int
     context_extrapolation: int
     selection: str
@@ -119,11 +120,12 @@ class FormKey(NamedTuple):
 
 
 def form_key(plan: Plan) -> FormKey:
-    """The key of a plan's forms. How a fixed selection was made is nothing to them."""
+    """The key of a plan's forms. How a fixed selection was made is nothing to them, nor how nothing is merged."""
     selection = plan.selection if plan.selects_at_run_time else "fixed"
+    merging = plan.merging if plan.num_merged < plan.num_context else "boxes"
     return FormKey(
-        plan.grid, plan.num_active, plan.num_context, plan.num_merged, plan.extrapolation, plan.context_extrapolation,
-        selection,
+        plan.grid, plan.num_active, plan.num_context, plan.num_merged, merging, plan.extrapolation,
+        plan.context_extrapolation, selection,
     )  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets
         form = keep_all_rows(form, plan.num_tokens)
         form = select_active(form, Selection(plan.selection, plan.num_tokens, budgets.num_active))
     if plan.num_merged < plan.num_context:
-        form = merge_context(form, plan.num_context, plan.num_merged)
+        form = merge_context(form, plan.num_context, plan.num_merged, plan.merging)
     if plan.context_extrapolation:
         form = predict_context(form)
     form = extrapolate(form, plan.extrapolation, plan.num_tokens, budgets.num_active)

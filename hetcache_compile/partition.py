@@ -22,6 +22,9 @@ Grid = tuple[int, int, int]
 SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
 """How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
 
+MERGINGS = ("boxes", "kmeans")
+"""How cached tokens are merged: in boxes of neighbours; or by full steps, alike keys of each attention."""
+
 
 class TokenKind(IntEnum):
     """Where a token stands relative to the mask."""

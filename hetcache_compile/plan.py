@@ -15,6 +15,7 @@ from .files import ArrayFile
 from .multistep import Method, step_weights
 from .optimal import flow_lengths, optimal_schedule
 from .partition import (
+    MERGINGS,
     SELECTIONS,
     Grid,
     TokenKind,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
 ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster", "weights")
-OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection")
+OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging")
 """What the file's header holds beside the grid."""
 
 
@@ -62,6 +63,8 @@ class Plan:
             where none are merged.
         weights: float32 `[S, 2, extrapolation + 2]` of every step's outputs (see `multistep.step_weights`), or empty
             where steps go by their times.
+        merging: how they are (see `partition.MERGINGS`). Where full steps cluster the keys of each attention
+            (`passes.cluster`), they start from `context_cluster`.
     """
 
     grid: Grid
@@ -77,6 +80,7 @@ class Plan:
     selection: str = "uniform"
     context_cluster: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    merging: str = "boxes"
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -111,6 +115,8 @@ class Plan:
 
     def _check_clusters(self) -> None:
         cluster = self.context_cluster
+        if self.merging not in MERGINGS:
+            raise PlanError(f"merging must be one of {', '.join(MERGINGS)}, got {self.merging!r}")
         if not cluster.size:
             return
         if cluster.dtype != np.int64 or cluster.shape != self.context_index.shape:
@@ -119,6 +125,8 @@ class Plan:
             raise PlanError("the clusters of context_cluster must be numbered from 0, and none may be empty")
         if self.selects_at_run_time:
             raise PlanError(f"selection {self.selection!r} changes the context while it runs: it cannot be merged")
+        if self.merging == "kmeans" and self.context_extrapolation:
+            raise PlanError("merging 'kmeans' draws new clusters in full steps, which context_extrapolation needs kept")
 
     def _check_weights(self) -> None:
         if not self.weights.size:
@@ -212,6 +220,7 @@ class Plan:
         selection: str = "uniform",
         merged_ratio: float = 1.0,
         multistep: int = 1,
+        merging: str = "boxes",
         calibration: Calibration | None = None,
     ) -> Plan:
         """A plan from a mask in pixels or on the token grid.
@@ -237,6 +246,8 @@ class Plan:
                 calibration, or where full steps choose the active tokens, it is 0.
             calibration: of the model, for an `"optimal:..."` schedule and for `multistep`; its noise schedule and its
                 solver are taken for the edit's.
+            merging: how they are merged, see `partition.MERGINGS`.
+            calibration: of the model, for an `"optimal:..."` schedule; its noise schedule is taken for the edit's.
 
         Raises:
             MaskError: the mask is empty or does not fit the grid.
@@ -259,7 +270,7 @@ class Plan:
         plan = cls(
             grid, active, context, kind, make_schedule("full", num_inference_steps), extrapolation=extrapolation,
             context_extrapolation=context_extrapolation, selection=selection,
-            context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio),
+            context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio), merging=merging,
         )  # fmt: skip
         timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
         lengths = flow_lengths(timesteps) if calibration and calibration.one_step else None
@@ -344,7 +355,7 @@ class Plan:
     def describe(self) -> str:
         """The plan in two lines."""
         counts = {kind: int((self.token_kind == kind).sum()) for kind in TokenKind}
-        merged = f" in {self.num_merged} centroids" if self.num_merged < self.num_context else ""
+        merged = f" in {self.num_merged} centroids ({self.merging})" if self.num_merged < self.num_context else ""
         tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
         share = self.num_active / self.num_tokens
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"

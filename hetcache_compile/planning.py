@@ -47,7 +47,7 @@ def plan_for(
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
         calibration: of this model, for an `"optimal:..."` schedule, and for the weights of outputs.
         options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
-            `context_extrapolation`, `selection`, `merged_ratio`, `multistep` of `Plan.from_mask`. A preset's own
+            `context_extrapolation`, `selection`, `merged_ratio`, `merging`, `multistep` of `Plan.from_mask`. A preset's own
             options hold unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`,
             else 0.
 

@@ -13,7 +13,7 @@
 9. passes over a finished form, each of which a plan may ask for or not:
    `layout`            keep all rows of keys and values instead of those of the context,
    `select`            let full steps choose the active tokens (`choose`: which),
-   `merge`             attend to centroids of the context,
+   `merge`             attend to centroids of the context (`cluster`: by K-means),
    `predict`, `extrapolate`
                        predict cached keys and values, and outputs (`state`: what such passes share);
 10. `buffers`          let a form keep its cache in place.

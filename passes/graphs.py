@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from .refusal import shape_of
 
@@ -31,6 +34,40 @@ def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) ->
     inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     with fake_mode(module):
         Verify(module).run(*inputs, enable_io_processing=False)
+
+
+def inline(graph: Graph, name: str, place: Node, function: Callable[..., Any], *operands: Any) -> list[Node]:
+    """What a function of tensors does, traced and copied in front of `place`: the nodes of its results.
+
+    Args:
+        graph: to copy into.
+        name: of the pass.
+        place: a node of the graph.
+        function: returns a tuple of tensors.
+        operands: nodes with a fake value, and Python values, which become part of the trace.
+    """
+    nodes = [operand for operand in operands if isinstance(operand, Node)]
+    values = [node.meta["val"] for node in nodes]
+
+    def of_tensors(*tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        return function(*(next(given) if isinstance(operand, Node) else operand for operand in operands))
+
+    mode = detect_fake_mode(values)
+    assert mode is not None, "the graph was not captured on fake tensors"
+    with mode:
+        traced = make_fx(of_tensors)(*values)
+    new: dict[Node, Node] = {}
+    given = iter(nodes)
+    with graph.inserting_before(place):
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                new[node] = next(given)
+            elif node.op == "call_function":
+                new[node] = graph.node_copy(node, new.__getitem__)
+                new[node].meta = {"val": node.meta["val"], "hetcache": name}
+    results = traced.graph.output_node().args[0]
+    return [new[result] for result in pytree.tree_leaves(results)]
 
 
 def has_side_effect(node: Node) -> bool:

@@ -4,6 +4,14 @@ The full form averages keys and values over clusters of context tokens; the part
 of n keys stands for n of them, so its scores get a bias of log n: exact where every cluster has one member, and where
 the members of a cluster are equal. The bias is one more column of queries and keys, which keeps attention in its fast
 kernels, where a mask would not.
+
+=========  ==============================================  ============================================================
+form       boxes: clusters are the plan's                  kmeans: each attention draws its own (see `cluster`)
+=========  ==============================================  ============================================================
+full       emits the mean of each cluster's rows           clusters keys, from the plan's clusters on; emits sizes too
+partial    reads sizes from the plan                       reads sizes from the cache
+reuse      as before                                       as before
+=========  ==============================================  ============================================================
 """
 
 from __future__ import annotations
@@ -15,18 +23,22 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .axis import Tokens
 from .cache import CacheEntry, with_rows
+from .cluster import centroids
 from .forms import CONTEXT, Form
-from .graphs import fake_mode, has_side_effect, verify_shapes
+from .graphs import fake_mode, has_side_effect, inline, verify_shapes
 from .refusal import Refusal, UnsupportedGraphError, refuse, shape_of
-from .state import caller, index_inputs
+from .state import StateInputs, caller, index_inputs
 
 aten = torch.ops.aten
+LOG_SIZE = "log_size"
+"""The role of an entry, as `key` and `value` are: the log-sizes of an attention's own clusters."""
 COLUMNS = 8
 """Columns that are added: kernels want head sizes in multiples of 8."""
 
 
-def merge_context(form: Form, num_context: int, num_merged: int) -> Form:
+def merge_context(form: Form, num_context: int, num_merged: int, merging: str = "boxes") -> Form:
     """The form with C' centroids in place of the C context rows of keys and values.
 
     Args:
@@ -34,6 +46,7 @@ def merge_context(form: Form, num_context: int, num_merged: int) -> Form:
         num_context: C.
         num_merged: C'. The form gets two more indices: `context_cluster`, the cluster of each context token, and
             `context_log_size`, the log of each cluster's size.
+        merging: "boxes" or "kmeans", which takes `context_cluster` for seeds, and keeps log-sizes in the cache.
 
     Raises:
         UnsupportedGraphError: an attention with a mask along the tokens, or one that is not torch's own.
@@ -42,8 +55,12 @@ def merge_context(form: Form, num_context: int, num_merged: int) -> Form:
         return form
     graph = copy.deepcopy(form.module.graph)
     if form.kind == "full":
-        return _merge_rows(graph, form, num_context, num_merged)
-    (log_size,) = index_inputs(graph, form, {"context_log_size": ((num_merged,), torch.float32)})
+        return (_cluster_rows if merging == "kmeans" else _merge_rows)(graph, form, num_context, num_merged)
+    indices: tuple[str, ...] = ()
+    if merging == "boxes":
+        indices = ("context_log_size",)
+        (shared,) = index_inputs(graph, form, {"context_log_size": ((num_merged,), torch.float32)})
+    inputs = StateInputs(graph, form)
     by_name = {entry.input_name: entry for entry in form.reads}
     for concat in [node for node in graph.nodes if CONTEXT in node.meta]:
         entry = by_name[concat.meta[CONTEXT]]
@@ -51,9 +68,10 @@ def merge_context(form: Form, num_context: int, num_merged: int) -> Form:
         with fake_mode(form.module):
             cached.meta["val"] = cached.meta["val"].new_empty(merged(entry, num_merged).shape)
         if entry.name.endswith(".key"):
+            log_size = shared if indices else inputs.read(log_size_of(entry, num_merged))
             for attention in list(concat.users):
                 _add_bias(graph, attention, concat, entry, log_size)
-    return _finish(form, graph, ("context_log_size",), num_merged, form.writes)
+    return _finish(replace(form, reads=tuple(inputs.inputs)), graph, indices, num_merged, form.writes)
 
 
 def merged(entry: CacheEntry, num_merged: int) -> CacheEntry:
@@ -65,6 +83,36 @@ def merged(entry: CacheEntry, num_merged: int) -> CacheEntry:
         reason = f"the keys of {entry.module} hold the tokens more than once, and their context cannot be merged"
         raise UnsupportedGraphError([Refusal(reason, help="make the plan with merged_ratio=1")])
     return replace(entry, shape=with_rows(entry.shape, entry.dim, num_merged))
+
+
+def log_size_of(keys: CacheEntry, num_merged: int) -> CacheEntry:
+    """The log-sizes of an attention's clusters, float32 `[B, C']`; see `cluster.centroids`."""
+    batch = keys.shape[0] if len(keys.shape) > 2 else 1
+    return replace(
+        keys, name=keys.name.removesuffix("key") + LOG_SIZE, rows="none", dim=0, shape=(batch, num_merged),
+        dtype=torch.float32, tokens=Tokens(0),
+    )  # fmt: skip
+
+
+def _cluster_rows(graph: Graph, form: Form, num_context: int, num_merged: int) -> Form:
+    """Full: K-means of each attention's keys."""
+    (seed,) = index_inputs(graph, form, {"context_cluster": ((num_context,), torch.int64)})
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = results[: len(results) - len(form.writes)]
+    rows = dict(zip(form.writes, results[len(outputs) :], strict=True))
+    by_name = {entry.name: entry for entry in form.writes if entry.rows == "context"}
+    for name, key in by_name.items():
+        if not name.endswith(".key"):
+            continue
+        value = by_name[name.removesuffix("key") + "value"]
+        for attention in _readers(rows[key].args[0]):
+            _check(attention)
+        merged(key, num_merged)  # or refuse
+        found = inline(graph, "merge", rows[value].next, centroids, rows[key], rows[value], seed, num_merged)
+        rows[key], rows[value], rows[log_size_of(key, num_merged)] = found
+    graph.output_node().args = ((*outputs, *rows.values()),)
+    writes = tuple(merged(entry, num_merged) for entry in rows)
+    return _finish(form, graph, ("context_cluster",), num_merged, writes)
 
 
 def _merge_rows(graph: Graph, form: Form, num_context: int, num_merged: int) -> Form:
@@ -116,10 +164,11 @@ def _add_bias(graph: Graph, attention: Node, keys: Node, entry: CacheEntry, log_
     assert isinstance(value, Node)
     queries, fresh = shape_of(query), shape_of(keys.args[0][1])  # type: ignore[index, arg-type]
     scale = attention.kwargs.get("scale") or queries[-1] ** -0.5
-    num_merged = shape_of(log_size)[0]
+    *samples, num_merged = shape_of(log_size)
     rows = num_merged + fresh[entry.dim]
     bias = call(aten.constant_pad_nd.default, call(aten.div.Scalar, log_size, scale), [0, rows - num_merged])
-    bias = call(aten.expand.default, call(aten.view.default, bias, [rows, 1]), [*fresh[:-2], rows, 1])
+    lead = [*samples, *[1] * len(fresh)][: len(fresh) - 2] if samples else []
+    bias = call(aten.expand.default, call(aten.view.default, bias, [*lead, rows, 1]), [*fresh[:-2], rows, 1])
 
     def widen(operand: Node, column: Node | None) -> Node:
         parts = [operand] if column is None else [operand, _as(call, column, entry.dtype)]

@@ -23,7 +23,7 @@ from hetcache_compile.media import to_pictures, write_video
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export import latency
+from hetcache_compile.export import latency, lower, verify
 from hetcache_compile.export.exporter import ExportOptions, export_model
 from hetcache_compile.export.verify import verify_with_ort
 
@@ -288,6 +288,42 @@ def test_engines_read_merged_and_predicted_context(tmp_path):
             torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=1e-5)
     with hetcache.session(whole), pytest.raises(SessionError, match="export it with this plan"):
         loaded(**made.kwargs)
+
+
+def test_engines_cluster_context(tmp_path, monkeypatch):
+    """Sums of clusters in blocks that do not divide them; a session goes through another mask's seeds."""
+    monkeypatch.setattr(lower, "LARGEST_MEMBERSHIP", 1000)
+    out = tmp_path / "clustered"
+    plans = [
+        dataclasses.replace(whole, context_cluster=np.arange(whole.num_context) // 3, merging="kmeans")
+        for whole in (exported.plan_of(seed=seed, schedule=list("FPPR" * 5)) for seed in range(2))
+    ]
+    manifest = export_model("exported:tiny_dit", plans[0], out, ExportOptions(baseline=False), checks=[verify_with_ort])
+    assert "past_key_values.0.log_size" in {entry.input for entry in manifest.cache}
+    assert "context_log_size" not in {spec.name for form in manifest.forms.values() for spec in form.inputs}
+    model, kwargs = exported.tiny_dit(plans[1])
+    forms, loaded, cache = hetcache.rewrite(model, plans[1], (), kwargs), engine.load(out), {}
+    with hetcache.session(plans[1]), torch.no_grad():
+        for seed, kind in enumerate(plans[1].steps[:4]):
+            kwargs = models.tiny_call(seed)
+            expected, cache = forms.run(kind.form, cache, (), kwargs)
+            torch.testing.assert_close(loaded(**kwargs).sample, expected, atol=1e-5, rtol=1e-5)
+    boxes = dataclasses.replace(plans[0], merging="boxes")
+    with hetcache.session(boxes), pytest.raises(SessionError, match=r"merging \(kmeans, boxes\)"):
+        loaded(**kwargs)
+
+
+def test_centroids_may_differ_in_a_few_keys_that_lie_between_two():
+    generator = torch.Generator().manual_seed(0)
+    right = {name: torch.randn(1, 2, 8, 3, generator=generator) for name in ("0.key", "1.key")}
+    right["0.log_size"] = torch.zeros(1, 8)
+    few, many = ({name: tensor.clone() for name, tensor in right.items()} for _ in range(2))
+    few["0.key"][:, :, :2] = 0
+    assert max(verify.relative_errors(few, right).values()) == 0
+    few["1.key"][:, :, :2] = 0
+    many["0.key"][:, :, :3] = 0
+    for wrong in (few, many):
+        assert max(verify.relative_errors(wrong, right).values()) > 0.1
 
 
 def test_plans_that_engines_cannot_follow_are_refused(tmp_path):

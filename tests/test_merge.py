@@ -12,7 +12,10 @@ from models import Case
 
 import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, UnsupportedGraphError
+from hetcache_compile.forms import form_key
 from hetcache_compile.partition import merge_context
+from hetcache_compile.passes import cluster as clustering
+from hetcache_compile.passes.cluster import EMPTY, ITERATIONS, centroids, kmeans
 
 CASE = Case("vace")
 N = CASE.num_tokens
@@ -75,13 +78,13 @@ def latents_of(cluster: np.ndarray, active: np.ndarray, *, equal: bool) -> torch
     return values.view(1, 3, 2, 2, 5)
 
 
-def merged_error(*, equal: bool, sizes: bool = True) -> float:
+def merged_error(*, equal: bool, sizes: bool = True, merging: str = "boxes") -> float:
     active = np.arange(20) % 3 == 0
     cluster = np.array([0, 0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 2, 2], dtype=np.int64)
     latents = latents_of(cluster, active, equal=equal)
     whole = hetcache.Plan.from_token_mask(active, (2, 2, 5), num_inference_steps=2, schedule="F")
     model = Attention()
-    forms = hetcache.rewrite(model, replace(whole, context_cluster=cluster), (latents,))
+    forms = hetcache.rewrite(model, replace(whole, context_cluster=cluster, merging=merging), (latents,))
     expected, cache = forms.full(latents)
     assert cache["past_key_values.0.key"].shape == (1, 2, 4, 6)
     if not sizes:
@@ -90,8 +93,9 @@ def merged_error(*, equal: bool, sizes: bool = True) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def test_exact_where_the_members_of_a_cluster_are_equal() -> None:
-    assert merged_error(equal=True) < 1e-6
+@pytest.mark.parametrize("merging", ["boxes", "kmeans"])
+def test_exact_where_the_members_of_a_cluster_are_equal(merging: str) -> None:
+    assert merged_error(equal=True, merging=merging) < 1e-6
 
 
 def test_the_bias_counts() -> None:
@@ -99,8 +103,8 @@ def test_the_bias_counts() -> None:
     assert merged_error(equal=True, sizes=False) > 1e-3
 
 
-def test_not_exact_where_they_differ() -> None:
-    assert merged_error(equal=False) > 1e-3
+def test_not_exact_where_they_differ_but_nearer_where_keys_are_alike() -> None:
+    assert merged_error(equal=False) > merged_error(equal=False, merging="kmeans") > 1e-3
 
 
 def test_the_backend_runs_merged_context_as_the_functional_forms_do(model) -> None:
@@ -121,6 +125,88 @@ def test_the_backend_runs_merged_context_as_the_functional_forms_do(model) -> No
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
     whole = hetcache.rewrite(model, plan(np.zeros(0, dtype=np.int64)), (), calls[0])
     assert forms.buffer_bytes < 0.5 * whole.buffer_bytes
+
+
+def keys(count: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`[B, 3, C, 5]` in groups that overlap, with a common offset as real keys have."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(batch, 3, 11, 5, generator=generator)
+    group = torch.randint(11, (batch, count), generator=generator)
+    rows = centre.gather(2, group[:, None, :, None].expand(-1, 3, -1, 5))
+    return (rows + 0.5 * torch.randn(batch, 3, count, 5, generator=generator) + 7).to(dtype)
+
+
+def lloyd(rows: np.ndarray, cluster: np.ndarray, count: int) -> np.ndarray:
+    """Clusters of `rows` [C, E], number by number."""
+    centres = np.stack([rows[cluster == number].mean(0) for number in range(count)])
+    for _ in range(ITERATIONS):
+        cluster = ((rows[:, None] - centres) ** 2).sum(-1).argmin(1)
+        for number in set(cluster):
+            centres[number] = rows[cluster == number].mean(0)
+    return cluster
+
+
+@pytest.mark.parametrize("block", [clustering.BLOCK, 7 * 2 * 13])
+def test_clusters_are_those_of_lloyd_for_each_sample(monkeypatch, block: int) -> None:
+    """In one block of distances, and in blocks that do not divide the rows. Values and sizes follow."""
+    monkeypatch.setattr(clustering, "BLOCK", block)
+    key, seed = keys(61), torch.arange(61) % 13
+    value = torch.randn(2, 3, 61, 4, generator=torch.Generator().manual_seed(1))
+    mean_key, mean_value, log_size = centroids(key, value, seed, 13)
+    for sample in range(2):
+        rows = key[sample].transpose(0, 1).flatten(1).double().numpy()
+        cluster = lloyd(rows, seed.numpy(), 13)
+        assert (cluster != seed.numpy()).mean() > 0.5
+        numbers, sizes = np.unique(cluster, return_counts=True)
+        assert numbers.size > 9
+        expected = torch.full((13,), EMPTY)
+        expected[numbers] = torch.tensor(np.log(sizes)).float()
+        torch.testing.assert_close(log_size[sample], expected)
+        for number in numbers:
+            members = np.flatnonzero(cluster == number)
+            torch.testing.assert_close(mean_key[sample, :, number], key[sample][:, members].mean(1))
+            torch.testing.assert_close(mean_value[sample, :, number], value[sample][:, members].mean(1))
+
+
+def test_a_cluster_that_loses_its_members_gets_no_attention() -> None:
+    """Both members of the middle seed lie at others: it stays between them, and goes on without a NaN."""
+    key = torch.tensor([0.0, 0.1, 0.2, 10, 10.1, 10.2])[:, None].half()
+    value = torch.arange(6.0)[:, None].half()
+    found, values, log_size = centroids(key, value, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+    torch.testing.assert_close(log_size.exp(), torch.tensor([[3.0, 0, 3]]))
+    assert log_size[0, 1] == EMPTY
+    torch.testing.assert_close(values.flatten(), torch.tensor([1.0, 0, 4]).half())
+    assert found.isfinite().all()
+    bias = (log_size[0] / 128**-0.5).half()
+    assert bias.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_finds_as_good_clusters(dtype: torch.dtype) -> None:
+    """Keys of large heads, whose products float16 cannot hold: the spread within clusters is nearly as small."""
+    key = keys(61).flatten(0, 1).transpose(0, 1).flatten(1).repeat(1, 400)[None] * 10
+    seed = torch.arange(61) % 13
+
+    def spread(cluster: torch.Tensor) -> float:
+        return sum(float(key[0][cluster == number].var(0, correction=0).sum()) for number in cluster.unique())
+
+    exact, rounded = (spread(kmeans(rows, seed, 13)[0]) for rows in (key, key.to(dtype)))
+    assert rounded < 1.05 * exact < 0.8 * spread(seed)
+
+
+def test_each_sample_of_a_batch_has_its_own_clusters() -> None:
+    """A sample gets the same result alone as beside another."""
+    case = Case("wan", batch=2)
+    model = case.build()
+    call = case.call(model, 0)
+    alone = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    merged = replace(plan(np.arange(N - 20) // 3), merging="kmeans")
+    results = []
+    for kwargs in (call, alone):
+        forms = hetcache.rewrite(model, merged, (), kwargs)
+        _, cache = forms.full(**kwargs)
+        results.append(forms.partial(cache, **kwargs)[0][0])
+    torch.testing.assert_close(results[0][:1], results[1], atol=1e-5, rtol=0)
 
 
 class Masked(Attention):
@@ -145,6 +231,28 @@ def test_an_attention_with_a_mask_is_refused_before_the_first_step_and_runs_with
     with hetcache.session(whole) as session:
         [compiled(*arguments) for _ in range(2)]
     assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 0}
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_the_backend_clusters_as_the_functional_forms_do_and_anew_for_each_edit(inner: str) -> None:
+    """The second edit has another mask with the same budgets: nothing is compiled for it."""
+    torch._dynamo.reset()
+    model = Attention()
+    compiled = torch.compile(model, backend="hetcache", options={"inner": inner})
+    compile_seconds = []
+    for seed in range(2):
+        active = np.random.default_rng(seed).permutation(20) < 7
+        whole = hetcache.Plan.from_token_mask(active, (2, 2, 5), num_inference_steps=2, schedule=list("FP"))
+        merged = replace(whole, context_cluster=np.arange(13) // 3, merging="kmeans")
+        calls = [torch.randn(1, 3, 2, 2, 5, generator=torch.Generator().manual_seed(seed + n)) for n in range(2)]
+        forms = hetcache.rewrite(model, merged, calls[:1])
+        first, cache = forms.full(calls[0])
+        second, _ = forms.partial(cache, calls[1])
+        with hetcache.session(merged) as session:
+            actual = [compiled(latents) for latents in calls]
+        torch.testing.assert_close(actual, [first, second], atol=1e-5, rtol=0)
+        compile_seconds.append(session.stats.compile_seconds)
+    assert compile_seconds[1] < 0.2 * compile_seconds[0]
 
 
 def test_inductor_does_what_eager_does(model) -> None:
@@ -189,6 +297,24 @@ def test_clusters_are_near_one_another() -> None:
 
 def test_nothing_is_merged_at_ratio_one() -> None:
     assert merge_context(np.arange(9), np.arange(9.0), (1, 3, 3), merged_ratio=1.0).size == 0
+
+
+def test_plans_that_merge_otherwise_have_forms_of_their_own(tmp_path) -> None:
+    mask = np.zeros(CASE.grid, dtype=bool)
+    mask[0, 0, 0] = True
+    boxes, made = (
+        hetcache.Plan.from_mask(mask, CASE.grid, merged_ratio=0.5, merging=merging) for merging in ("boxes", "kmeans")
+    )
+    assert "centroids (kmeans)" in made.describe()
+    made.save(tmp_path / "plan")
+    assert hetcache.Plan.load(tmp_path / "plan").merging == "kmeans"
+    assert form_key(boxes).differences(form_key(made)) == "merging (boxes, kmeans)"
+    alike = (hetcache.Plan.from_mask(mask, CASE.grid, merging=merging) for merging in ("boxes", "kmeans"))
+    assert form_key(next(alike)) == form_key(next(alike))
+    with pytest.raises(PlanError, match="boxes, kmeans"):
+        replace(made, merging="spheres")
+    with pytest.raises(PlanError, match="context_extrapolation"):
+        replace(made, context_extrapolation=1)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan")])

@@ -45,6 +45,15 @@ def test_fp32_with_fused_operators_and_free_sizes(tmp_path):
     build(exported.export("fp32", 23, True), tmp_path, "8.6")
 
 
+@pytest.mark.parametrize("merging", ["boxes", "kmeans"])
+def test_merged_context(tmp_path, merging):
+    """Sums over clusters, and which cluster is nearest."""
+    folder, whole = tmp_path / "merged", exported.plan_of()
+    plan = dataclasses.replace(whole, context_cluster=np.arange(whole.num_context) // 3, merging=merging)
+    export_model("exported:tiny_dit", plan, folder, ExportOptions(baseline=False))
+    build(folder, tmp_path, "8.9")
+
+
 @pytest.mark.parametrize("opset", [20, 23])
 def test_free_sizes_and_extrapolation_together(tmp_path, opset):
     """Times and history of every row: their number does not depend on M."""

@@ -1,0 +1,91 @@
+"""K-means of the cached keys of one attention: which of them a centroid stands for, and how many.
+
+What the full form computes for `merge`, as plain functions that it traces. Two keys that are alike get the same
+attention from every query, wherever they lie and whatever their values are: so keys decide, and values follow. The
+heads of a sample share its clusters: one product tells all distances, and one scatter sums all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 3
+"""Lloyd's, after the seeds. Error of the reference model's attentions at C' = C / 4: 12.9 % with boxes as they are,
+10.9 % after one iteration, 10.6, 10.4, and 10.2 % after eight. Each costs C' C E multiplications."""
+BLOCK = 2**26
+"""Distances that are held at a time: 30,000 keys and 7,500 centroids take four blocks."""
+EMPTY = -1000.0
+"""The log-size of a cluster without members: no attention in any type, and no infinity over a scale in float16."""
+
+
+def centroids(key: Tensor, value: Tensor, seed: Tensor, num_merged: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean keys and values of K-means clusters, and the logs of their sizes.
+
+    Args:
+        key: `[B, ..., C, D]`, or `[C, D]`.
+        value: `[B, ..., C, Dv]`.
+        seed: int64 `[C]`, clusters to start from, none of them empty.
+        num_merged: C'.
+
+    Returns:
+        `[B, ..., C', D]`, `[B, ..., C', Dv]` and float32 `[B, C']`. A cluster that lost its members has zeros.
+    """
+    cluster = kmeans(_rows(key), seed, num_merged)
+    keys, size = _sums(_rows(key).float(), cluster, num_merged)
+    values, _ = _sums(_rows(value).float(), cluster, num_merged)
+    count = size.clamp(min=1)
+    log_size = torch.where(size > 0, count.log(), EMPTY)[..., 0]
+    return _like(keys / count, key), _like(values / count, value), log_size
+
+
+def kmeans(rows: Tensor, seed: Tensor, num_clusters: int) -> Tensor:
+    """Lloyd's K-means of each sample's rows: int64 `[B, C]`. A cluster that loses its rows stays where it was.
+
+    Products are taken in the type of the rows `[B, C, E]`: their mean is taken off, and they are scaled, so that these
+    neither overflow nor drown differences.
+    """
+    exact = rows.float()
+    exact = (exact - exact.mean(dim=1, keepdim=True)) * rows.shape[-1] ** -0.5
+    cluster = seed.expand(rows.shape[0], -1)
+    sums, size = _sums(exact, cluster, num_clusters)
+    centres = sums / size.clamp(min=1)
+    for iteration in range(ITERATIONS):
+        cluster = _nearest(exact.to(rows.dtype), centres.to(rows.dtype))
+        if iteration < ITERATIONS - 1:
+            sums, size = _sums(exact, cluster, num_clusters)
+            centres = torch.where(size > 0, sums / size.clamp(min=1), centres)
+    return cluster
+
+
+def _nearest(rows: Tensor, centres: Tensor) -> Tensor:
+    """The nearest of the centres `[B, C', E]` to each row, `[B, C]`; blockwise: never all distances in memory."""
+    half_squares = centres.float().square().sum(dim=2)[:, None] / 2
+    blocks = torch.split(rows, max(1, BLOCK // half_squares.numel()), dim=1)
+    nearest = [(half_squares - torch.bmm(block, centres.transpose(1, 2))).argmin(dim=2) for block in blocks]
+    return torch.cat(nearest, dim=1)
+
+
+def _sums(rows: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each cluster, `[B, C', E]`, and how many they are, `[B, C', 1]`."""
+    batch, _, width = rows.shape
+    offset = torch.arange(batch, device=rows.device)[:, None] * num_clusters
+    place = (cluster + offset).reshape(-1)
+    # Two scatters, because one of rows with a column of ones would copy them.
+    sums = rows.new_zeros(batch * num_clusters, width).index_add(0, place, rows.reshape(-1, width))
+    size = rows.new_zeros(batch * num_clusters).index_add(0, place, rows.new_ones(place.shape[0]))
+    return sums.view(batch, num_clusters, width), size.view(batch, num_clusters, 1)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`[B, ..., C, D]` as `[B, C, all else]`."""
+    batch = tensor.shape[0] if tensor.ndim > 2 else 1
+    *_, count, width = tensor.shape
+    return tensor.reshape(batch, -1, count, width).transpose(1, 2).reshape(batch, count, -1)
+
+
+def _like(rows: Tensor, tensor: Tensor) -> Tensor:
+    """`[B, C', all else]` as `_rows` found it, in the type of `tensor`."""
+    batch, count, _ = rows.shape
+    heads = rows.view(batch, count, -1, tensor.shape[-1]).transpose(1, 2)
+    return heads.reshape(*tensor.shape[:-2], count, tensor.shape[-1]).to(tensor.dtype)
