@@ -218,20 +218,21 @@ class Calibration:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.sqrt(np.maximum(squared, 0) / energy[:, None, :]))
 
-    def variant_like(self, options: Mapping[str, Any]) -> int:
-        """The variant that is nearest to the options of a plan: the same where they are names, near where numbers."""
+    def like(self, options: Mapping[str, Any]) -> Calibration:
+        """Only the variant that is nearest to the options of a plan: near where they are measures, else the same."""
 
         def distance(variant: Mapping[str, Any]) -> tuple[int, float]:
             pairs = [(value, options.get(name, DEFAULTS.get(name, value))) for name, value in variant.items()]
             whole = sum(mine != asked for mine, asked in pairs if not isinstance(mine, float))
             return whole, sum(abs(mine - asked) for mine, asked in pairs if isinstance(mine, float))
 
-        return min(range(len(self.variants)), key=lambda number: distance(self.variants[number]))
+        nearest = min(range(len(self.variants)), key=lambda number: distance(self.variants[number]))
+        return replace(self, variants=(self.variants[nearest],), partial=self.partial[[nearest]])
 
-    def partial_errors(self, timesteps: Array | None = None, variant: int = 0) -> Array:
+    def partial_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of a PARTIAL step on the FULL cache of the source.
 
-        Infinite where the target does not come after the source, or later than any measured pair.
+        Of the first variant. Infinite where the target does not come after the source, or later than any measured pair.
         """
         timesteps = self.timesteps if timesteps is None else timesteps
         place = self.positions(timesteps)
@@ -239,18 +240,18 @@ class Calibration:
         offset = target - source
         errors = self.reuse_errors(timesteps)
         points = np.stack([source.clip(*self.sources[[0, -1]]), offset.clip(*self.offsets[[0, -1]])], axis=-1)
-        for kind, share in enumerate(self._share_of_reuse(variant)):
+        for kind, share in enumerate(self._share_of_reuse()):
             errors[kind] *= _interpolate(self.sources, self.offsets, share, points)
         after = np.triu(np.ones(offset.shape, dtype=bool), 1) & (offset <= self.offsets[-1] + 1e-9)
         return np.where(after, errors, np.inf)
 
-    def _share_of_reuse(self, variant: int) -> Array:
+    def _share_of_reuse(self) -> Array:
         """`[3, A, B]`: error of PARTIAL over error of REUSE, where it was measured."""
         targets = np.array([[self.target(s, o) for o in self.offsets] for s in self.sources])
         gram, sources = self.gram, self.sources[:, None]
         reuse = gram[:, sources, sources] + gram[:, targets, targets] - 2 * gram[:, sources, targets]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.sqrt(self.partial[variant] / reuse)
+            return np.asarray(np.sqrt(self.partial[0] / reuse))
 
     def describe(self) -> str:
         """The calibration in two lines, and one on attention where it was measured."""

@@ -247,7 +247,6 @@ class Plan:
             calibration: of the model, for an `"optimal:..."` schedule and for `multistep`; its noise schedule and its
                 solver are taken for the edit's.
             merging: how they are merged, see `partition.MERGINGS`.
-            calibration: of the model, for an `"optimal:..."` schedule; its noise schedule is taken for the edit's.
 
         Raises:
             MaskError: the mask is empty or does not fit the grid.
@@ -272,6 +271,8 @@ class Plan:
             context_extrapolation=context_extrapolation, selection=selection,
             context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio), merging=merging,
         )  # fmt: skip
+        if calibration is not None:
+            calibration = calibration.like({"margin": float(margin), "context_extrapolation": context_extrapolation})
         timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
         lengths = flow_lengths(timesteps) if calibration and calibration.one_step else None
         return plan.scheduled(schedule, calibration, timesteps=timesteps, lengths=lengths, multistep=bool(multistep))

@@ -47,9 +47,9 @@ def plan_for(
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
         calibration: of this model, for an `"optimal:..."` schedule, and for the weights of outputs.
         options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
-            `context_extrapolation`, `selection`, `merged_ratio`, `merging`, `multistep` of `Plan.from_mask`. A preset's own
-            options hold unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`,
-            else 0.
+            `context_extrapolation`, `selection`, `merged_ratio`, `merging`, `multistep` of `Plan.from_mask`. A
+            preset's own options hold unless they are given. By default `extrapolation` is 1 where the model takes a
+            `timestep`, else 0.
 
     Raises:
         PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
@@ -96,7 +96,7 @@ def plan_for(
     return replace(
         plan.scheduled(
             schedule,
-            calibration,
+            calibration.like(options) if calibration else None,
             timesteps=timesteps,
             lengths=step_lengths(pipe.scheduler, num_inference_steps) if calibration else None,
             multistep=bool(options.get("multistep", True)),
