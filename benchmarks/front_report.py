@@ -146,6 +146,18 @@ def figures(point: Point | None) -> str:
     return f"{point['psnr_db']:.1f} dB, {point['speedup']:.2f}x" if point else "-"
 
 
+def multistep_table(result: Result) -> str:
+    """Every method that was measured beside schedules with fitted weights, fastest last."""
+    columns, (steps, part) = sizes(result), next(iter(result["steps"].items()))
+    found = {size: {point["method"]: point for point in points(result, steps, size)} for size in columns}
+    speeds = {name: median(p[name]["speedup"] for p in found.values() if name in p) for name in part["methods"]}
+    rows = [f"| {steps} steps | " + " | ".join(f"masks of {size} %" for size in columns) + " |"]
+    rows.append("| --- |" + " --- |" * len(columns))
+    for name in sorted(speeds, key=lambda name: speeds[name]):
+        rows.append(f"| `{name}` | " + " | ".join(figures(found[size].get(name)) for size in columns) + " |")
+    return "\n".join([*rows, "", caption(result)])
+
+
 def caption(result: Result) -> str:
     masked = {clip: share for part in result["steps"].values() for clip, share in part["masked"].items()}
     text = (

@@ -154,7 +154,17 @@ def test_means_over_clips_count_only_clips_that_have_the_kind(calibrated):
     assert empty.counts.tolist() == [3, 1, 3]
     assert empty.gram[0] == pytest.approx(grams[:, 0].mean(axis=0))
     assert empty.gram[1] == pytest.approx(grams[0, 1])
-    assert empty.partial[2] == pytest.approx(partials[:, 2].mean(axis=0))
+    assert empty.partial[:, 2] == pytest.approx(partials[:, :, 2].mean(axis=0))
+
+
+def test_the_variant_nearest_to_a_plan_counts(calibrated):
+    measured, *_ = calibrated
+    assert len(measured.variants) == len(measured.partial) > 1
+    for number, variant in enumerate(measured.variants):
+        near = measured.like({**variant, "margin": variant["margin"] + 0.1})
+        assert near.variants == (variant,)
+        assert np.array_equal(near.partial[0], measured.partial[number])
+    assert measured.like({"margin": 9.0, "context_extrapolation": 1}).variants[0]["context_extrapolation"] == 1
 
 
 def test_a_calibration_survives_saving_and_loading(calibrated, tmp_path):
