@@ -323,6 +323,8 @@ def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated):
 def test_errors_count_as_they_are_amplified(calibrated):
     measured, *_ = calibrated
     louder = replace(measured, log_amplification=measured.log_amplification + np.log(2))
-    steps = hetcache.Plan.from_token_mask(np.arange(8) < 2, (2, 2, 2), num_inference_steps=STEPS, schedule="FR").steps
+    steps = hetcache.Plan.from_token_mask(
+        np.arange(8) < 2, (2, 2, 2), num_inference_steps=STEPS, schedule=list("FRFFF")
+    ).steps
     errors = [expect(known, steps, known.timesteps, 0.5).error for known in (measured, louder)]
     assert errors[1] == pytest.approx(2 * errors[0])
