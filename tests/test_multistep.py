@@ -30,9 +30,9 @@ def calibration_of(degree: int, partial: float = 0.0) -> Calibration:
     v = np.einsum("sp,kpd->ksd", (TIMES[:, None] / 1000) ** np.arange(degree + 1), coefficients)
     v /= np.sqrt((v**2).sum(axis=2).mean(axis=1))[:, None, None]
     sources, offsets = np.array([0, STEPS - 2]), np.array([1, STEPS - 2])
-    empty = Calibration(TIMES, np.zeros((3, STEPS, STEPS)), sources, offsets, np.zeros((3, 2, 2)), one_step=True)
+    empty = Calibration(TIMES, np.zeros((3, STEPS, STEPS)), sources, offsets, np.zeros((1, 3, 2, 2)), one_step=True)
     gram = np.einsum("ksd,ktd->kst", v, v)
-    return empty.add("a", gram, np.full((3, 2, 2), partial), np.array([True, True, True]))
+    return empty.add("a", gram, np.full((1, 3, 2, 2), partial), np.array([True, True, True]))
 
 
 def plan_of(degree: int, method: Method, steps: str = SCHEDULE) -> Plan:

@@ -128,7 +128,7 @@ def calibration_of(timesteps, share=0.25, degree=3):
     v /= np.sqrt((v**2).sum(axis=2).mean(axis=1))[:, None, None]
     sources, offsets = np.array([0, 3, len(timesteps) - 2]), np.array([1, 2, 5])
     empty = np.zeros((3, 3, 3))
-    known = Calibration(timesteps, np.zeros((3, len(timesteps), len(timesteps))), sources, offsets, empty)
+    known = Calibration(timesteps, np.zeros((3, len(timesteps), len(timesteps))), sources, offsets, empty[None])
     partial = empty.copy()
     for a, source in enumerate(sources):
         for b, offset in enumerate(offsets):
