@@ -46,8 +46,8 @@ def plan_for(
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
         calibration: of this model, for an `"optimal:..."` schedule.
         options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
-            `context_extrapolation`, `selection`, `merged_ratio`, `merging` of `Plan.from_mask`. A preset's own options hold
-            unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`, else 0.
+            `context_extrapolation`, `selection`, `merged_ratio`, `merging` of `Plan.from_mask`. A preset's own options
+            hold unless they are given. By default `extrapolation` is 1 where the model takes a `timestep`, else 0.
 
     Raises:
         PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
