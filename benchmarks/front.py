@@ -36,7 +36,8 @@ SCHEDULES = ("quality", "balanced", "fast", "optimal:3x", "optimal:4x", "optimal
 ADDITIONS = (
     "balanced+o0", "balanced+selection=none", "balanced+selection=attention", "balanced+selection=hetcache",
     "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25", "balanced+cached_ratio=0.25",
-    "balanced+merged_ratio=0.25+context_extrapolation=1", "fast+merged_ratio=0.25+context_extrapolation=1",
+    "balanced+merged_ratio=0.25+merging=kmeans", "balanced+merged_ratio=0.25+context_extrapolation=1",
+    "fast+merged_ratio=0.25+context_extrapolation=1",
 )  # fmt: skip
 """Of one schedule, each part in turn, and together: what is predicted, what is computed, what attention reads."""
 PAPER = ("paper-slow", "paper-fast")

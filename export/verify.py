@@ -23,8 +23,8 @@ from .source import Source
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """Largest difference to torch, relative to the largest value of a tensor. Half precision differs by rounding order."""
 
-MOST = 0.75
-"""The share of the centroids of K-means that must agree. In fp16, 1 or 2 % of the reference model's do not."""
+AGREEING = {"fp32": 1.0, "fp16": 0.95, "bf16": 0.95}
+"""The share of the centroids of K-means that must agree. In fp16, up to 2 % of the reference model's do not."""
 CENTROID_DIMS = {"key": -2, "value": -2, LOG_SIZE: -1}
 """Which dim counts centroids, in the entries of an attention that draws its own clusters."""
 
@@ -60,8 +60,10 @@ def verify_with_ort(
         outputs, written = engine.run_form(kind.form, inputs, indices, cache)
         cache.update(written)
         wanted = dict(zip(outputs, pytree.tree_leaves(output), strict=True))
-        error = max(relative_errors({**outputs, **written}, {**wanted, **expected}).values())
-        expected.update(written)  # the next form starts from one cache on both sides
+        agreeing = AGREEING[manifest.dtype]
+        error = max(relative_errors({**outputs, **written}, {**wanted, **expected}, agreeing).values())
+        if agreeing < 1 and any(name.endswith(f".{LOG_SIZE}") for name in written):
+            expected.update(written)  # other centroids, other outputs: both sides go on from one cache
         errors[kind.form] = max(error, errors.get(kind.form, 0.0))
     if "plain" in manifest.forms:
         with torch.no_grad():
@@ -79,10 +81,13 @@ def verify_with_ort(
     return replace(manifest, verified={**manifest.verified, "ort-cpu": errors})
 
 
-def relative_errors(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def relative_errors(
+    actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], agreeing: float = 1.0
+) -> dict[str, float]:
     """Largest difference of each tensor of `actual`, relative to the largest value that was expected.
 
-    Of the centroids of K-means, what most of them keep within: rounding decides where a key goes that lies between two.
+    Of the centroids of K-means, what a share `agreeing` of them keeps within: in half precision, rounding decides where
+    a key goes that lies between two.
     """
     errors = {}
     for name, tensor in actual.items():
@@ -91,7 +96,7 @@ def relative_errors(actual: Mapping[str, torch.Tensor], expected: Mapping[str, t
         prefix, _, role = name.rpartition(".")
         if f"{prefix}.{LOG_SIZE}" in actual and role in CENTROID_DIMS:
             centroids = difference.movedim(CENTROID_DIMS[role], 0).flatten(1).amax(1)
-            largest = centroids.quantile(MOST, interpolation="lower")
+            largest = centroids.quantile(agreeing, interpolation="lower")
         else:
             largest = difference.max()
         errors[name] = float(largest / wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
