@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Program, capture, with_input_names
 from .errors import NonFiniteError, SessionError, UnsupportedGraphError
-from .forms import buffered, form_key, write_form
+from .forms import buffered, check_weights, form_key, write_form
 from .passes.analyse import Analysis, analyse
 from .passes.axis import AxisState
 from .passes.batch import SAMPLE_INDEX, join_samples, take_samples
@@ -107,7 +107,8 @@ class CompiledGraph:
         session = current_session()
         if session is None:
             return self.run_plain(inputs)
-        refusal = (signature_of(inputs), form_key(session.plan), len(session.plans))
+        weighted = session.plan.weights.size > 0
+        refusal = (signature_of(inputs), form_key(session.plan), weighted, len(session.plans))
         if refusal in self._refused:
             return self.run_plain(inputs)
         with torch.no_grad():
@@ -220,6 +221,7 @@ class CompiledGraph:
             buffers = [torch.empty(e.shape, dtype=e.dtype, device=device) for e in form.reads]
             sample = [*known.program.flat_inputs(inputs, {}), *indices, *buffers]
             known.forms[key] = form, self.inner(form.module, sample)
+        check_weights(known.forms[key][0], plan)
         return known.forms[key]
 
 

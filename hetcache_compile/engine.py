@@ -29,6 +29,7 @@ from .backend import check_finite
 from .errors import EngineError, SessionError
 from .forms import form_key
 from .manifest import FormSpec, Manifest, TensorSpec
+from .passes.blend import STEP_WEIGHTS
 from .plan import Plan
 from .runners import RUNNERS, Runner, form_of
 from .schedule import StepKind
@@ -234,6 +235,8 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
             asked = asked._replace(num_merged=made_for.num_merged)
         if different := made_for.differences(asked):
             raise SessionError(f"the engine was exported for a plan with another {different}: export it with this plan")
+        if plan.weights.size and STEP_WEIGHTS not in self.indices:
+            raise SessionError("the engine takes no weights of outputs: make the plan with multistep=0")
 
 
 def named_sizes(form: FormSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

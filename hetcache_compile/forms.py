@@ -65,6 +65,8 @@ class Forms:
         """The same forms for another mask with the same grid and budgets."""
         if different := form_key(self.plan).differences(form_key(plan)):
             raise SessionError(f"these forms are for a plan with another {different}: rewrite the model for this one")
+        for form in self.by_kind.values():
+            check_weights(form, plan)
         return Forms(self.program, self.analysis, plan, self.by_kind)
 
     def full(self, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
@@ -139,11 +141,19 @@ def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets
         form = merge_context(form, plan.num_context, plan.num_merged, plan.merging)
     if plan.context_extrapolation:
         form = predict_context(form)
-    form = extrapolate(form, plan.extrapolation, plan.num_tokens, budgets.num_active)
-    if plan.weights.size and plan.extrapolation and STEP_WEIGHTS not in form.indices:
+    form = extrapolate(
+        form, plan.extrapolation, plan.num_tokens, budgets.num_active, weighted=not plan.selects_at_run_time
+    )
+    check_weights(form, plan)
+    return form
+
+
+def check_weights(form: Form, plan: Plan) -> None:
+    """Raise `UnsupportedGraphError` if the plan has weights that the form cannot take. Plans share forms whether they
+    have weights or not, so forms that were made for another plan have to be checked too."""
+    if plan.weights.size and STEP_WEIGHTS not in form.indices:
         reason = "something other than moves comes after the last token, where a step's weights cannot reach it"
         raise UnsupportedGraphError([Refusal(reason, help="make the plan with multistep=0")])
-    return form
 
 
 def buffered(form: Form, plan: Plan) -> Form:

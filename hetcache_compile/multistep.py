@@ -182,7 +182,9 @@ def step_weights(
                 row[0] = 1
             elif points:
                 row[1 : 1 + len(points)] = outputs.predict(points, of_points, [step])[0]
-            if fresh and points and method.corrects:
+            # Behind an exact output there is nothing to correct, and the regression's ridge would put something there.
+            wrong = points and (points[0] < step - 1 or noise[points[0]] > 0)
+            if fresh and wrong and method.corrects:
                 correction = _correction(outputs, step, points, float(noise[step]), of_points)
                 row[: 1 + len(points)] += correction
             if fresh:

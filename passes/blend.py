@@ -11,6 +11,7 @@ whose points are not all there, and a step at the time of the last one, which mu
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,7 @@ MOVES = frozenset(
         aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
         aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
         aten.select.int, aten.clone.default, aten._to_copy.default, aten.expand.default, aten.split.Tensor,
-        aten.split_with_sizes.default, aten.unbind.int,
+        aten.split_with_sizes.default, aten.unbind.int, operator.getitem,
     )
 )  # fmt: skip
 """Operators that only put values elsewhere: what is linear in a token tensor is linear behind them."""

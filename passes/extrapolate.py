@@ -36,17 +36,18 @@ aten = torch.ops.aten
 MAX_ORDER = 2
 
 
-def extrapolate(form: Form, order: int, num_tokens: int, num_active: int, time_input: str | None = None) -> Form:
+def extrapolate(
+    form: Form, order: int, num_tokens: int, num_active: int, *, weighted: bool = True, time_input: str | None = None
+) -> Form:
     """The form with its outputs predicted at order 0, 1 or 2.
-
-    It takes `step_weights` where the plan can know which rows a step computes (no selection in full steps) and where
-    nothing but moves comes after the last token.
 
     Args:
         form: functional, as `forms` writes it.
         order: degree of the polynomial, and how many points are kept beside the latest; 0 changes nothing.
         num_tokens: N.
         num_active: M.
+        weighted: whether the form takes `step_weights`, for which the plan has to know what a step computes. It takes
+            them only where nothing but moves comes after the last token.
         time_input: the placeholder that holds the time of the step; by default the one called like `timestep`.
 
     Raises:
@@ -55,13 +56,12 @@ def extrapolate(form: Form, order: int, num_tokens: int, num_active: int, time_i
     if order == 0:
         return form
     graph = copy.deepcopy(form.module.graph)
-    entries = tuple(dict.fromkeys((*form.reads, *form.writes)))
-    outputs = [entry for entry in entries if entry.group == "output"]
+    outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
     time = time_of(graph, form, time_input)
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     computed = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
     weights = None
-    if _can_weigh(graph, form, entries, computed):
+    if weighted and _can_weigh(graph, form, outputs, computed):
         form, weights = take_weights(graph, form, order, num_tokens, num_active)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     inputs = StateInputs(graph, form)
@@ -97,11 +97,10 @@ def _show(graph: Graph, source: Node, value: Node, readers: list[Node], num_writ
     output.args = ((*(value if r is source else r for r in results[:number]), *results[number:]),)
 
 
-def _can_weigh(graph: Graph, form: Form, entries: tuple[CacheEntry, ...], computed: dict[CacheEntry, Node]) -> bool:
+def _can_weigh(graph: Graph, form: Form, outputs: list[CacheEntry], computed: dict[CacheEntry, Node]) -> bool:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     reads = dict(zip(form.reads, placeholders[len(placeholders) - len(form.reads) :], strict=True))
-    ends = [computed.get(entry) or reads[entry] for entry in entries if entry.group == "output"]
-    return all(entry.group != "selection" for entry in entries) and all(map(only_moves_follow, ends))
+    return all(only_moves_follow(computed.get(entry) or reads[entry]) for entry in outputs)
 
 
 def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -15,6 +16,7 @@ from test_extrapolate import GRID, N, PolynomialDiT, error, latents
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, PlanError, StepKind
 from hetcache_compile.calibration import Calibration
+from hetcache_compile.engine import Engine
 from hetcache_compile.multistep import Method, step_lengths, step_weights
 
 STEPS = 12
@@ -255,3 +257,41 @@ def test_a_model_whose_output_is_not_linear_in_its_last_tokens_is_refused() -> N
         hetcache.rewrite(Squashed(1), plan, x)
     forms = hetcache.rewrite(Squashed(1), replace(plan, weights=plan.weights[:0]), x)
     assert "step_weights" not in forms.by_kind["reuse"].indices
+    with pytest.raises(hetcache.UnsupportedGraphError, match="other than moves"):
+        forms.for_plan(plan)
+
+
+def test_plans_with_and_without_weights_do_not_stand_in_for_each_other() -> None:
+    """They share compiled forms, so what one of them can do says nothing of the other."""
+    model, plan = Squashed(1), plan_of(1, Method(1, True), "FFR" + "F" * (STEPS - 3))
+    plain = replace(plan, weights=plan.weights[:0])
+    fast = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": "eager"})
+
+    def steps(of: Plan) -> dict[str, int]:
+        with torch.no_grad(), hetcache.session(of) as session:
+            for time in TIMES[:3]:
+                fast(latents(), torch.tensor([time], dtype=torch.float32))
+        return session.stats.steps
+
+    assert steps(plain) == {"FULL": 2, "PARTIAL": 0, "REUSE": 1}
+    with pytest.warns(UserWarning, match="other than moves"):
+        assert steps(plan) == {"FULL": 0, "PARTIAL": 0, "REUSE": 0}
+    assert steps(plain) == {"FULL": 2, "PARTIAL": 0, "REUSE": 1}
+
+
+def test_an_engine_that_takes_no_weights_refuses_a_plan_that_has_them() -> None:
+    plan = plan_of(1, Method(1, True))
+    engine = SimpleNamespace(plan=plan, manifest=SimpleNamespace(dynamic_dims={}), indices=("active_index",))
+    with pytest.raises(hetcache.SessionError, match="takes no weights"):
+        Engine.check_plan(engine, plan)  # type: ignore[arg-type]
+    Engine.check_plan(engine, replace(plan, weights=plan.weights[:0]))  # type: ignore[arg-type]
+    engine.indices = ("active_index", "step_weights")
+    Engine.check_plan(engine, plan)  # type: ignore[arg-type]
+
+
+def test_behind_an_exact_output_nothing_is_corrected() -> None:
+    weights = plan_of(2, Method(1, True, corrects=True), "FFFRFP" + "F" * (STEPS - 6)).weights
+    exact = [1, 0, 0]
+    for step in (0, 1, 2, 5, 8, STEPS - 1):
+        assert weights[step, 1].tolist() == exact
+    assert weights[4, 1].tolist() != exact
