@@ -108,7 +108,7 @@ def front_table(result: Result) -> str:
         "",
         *additions_table(result, columns),
         "",
-        caption(result),
+        f"{caption(result)} A line shows the best method that is fast enough.",
         "",
         "![Fidelity against speed-up](benchmarks/results/front.png)",
     ]
@@ -164,7 +164,7 @@ def caption(result: Result) -> str:
         f"Reference model, {len(masked)} held-out clips, guidance {result['guidance_scale']:g}. PSNR to the uncached "
         "result inside the mask, median over the clips of a size; speed-up in transformer time over the same model "
         f"compiled without us; {result['processor']}, {result['threads']} threads, torch "
-        f"{result['versions']['torch']}: `{result['command']}`. A line shows the best method that is fast enough."
+        f"{result['versions']['torch']}: `{result['command']}`."
     )
     return " ".join([text, *troubles(result)])
 
