@@ -41,8 +41,9 @@ class Settings:
 
     `levels` keeps the number of compilations small: M is rounded up to a multiple of N / levels, so that clips whose
     masks are of about one size share their budgets, and with them their compiled forms. `margin` and `context_ratio`
-    hold where neither the method nor its preset says otherwise. Without `timed` only fidelity is measured, which a busy
-    machine does not change. `calibration` names the one that optimal schedules rest on.
+    hold where neither the method nor its preset says otherwise; without a margin, `plan_for` chooses it. Without
+    `timed` only fidelity is measured, which a busy machine does not change. `calibration` names the one that optimal
+    schedules rest on.
     """
 
     model: str
@@ -51,7 +52,7 @@ class Settings:
     max_sequence_length: int = 512
     seed: int = 0
     inner: str = "inductor"
-    margin: float = 2.0
+    margin: float | None = None
     context_ratio: float = 0.05
     levels: int = 16
     band: int = BAND
@@ -180,10 +181,11 @@ class Bench:
     def plan(self, request: EditRequest, method: Method) -> Plan:
         """A plan whose budgets are those of the mask's size group."""
         assert method.schedule is not None
-        usual = {"margin": self.settings.margin, "context_ratio": self.settings.context_ratio}
+        usual = {"margin": self.settings.margin} if self.settings.margin is not None else {}
         num_tokens = make_plan(self.pipe, request, "full").num_tokens
         options = {
             "multiple": -(-num_tokens // self.settings.levels),
+            "context_ratio": self.settings.context_ratio,
             **usual,
             **preset_options(method.schedule),
             **method.options,

@@ -181,6 +181,7 @@ def _empty(timesteps: Array, **known: Any) -> Calibration:
         sources=sources,
         offsets=offsets,
         partial=np.zeros((len(known["variants"]), kinds, sources.size, offsets.size)),
+        partial_correlation=np.zeros((len(known["variants"]), kinds)),
         probes=probes,
         log_amplification=np.zeros((kinds, probes.size)),
         **known,
@@ -190,7 +191,7 @@ def _empty(timesteps: Array, **known: Any) -> Calibration:
 @torch.no_grad()
 def measure_clip(
     pipe: Any, request: EditRequest, plans: Sequence[Plan], layout: Calibration, progress: Progress
-) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]], Array, tuple[str, ...], Array]:
+) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]], Array, tuple[str, ...], Array, Array]:
     """What `Calibration.add` takes after the clip's name: the kinds that are there are the third.
 
     There is a plan for each variant; the first says of which kind a token is.
@@ -208,22 +209,31 @@ def measure_clip(
     present = energy > 0
     unit = np.where(present, energy, 1.0)[:, None, None]
     forms = rewrite(pipe.transformer, plans[0], steps[0][0].args, steps[0][0].kwargs)
-    partial = np.zeros(layout.partial.shape)
-    todo = [(v, number) for v in range(len(plans)) for number in range(layout.sources.size)]
+    partial, correlation = np.zeros(layout.partial.shape), np.zeros(layout.partial_correlation.shape)
     variants = [write_forms(forms.program, forms.analysis, plan) for plan in plans]
-    for done, (variant, number) in enumerate(todo):
-        progress("partial steps", done, len(todo))
-        source = int(layout.sources[number])
-        targets = [layout.target(source, int(offset)) for offset in layout.offsets]
+    pairs = [(source, layout.target(source, offset)) for source in layout.sources for offset in layout.offsets]
+    _, different = np.unique(pairs, axis=0, return_index=True)  # near the end, offsets share their last step
+    for variant, these in enumerate(variants):
+        products = np.zeros((len(masks), layout.partial[0, 0].size, layout.partial[0, 0].size))
         for branch in branches:
+            progress("partial steps", variant * len(branches) + branch, len(variants) * len(branches))
             calls = [step[branch] for step in steps]
-            partial[variant, :, number] += partial_distances(variants[variant], calls, source, targets, masks)
-    progress("partial steps", len(todo), len(todo))
+            off = [
+                difference
+                for source in layout.sources.tolist()
+                for difference in partial_differences(
+                    these, calls, source, [layout.target(source, offset) for offset in layout.offsets.tolist()]
+                )
+            ]
+            products += inner_products(off, masks)
+        partial[variant] = np.diagonal(products, axis1=1, axis2=2).reshape(partial[variant].shape)
+        correlation[variant] = [mean_correlation(of_kind[np.ix_(different, different)]) for of_kind in products]
+    progress("partial steps", len(variants) * len(branches), len(variants) * len(branches))
     logs = np.zeros(layout.log_amplification.shape)
     for number, probe in enumerate(layout.probes):
         logs[:, number] = log_amplification(pipe, request, int(probe), recorder, latents, masks, progress)
     attention = attention_mass(forms, [steps[source][branch] for source in layout.sources for branch in branches])
-    return np.asarray(gram) / unit, partial / unit, present, logs, *attention
+    return np.asarray(gram) / unit, partial / unit, present, logs, *attention, correlation
 
 
 def log_amplification(
@@ -283,16 +293,15 @@ def recorded(pipe: Any, progress: Progress) -> Iterator[tuple[Recorder, Progress
         handle.remove()
 
 
-def partial_distances(
-    forms: Forms, calls: Sequence[Call], source: int, targets: Sequence[int], masks: Sequence[torch.Tensor]
-) -> Array:
-    """`[3, targets]`: squared distance of PARTIAL steps on the FULL cache of `source` to the uncached velocities.
+def partial_differences(
+    forms: Forms, calls: Sequence[Call], source: int, targets: Sequence[int]
+) -> Iterator[torch.Tensor]:
+    """By how much PARTIAL steps on the FULL cache of `source` miss the uncached velocities of `targets`.
 
     Where cached keys and values are predicted, the FULL step before is as far back as the PARTIAL step is ahead.
     """
     caches: dict[int, Any] = {}
-    distances = np.zeros((len(masks), len(targets)))
-    for number, target in enumerate(targets):
+    for target in targets:
         before = max(0, 2 * source - target) if forms.plan.context_extrapolation else source
         if before not in caches:
             _, cache = forms.full(*calls[before].args, **calls[before].kwargs)
@@ -301,9 +310,16 @@ def partial_distances(
             caches[before] = cache
         output, _ = forms.partial(caches[before], *calls[target].args, **calls[target].kwargs)
         velocity = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
-        off = (velocity.double() - calls[target].velocity.double()).square()
-        distances[:, number] = [float(off[..., mask].sum()) for mask in masks]
-    return distances
+        yield velocity - calls[target].velocity
+
+
+def mean_correlation(products: Array) -> float:
+    """Of vectors with these inner products `[n, n]`, two different ones at a time, weighted by their lengths."""
+    norms = np.sqrt(np.diagonal(products))
+    weights = np.outer(norms, norms)
+    apart = ~np.eye(len(norms), dtype=bool)
+    total = float(weights[apart].sum())
+    return float(products[apart].sum()) / total if total > 0 else 0.0
 
 
 def attention_mass(forms: Forms, calls: Iterable[Call]) -> tuple[tuple[str, ...], Array]:

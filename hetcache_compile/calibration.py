@@ -30,7 +30,7 @@ from .files import ArrayFile
 from .partition import TokenKind
 
 Array = NDArray[np.float64]
-FILE = ArrayFile("hetcal", "calibration", 3, "calibrate anew", CalibrationError)
+FILE = ArrayFile("hetcal", "calibration", 4, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
 DEFAULTS = {"margin": 2.0, "context_extrapolation": 0}
 """What a plan has where it says nothing."""
@@ -72,6 +72,8 @@ class Calibration:
         offsets: int64 `[B]`: how many steps later, but never past the last step.
         variants: V choices of what PARTIAL steps compute and read: options of `plan_for`, such as `margin`.
         partial: float64 `[V, 3, A, B]`: squared distance of the PARTIAL velocity to the uncached one.
+        partial_correlation: float64 `[V, 3]`: mean correlation of what two different PARTIAL steps are off by. Their
+            context is stale in much the same way, so their errors do not average out.
         probes: int64 `[P]`: steps whose velocity was replaced by that of the step before, to see what becomes of it.
         log_amplification: float64 `[3, P]` by token kind: log of the error of the last latents over that of the latents
             right after the probed step. Mean over clips.
@@ -91,6 +93,7 @@ class Calibration:
     sources: NDArray[np.int64]
     offsets: NDArray[np.int64]
     partial: Array
+    partial_correlation: Array = field(default_factory=lambda: np.zeros((1, NUM_KINDS)))
     probes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     log_amplification: Array = field(default_factory=lambda: np.zeros((NUM_KINDS, 0)))
     attention_mass: Array = field(default_factory=lambda: np.zeros((0, NUM_KINDS)))
@@ -109,6 +112,7 @@ class Calibration:
         for name, shape in (
             ("gram", (NUM_KINDS, steps, steps)),
             ("partial", (len(self.variants), NUM_KINDS, sources.size, offsets.size)),
+            ("partial_correlation", (len(self.variants), NUM_KINDS)),
             ("log_amplification", (NUM_KINDS, self.probes.size)),
             ("attention_mass", (len(self.attentions), NUM_KINDS)),
             ("counts", (NUM_KINDS,)),
@@ -145,6 +149,7 @@ class Calibration:
         log_amplification: Array | None = None,
         attentions: Sequence[str] = (),
         attention_mass: Array | None = None,
+        partial_correlation: Array | None = None,
     ) -> Calibration:
         """With one more clip.
 
@@ -156,9 +161,12 @@ class Calibration:
             log_amplification: `[3, P]` of this clip; 0 where it was not measured.
             attentions: module paths of the L attentions of this clip.
             attention_mass: `[L, 3]` of this clip.
+            partial_correlation: `[V, 3]` of this clip; 0 where it was not measured.
         """
         if log_amplification is None:
             log_amplification = np.zeros_like(self.log_amplification)
+        if partial_correlation is None:
+            partial_correlation = np.zeros_like(self.partial_correlation)
         counts = self.counts + present
         # A running mean over the clips that have the kind.
         share = np.where(present, 1 / np.maximum(counts, 1), 0.0)[:, None, None]
@@ -166,6 +174,8 @@ class Calibration:
             self,
             gram=self.gram + share * (gram - self.gram),
             partial=self.partial + share * (partial - self.partial),
+            partial_correlation=self.partial_correlation
+            + share[:, 0, 0] * (partial_correlation - self.partial_correlation),
             log_amplification=self.log_amplification + share[..., 0] * (log_amplification - self.log_amplification),
             **self._with_attention(tuple(attentions), attention_mass),
             counts=counts,
@@ -218,6 +228,14 @@ class Calibration:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.sqrt(np.maximum(squared, 0) / energy[:, None, :]))
 
+    def alternatives(self, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Options of a plan that this calibration can compare: those of each variant, but for the ones `given`."""
+        first = self.variants[0]
+        varied = {name for variant in self.variants for name, value in variant.items() if value != first.get(name)}
+        names = sorted(varied - set(given))
+        found = dict.fromkeys(tuple(variant[name] for name in names) for variant in self.variants)
+        return [dict(zip(names, values, strict=True)) for values in found]
+
     def like(self, options: Mapping[str, Any]) -> Calibration:
         """Only the variant that is nearest to the options of a plan: near where they are measures, else the same."""
 
@@ -227,7 +245,12 @@ class Calibration:
             return whole, sum(abs(mine - asked) for mine, asked in pairs if isinstance(mine, float))
 
         nearest = min(range(len(self.variants)), key=lambda number: distance(self.variants[number]))
-        return replace(self, variants=(self.variants[nearest],), partial=self.partial[[nearest]])
+        return replace(
+            self,
+            variants=(self.variants[nearest],),
+            partial=self.partial[[nearest]],
+            partial_correlation=self.partial_correlation[[nearest]],
+        )
 
     def partial_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of a PARTIAL step on the FULL cache of the source.
@@ -244,6 +267,10 @@ class Calibration:
             errors[kind] *= _interpolate(self.sources, self.offsets, share, points)
         after = np.triu(np.ones(offset.shape, dtype=bool), 1) & (offset <= self.offsets[-1] + 1e-9)
         return np.where(after, errors, np.inf)
+
+    def correlation_of(self, kind: TokenKind) -> float:
+        """How alike the errors of different PARTIAL steps are, 0 to 1. Of the first variant."""
+        return float(self.partial_correlation[0, kind].clip(0, 1))
 
     def _share_of_reuse(self) -> Array:
         """`[3, A, B]`: error of PARTIAL over error of REUSE, where it was measured."""
@@ -341,6 +368,7 @@ ARRAYS = (
     "sources",
     "offsets",
     "partial",
+    "partial_correlation",
     "probes",
     "log_amplification",
     "counts",

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_bench import bench
-from .cli_calibrate import CalibrationFile, calibrate, expectation, load_calibration
+from .cli_calibrate import CalibrationFile, calibrate, comparison, expectation, load_calibration
 from .cli_common import (
     ContextRatio,
     Device,
@@ -55,8 +56,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     edit: Annotated[str, typer.Option(help="remove: take the object away; replace: put in another.")] = "remove",
     steps: Steps = 50,
-    schedule: Schedule = "balanced",
-    margin: Margin = 1.0,
+    schedule: Schedule = None,
+    margin: Margin = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     inner: Inner = "inductor",
     device: Device = "auto",
@@ -67,6 +68,7 @@ def demo(
     Writes OUT/report.html, report.json, side_by_side.mp4, edit.mp4, plan.png and edit.hetplan.
     """
     from . import reference
+    from .calibration import Calibration
     from .editing import EditRequest
 
     clip = reference.demo_clip(edit)
@@ -81,7 +83,11 @@ def demo(
         guidance_scale=reference.GUIDANCE_SCALE,
         max_sequence_length=reference.MAX_TEXT_LENGTH,
     )
-    _edit(pipe, request, out, schedule, inner, baseline=True, eager=eager, **chosen(context, schedule, margin=margin))
+    _edit(
+        pipe, request, out, schedule, inner,
+        baseline=True, eager=eager, calibration=Calibration.load(reference.CALIBRATION),
+        **chosen(context, schedule, margin=margin),
+    )  # fmt: skip
 
 
 @app.command()
@@ -101,9 +107,9 @@ def edit(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="A plan from `hetcache plan`, in place of the options.")] = None,
-    schedule: Schedule = "balanced",
+    schedule: Schedule = None,
     calibration: CalibrationFile = None,
-    margin: Margin = 2.0,
+    margin: Margin = None,
     context_ratio: ContextRatio = 0.05,
     extrapolation: Extrapolation = None,
     more: More = None,
@@ -171,12 +177,12 @@ def make_plan(
     num_frames: Frames = 81,
     steps: Steps = 50,
     reference_images: Annotated[int, typer.Option(help="How many reference images the edit has.", min=0)] = 0,
-    schedule: Schedule = "balanced",
+    schedule: Schedule = None,
     budget: Annotated[
         str | None, typer.Option(help="The best schedule under 3x, a time factor, or 2%, an error bound.")
     ] = None,
     calibration: CalibrationFile = None,
-    margin: Margin = 2.0,
+    margin: Margin = None,
     context_ratio: ContextRatio = 0.05,
     extrapolation: Extrapolation = None,
     more: More = None,
@@ -188,37 +194,42 @@ def make_plan(
     from .editing import load_pipeline
     from .media import read_mask
     from .plan import Plan
-    from .planning import plan_for
+    from .planning import choices, plan_for
     from .preview import save_preview
+    from .schedule import OPTIMAL, default_schedule
 
     if model is None:
         check_size(height, width, num_frames)
-    if budget is not None:
-        schedule = f"optimal:{budget}"
     known = load_calibration(calibration)
+    if budget is not None:
+        schedule = OPTIMAL + budget
+    schedule = default_schedule(known) if schedule is None else schedule
     pixels = read_mask(mask, num_frames, height, width)
     options = chosen(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation)
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, torch_dtype("float32"), "cpu")
         check_size(height, width, num_frames, pipe)
-        made = plan_for(
-            pipe, mask=pixels, height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
-            num_reference_images=reference_images, schedule=schedule, calibration=known, **options,
+        make = partial(
+            plan_for, pipe, mask=pixels, height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
+            num_reference_images=reference_images, schedule=schedule, calibration=known,
         )  # fmt: skip
     else:
         options = {"extrapolation": 1, **options}
-        made = Plan.from_mask(
-            pixels, (reference_images + (num_frames - 1) // 4 + 1, height // 16, width // 16),
+        make = partial(
+            Plan.from_mask, pixels, (reference_images + (num_frames - 1) // 4 + 1, height // 16, width // 16),
             num_inference_steps=steps, schedule=schedule, reference_frames=reference_images, calibration=known,
-            **options,
         )  # fmt: skip
+    with console.status("planning"):
+        considered = choices(make, schedule, known, options)
+    made = considered[0].plan
     made.save(out)
     if preview is not None:
         save_preview(made, preview)
     print(made.describe())
     if known is not None:
-        print(expectation(known, made))
+        print(expectation(known.like(options | dict(considered[0].options)), made))
+        print(comparison(considered), end="")
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
 
 
@@ -263,7 +274,7 @@ def explain(
 
 
 def _edit(
-    pipe: Any, request: Any, out: Path, schedule: str, inner: str, *, baseline: bool, eager: bool,
+    pipe: Any, request: Any, out: Path, schedule: str | None, inner: str, *, baseline: bool, eager: bool,
     plan: Any = None, **partition: Any,
 ) -> None:  # fmt: skip
     """Plan, run each way, compare, write and print."""

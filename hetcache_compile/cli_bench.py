@@ -57,7 +57,7 @@ def bench_quality_command(
     guidance_scale: GuidanceScale = None,
     max_sequence_length: TextTokens = None,
     seed: Seed = 0,
-    margin: Margin = 2.0,
+    margin: Margin = None,
     context_ratio: ContextRatio = 0.05,
     calibration: Annotated[
         Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from .cli_common import (
     torch_dtype,
 )  # fmt: skip
 from .plan import Plan
+from .planning import Choice
 
 CalibrationFile = Annotated[
     str | None,
@@ -119,3 +121,15 @@ def expectation(calibration: Calibration, plan: Plan) -> str:
     width = max(map(len, named))
     expected = {n: expect(calibration, steps, timesteps, share, plan.method) for n, steps in named.items()}
     return "\n".join(f"{name:{width}}  {found.describe()}" for name, found in expected.items())
+
+
+def comparison(considered: Sequence[Choice]) -> str:
+    """What an optimal plan was chosen from; empty where there was no choice."""
+    if len(considered) < 2:
+        return ""
+    lines = []
+    for choice in considered:
+        assert choice.expectation is not None
+        options = ", ".join(f"{name} {value:g}" for name, value in choice.options.items())
+        lines.append(f"  {options}: {choice.expectation.describe()}")
+    return "chosen, the first of:\n" + "\n".join(lines) + "\n"

@@ -18,13 +18,19 @@ from .schedule import preset_options
 console = Console(stderr=True)
 
 Schedule = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="full, quality, balanced, fast, paper-slow, paper-fast, teacache:THRESHOLD, optimal:BUDGET "
-        "(with --calibration), or a cycle of F, P and R such as FRRP."
+        "(with a calibration), or a cycle of F, P and R such as FRRP. "
+        "[default: balanced; with a calibration optimal:1%]"
     ),
 ]
-Margin = Annotated[float, typer.Option(help="Reach of the margin around the mask, in tokens.")]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Reach of the margin around the mask, in tokens. [default: 2, or what an optimal schedule finds best]"
+    ),
+]
 ContextRatio = Annotated[
     float, typer.Option(help="Share of context tokens that PARTIAL steps compute.", min=0.0, max=1.0)
 ]
@@ -79,7 +85,9 @@ def progress_bars() -> Iterator[Any]:
             bars.update(task.id, completed=task.total)
 
 
-def chosen(context: typer.Context, schedule: str, more: list[str] | None = None, **options: Any) -> dict[str, Any]:
+def chosen(
+    context: typer.Context, schedule: str | None, more: list[str] | None = None, **options: Any
+) -> dict[str, Any]:
     """Options of a plan, but for those that the user did not give and that a preset or a model decides.
 
     Raises:

@@ -128,7 +128,7 @@ def quiet_logging(logging: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def make_plan(pipe: Any, request: EditRequest, schedule: str, **partition: Any) -> Plan:
+def make_plan(pipe: Any, request: EditRequest, schedule: str | None, **partition: Any) -> Plan:
     """The plan for a request."""
     return plan_for(
         pipe,

@@ -12,8 +12,9 @@ outputs of all steps (`Calibration.gram`). So the weights here are those of leas
   least over k and the steps s_i, where j runs over the steps since the last computed one and l_j is how far each moves
   the latents. What was applied is subtracted; the rest, over l_k, is added to the output of step k.
 
-The output of a PARTIAL step is off by what its stale context costs; the calibration knows how much, and such a point
-gets less weight. Active and inactive tokens were computed in other steps, and have weights of their own.
+The output of a PARTIAL step is off by what its stale context costs. The calibration knows how much, and how alike these
+errors are from one PARTIAL step to the next, and such a point gets less weight. Active and inactive tokens were
+computed in other steps, and have weights of their own.
 
 All of it is made with the plan, as `[S, 2, order + 2]` numbers. The forms take a step's `[2, order + 2]` as data
 (`passes/blend.py`).
@@ -35,6 +36,9 @@ from .partition import TokenKind
 from .passes.blend import ACTIVE, INACTIVE
 from .schedule import StepKind
 
+Index = NDArray[np.int64]
+"""Steps."""
+
 RIDGE = 1e-6
 """Of the regression, against the mean energy of an output: a calibration has few clips, and the points are nearly
 collinear."""
@@ -49,64 +53,76 @@ class Outputs:
     Args:
         gram: `[S, S]`, inner products of the outputs of two steps.
         lengths: `[S]`, how far a step moves the latents for an output of 1, in any unit.
+        correlation: of the errors of the outputs of different PARTIAL steps, 0 to 1.
     """
 
-    def __init__(self, gram: Array, lengths: Array) -> None:
-        self.gram, self.lengths = gram, lengths
+    def __init__(self, gram: Array, lengths: Array, correlation: float = 0.0) -> None:
+        self.gram, self.lengths, self.correlation = gram, lengths, correlation
         self.ridge = RIDGE * float(np.trace(gram)) / max(1, len(lengths))
+        self._moved = np.cumsum([0.0, *lengths])
         with_moves = np.cumsum(gram * lengths, axis=1)
         self._products = np.concatenate([np.zeros((len(lengths), 1)), with_moves], axis=1)
         squares = np.cumsum(np.cumsum(gram * np.outer(lengths, lengths), axis=0), axis=1)
         self._squares = np.pad(squares, ((1, 0), (1, 0)))
 
-    def predict(self, points: Sequence[int], noise: Sequence[float] | Array, steps: Sequence[int]) -> Array:
+    def predict(self, points: Index, noise: Array, steps: Index) -> Array:
         """Weights `[B, P]` of the outputs of the steps `points` that predict the outputs of B steps.
 
         Args:
-            points: the latest first: towards its repetition the regression is drawn.
-            noise: `[P]`, expected squared errors of their outputs.
-            steps: those to predict.
+            points: `[B, P]`, the latest first: towards its repetition the regression is drawn.
+            noise: `[B, P]`, expected squared errors of their outputs.
+            steps: `[B]`, those to predict.
         """
-        index, noises = (np.tile(np.asarray(row), (len(steps), 1)) for row in (points, noise))
-        return self._fit(index, noises, self.gram[np.asarray(steps)[:, None], index], np.ones(len(steps)))
+        return self._fit(points, noise, self.gram[steps[:, None], points], np.ones(len(steps)))
 
-    def fit_moves(self, start: int, stops: Sequence[int], points: NDArray[np.int64], noise: Array) -> Array:
-        """Weights `[B, P]` of outputs that come nearest to the moves of the steps from `start` up to each stop.
+    def fit_moves(self, starts: Index, stops: Index, points: Index, noise: Array) -> Array:
+        """Weights `[B, P]` of outputs that come nearest to the moves of the steps from each start up to its stop.
 
         Args:
-            start: the first step of all moves.
-            stops: B steps, not included.
-            points: int64 `[B, P]`.
+            starts: `[B]`, first steps.
+            stops: `[B]`, not included.
+            points: `[B, P]`, see `predict`.
             noise: `[B, P]`.
         """
-        totals = np.array([self.lengths[start:stop].sum() for stop in stops])
-        return self._fit(points, noise, self._products_with(start, stops, points), totals)
+        return self._fit(
+            points, noise, self._products_with(starts, stops, points), self._moved[stops] - self._moved[starts]
+        )
 
-    def squared_errors(
-        self, start: int, stops: Sequence[int], points: NDArray[np.int64], noise: Array, weights: Array
-    ) -> Array:
-        """`[B]`: expected squared errors of the latents where weighted points stand for the moves of `fit_moves`."""
-        stop = np.asarray(stops)
+    def missed(self, starts: Index, stops: Index, points: Index, weights: Array) -> Array:
+        """`[B]`: expected squared errors of the latents where weighted points stand for the moves of `fit_moves`.
+
+        The points' own errors left aside, see `passed_on`.
+        """
         s = self._squares
-        energy = s[stop, stop] - s[start, stop] - s[stop, start] + s[start, start]
-        crossed = (weights * self._products_with(start, stops, points)).sum(axis=1)
-        own = np.einsum("bp,bpq,bq->b", weights, self._known(points), weights) + (weights**2 * noise).sum(axis=1)
+        energy = s[stops, stops] - s[starts, stops] - s[stops, starts] + s[starts, starts]
+        crossed = (weights * self._products_with(starts, stops, points)).sum(axis=1)
+        own = np.einsum("bp,bpq,bq->b", weights, self._known(points), weights)
         return np.asarray(np.maximum(0.0, energy - 2 * crossed + own))
 
-    def _fit(self, points: NDArray[np.int64], noise: Array, products: Array, totals: Array) -> Array:
+    def passed_on(self, noise: Array, weights: Array) -> Array:
+        """`[B]`: expected squared errors that the errors `noise` of weighted points leave in the latents."""
+        return np.asarray(np.einsum("bp,bpq,bq->b", weights, self._errors(noise), weights))
+
+    def _fit(self, points: Index, noise: Array, products: Array, totals: Array) -> Array:
         start = np.zeros(points.shape)
         start[:, 0] = totals
-        diagonal = np.eye(points.shape[1])
-        matrix = self._known(points) + noise[:, :, None] * diagonal
+        matrix = self._known(points) + self._errors(noise)
         missing = products - np.einsum("bpq,bq->bp", matrix, start)
-        return np.asarray(start + np.linalg.solve(matrix + self.ridge * diagonal, missing[..., None])[..., 0])
+        ridge = self.ridge * np.eye(points.shape[1])
+        return np.asarray(start + np.linalg.solve(matrix + ridge, missing[..., None])[..., 0])
 
-    def _known(self, points: NDArray[np.int64]) -> Array:
+    def _errors(self, noise: Array) -> Array:
+        """`[B, P, P]`: inner products of the errors of points."""
+        sizes = np.sqrt(noise)
+        alike = self.correlation + (1 - self.correlation) * np.eye(noise.shape[1])
+        return np.asarray(alike * sizes[:, :, None] * sizes[:, None, :])
+
+    def _known(self, points: Index) -> Array:
         return np.asarray(self.gram[points[:, :, None], points[:, None, :]])
 
-    def _products_with(self, start: int, stops: Sequence[int], points: NDArray[np.int64]) -> Array:
+    def _products_with(self, starts: Index, stops: Index, points: Index) -> Array:
         """`[B, P]`: inner products of outputs with moves."""
-        return np.asarray(self._products[points, np.asarray(stops)[:, None]] - self._products[points, start])
+        return np.asarray(self._products[points, stops[:, None]] - self._products[points, starts[:, None]])
 
 
 @dataclass(frozen=True)
@@ -124,36 +140,37 @@ class Method:
     corrects: bool = False
 
 
-def lagrange(times: Array, points: Sequence[int], step: int) -> Array:
-    """Weights `[P]` of the polynomial through the outputs of some steps."""
-    known = times[list(points)]
-    return np.array([np.prod([(times[step] - o) / (here - o) for o in known if o != here]) for here in known])
+def lagrange(times: Array, points: Index, steps: Index) -> Array:
+    """Weights `[B, T, P]` of the polynomials through the outputs of `points` `[B, P]`, at `steps` `[B, T]`."""
+    known, others = times[points], ~np.eye(points.shape[1], dtype=bool)
+    from_others = times[steps][:, :, None, None] - known[:, None, None, :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = from_others / (known[:, :, None] - known[:, None, :])[:, None]
+    return np.asarray(np.where(others, factors, 1.0).prod(axis=-1))
 
 
-def moved(
-    outputs: Outputs, points: Sequence[int], noise: Sequence[float] | Array, last: int, times: Array | None = None
-) -> Array:
-    """What steps move the latents by, where those after the latest point are predicted, as weights of the points.
+def moved(outputs: Outputs, stops: Index, points: Index, noise: Array, times: Array | None = None) -> Array:
+    """Weights `[B, P]` of points for what the steps from the latest point up to each stop move the latents by.
+
+    The latest point is the first of these steps, the others are predicted.
 
     Args:
         outputs: of one kind of token.
-        points: steps, the latest first.
-        noise: `[P]`, see `Outputs.predict`.
-        last: the last step, not included.
+        stops: `[B]`, steps, not included.
+        points: `[B, P]`, steps, the latest first.
+        noise: `[B, P]`, see `Outputs.predict`.
         times: `[S]`, for Lagrange's weights in place of fitted ones.
-
-    Returns:
-        `[B, P]`: up to each step from the one after the latest point to `last`.
     """
-    latest = points[0]
-    weights = np.eye(len(points))[:1]
-    if steps := range(latest + 1, last):
-        if times is None:
-            predicted = outputs.predict(points, noise, steps)
-        else:
-            predicted = np.array([lagrange(times, points, step) for step in steps])
-        weights = np.concatenate([weights, predicted])
-    return np.asarray(np.cumsum(weights * outputs.lengths[latest:last, None], axis=0))
+    latest = points[:, 0]
+    own = outputs.lengths[latest][:, None] * np.eye(points.shape[1])[0]
+    if times is None:
+        # A regression is linear in what it predicts: the weights of a sum are the sum of the weights.
+        return np.asarray(own + outputs.fit_moves(latest + 1, stops, points, noise))
+    steps = latest[:, None] + 1 + np.arange(int((stops - latest).max()) - 1)
+    inside = steps < stops[:, None]
+    steps = np.minimum(steps, len(outputs.lengths) - 1)
+    predicted = lagrange(times, points, steps) * np.where(inside, outputs.lengths[steps], 0.0)[..., None]
+    return np.asarray(own + predicted.sum(axis=1))
 
 
 def step_weights(
@@ -170,7 +187,7 @@ def step_weights(
     """
     result = np.zeros((len(steps), 2, method.order + 2), dtype=np.float32)
     for tokens, kind in ((ACTIVE, active_kind(calibration)), (INACTIVE, inactive_kind(calibration))):
-        outputs = Outputs(calibration.gram_at(timesteps)[kind], lengths)
+        outputs = Outputs(calibration.gram_at(timesteps)[kind], lengths, calibration.correlation_of(kind))
         noise = partial_noise(calibration, steps, timesteps, kind)
         computed = {StepKind.FULL} | ({StepKind.PARTIAL} if tokens == ACTIVE else set())
         points: list[int] = []
@@ -181,7 +198,7 @@ def step_weights(
             if fresh:
                 row[0] = 1
             elif points:
-                row[1 : 1 + len(points)] = outputs.predict(points, of_points, [step])[0]
+                row[1 : 1 + len(points)] = outputs.predict(*_one(points, of_points), np.array([step]))[0]
             # Behind an exact output there is nothing to correct, and the regression's ridge would put something there.
             wrong = points and (points[0] < step - 1 or noise[points[0]] > 0)
             if fresh and wrong and method.corrects:
@@ -194,11 +211,15 @@ def step_weights(
 
 def _correction(outputs: Outputs, step: int, points: list[int], own_noise: float, noise: list[float]) -> Array:
     """What is added to the weights of the fresh output and of the points, `[1 + P]`."""
-    start = points[0]
-    before = moved(outputs, points, noise, step)[-1]
-    every, noises = np.array([[*points, step]]), np.array([[*noise, own_noise]])
-    after = outputs.fit_moves(start, [step], every, noises)[0]
+    starts, stops = np.array(points[:1]), np.array([step])
+    before = moved(outputs, stops, *_one(points, noise))[0]
+    after = outputs.fit_moves(starts, stops, *_one([*points, step], [*noise, own_noise]))[0]
     return np.asarray(np.array([after[-1], *(after[:-1] - before)]) / outputs.lengths[step])
+
+
+def _one(points: list[int], noise: list[float]) -> tuple[Index, Array]:
+    """A batch of one."""
+    return np.array([points]), np.array([noise])
 
 
 def partial_noise(

@@ -2,20 +2,23 @@
 
 The error model is additive in squares. A *run* is a computed step and the steps after it that predict, up to the next
 computed one, which may correct them (see `multistep`). What a run leaves wrong in the latents has an expected squared
-error, known from the calibration. Later steps make more or less of it, by the calibration's `amplification`. Errors of
-different runs are taken for independent, so that their squares add up. The unit is the mean square of an output times
-that of the whole path, so that the root of a schedule's error is a share of what the path moves. Active and inactive
-tokens count alike, whatever their area. What a run adds:
+error, known from the calibration. Later steps make more or less of it, by the calibration's `amplification`. The unit
+is the mean square of an output times that of the whole path, so that the root of a schedule's error is a share of what
+the path moves. Active and inactive tokens count alike, whatever their area. What a run adds:
 
 * Active tokens (as generative ones, see `multistep.active_kind`): a run goes from one computed step, FULL or PARTIAL,
   to the next. The output of a PARTIAL step is off by what was recorded for the last FULL step as its source.
 * Inactive tokens (as context): from one FULL step to the next. The FULL step before is taken to be as far back again.
 
-So what a run adds depends on the last FULL step and on the last `order + 1` computed steps, and on nothing else: these
-are the states of a dynamic programme (a PARTIAL step before the last FULL one counts as exact). All steps of one kind
-cost the same, hence the numbers of FULL and PARTIAL steps *are* the cost. They are kept as axes of each state's table,
-and nothing is rounded: the schedule found is the best of all those that never take more than `longest_run` REUSE steps
-in a row.
+What predictions miss differs from run to run, so these errors are taken for independent and their squares add up. What
+PARTIAL steps are off by does not: they all read stale context. Where two of these errors have correlation r, the
+squares of n of them count 1 + r (n - 1) times.
+
+So what a run adds depends on the last FULL step and on the last `order + 1` computed steps, and, by one factor, on the
+number of PARTIAL steps. The steps are the states of a dynamic programme (a PARTIAL step before the last FULL one counts
+as exact), which is solved for one factor at a time. All steps of one kind cost the same, hence the numbers of FULL and
+PARTIAL steps *are* the cost. They are kept as axes of each state's table, and nothing is rounded: the schedule found is
+the best of all those that never take more than `longest_run` REUSE steps in a row.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import numpy as np
 
 from .calibration import Array, Calibration
 from .errors import CalibrationError, PlanError
-from .multistep import Method, Outputs, active_kind, inactive_kind, moved, partial_errors_squared
+from .multistep import Index, Method, Outputs, active_kind, inactive_kind, moved, partial_errors_squared
 from .schedule import StepKind
 
 LONGEST_RUN = 14
@@ -43,17 +47,28 @@ END: State = (-1, ())
 
 
 class ErrorModel(Protocol):
-    """What a run adds to a schedule's squared error."""
+    """What a run adds to a schedule's squared error: what predictions miss, and what PARTIAL steps are off by.
 
-    def runs(self, full: int, computed: Computed, stops: Sequence[int]) -> tuple[Array, Array]:
-        """Runs after FULL step `full`, from the last of the steps `computed` to each step of `stops`.
+    Attributes:
+        correlation: of what PARTIAL steps are off by.
+    """
+
+    correlation: float
+
+    def runs(self, full: Index, computed: Index, stops: Index) -> tuple[Array, Array]:
+        """B runs, each after the FULL step `full` and from the last of the steps `computed` to its stop.
+
+        Args:
+            full: `[B]`.
+            computed: `[B, P]`, the last computed steps, oldest first.
+            stops: `[B]`.
 
         Returns:
-            `[stops]` where that is a FULL step, and where it is a PARTIAL one; infinite where that is not allowed.
+            `[B, 2]` where the stop is a FULL step, and where it is a PARTIAL one; infinite where that is not allowed.
         """
 
-    def last_run(self, full: int, computed: Computed) -> float:
-        """The run that goes on to the end."""
+    def last_runs(self, full: Index, computed: Index) -> Array:
+        """`[B, 2]`: runs that go on to the end."""
 
 
 class RecordedErrors:
@@ -76,7 +91,9 @@ class RecordedErrors:
         self.lengths = lengths / lengths.sum()
         gram, amplification = calibration.gram_at(timesteps), calibration.amplification_at(timesteps)
         active, inactive = active_kind(calibration), inactive_kind(calibration)
-        self.active, self.inactive = (Outputs(gram[kind], self.lengths) for kind in (active, inactive))
+        self.correlation = calibration.correlation_of(active)
+        self.active = Outputs(gram[active], self.lengths, self.correlation)
+        self.inactive = Outputs(gram[inactive], self.lengths)
         last = amplification[:, -1:]
         self.amplified = {
             outputs: np.concatenate([amplification, last], axis=1)[kind] ** 2
@@ -84,54 +101,57 @@ class RecordedErrors:
         }
         self.allowed = np.isfinite(calibration.partial_errors(timesteps)[active])
         self.noise = partial_errors_squared(calibration, timesteps, active)
-        self._inactive: dict[tuple[int, int], float] = {}
+        self.inactive_runs = self._inactive_runs(np.arange(len(self.lengths)))
 
-    def runs(self, full: int, computed: Computed, stops: Sequence[int]) -> tuple[Array, Array]:
+    def runs(self, full: Index, computed: Index, stops: Index) -> tuple[Array, Array]:
         """See `ErrorModel`."""
-        points, noise, index = computed[::-1], self._noise_of(full, computed), np.asarray(stops)
-        inactive = np.array([self._inactive_run(full, stop) for stop in stops])
+        points = computed[:, ::-1]
+        noise = self._noise_of(full, points)
         to_full = self._left(self.active, points, noise, stops, np.zeros(len(stops)))
-        to_partial = self._left(self.active, points, noise, stops, self.noise[full, index])
-        return (to_full + inactive) / 2, np.where(self.allowed[full, index], to_partial / 2, np.inf)
+        to_full[:, 0] += self.inactive_runs[full, stops]
+        to_partial = self._left(self.active, points, noise, stops, self.noise[full, stops])
+        return to_full / 2, np.where(self.allowed[full, stops][:, None], to_partial / 2, np.inf)
 
-    def last_run(self, full: int, computed: Computed) -> float:
+    def last_runs(self, full: Index, computed: Index) -> Array:
         """See `ErrorModel`."""
-        stops, known = [len(self.lengths)], self._full_steps(full, len(self.lengths))
-        active = self._left(self.active, computed[::-1], self._noise_of(full, computed), stops, None)
-        inactive = self._left(self.inactive, known, np.zeros(len(known)), stops, None)
-        return float(active[0] + inactive[0]) / 2
+        points = computed[:, ::-1]
+        stops = np.full(len(full), len(self.lengths))
+        left = self._left(self.active, points, self._noise_of(full, points), stops, None)
+        left[:, 0] += self.inactive_runs[full, -1]
+        return left / 2
 
-    def _inactive_run(self, full: int, stop: int) -> float:
-        if (full, stop) not in self._inactive:
-            known = self._full_steps(full, stop)
-            left = self._left(self.inactive, known, np.zeros(len(known)), [stop], np.zeros(1))
-            self._inactive[full, stop] = float(left[0])
-        return self._inactive[full, stop]
+    def _inactive_runs(self, steps: Index) -> Array:
+        """`[S, S + 1]`: errors of inactive tokens from one FULL step to the next, or to the end."""
+        result = np.zeros((len(steps), len(steps) + 1))
+        for full in steps:
+            stops = np.arange(full + 1, len(steps) + 1)
+            points = np.full((len(stops), 1), full)
+            if full and self.method.order:
+                points = np.concatenate([points, np.maximum(0, 2 * full - stops)[:, None]], axis=1)
+            for these, own in ((stops < len(steps), np.zeros(len(stops) - 1)), (stops == len(steps), None)):
+                if these.any():
+                    noise = np.zeros(points[these].shape)
+                    left = self._left(self.inactive, points[these], noise, stops[these], own)
+                    result[full, stops[these]] = left[:, 0]
+        return result
 
-    def _full_steps(self, full: int, stop: int) -> Computed:
-        """The last FULL steps, latest first, as far as a state knows them."""
-        before = max(0, 2 * full - stop)
-        return (full, before)[: self.method.order + 1] if before < full else (full,)
+    def _noise_of(self, full: Index, points: Index) -> Array:
+        return np.asarray(np.where(points > full[:, None], self.noise[full[:, None], points], 0.0))
 
-    def _noise_of(self, full: int, computed: Computed) -> Array:
-        return np.array([self.noise[full, point] if point > full else 0.0 for point in computed[::-1]])
-
-    def _left(self, outputs: Outputs, points: Computed, noise: Array, stops: Sequence[int], own: Array | None) -> Array:
-        """`[stops]`: squared error in the end of the steps from the latest point up to each stop.
+    def _left(self, outputs: Outputs, points: Index, noise: Array, stops: Index, own: Array | None) -> Array:
+        """`[B, 2]`: squared error in the end of the steps from the latest point up to each stop.
 
         `own` is the noise of the outputs of the stops, or None where they have none.
         """
-        start = points[0]
+        starts = points[:, 0]
         if own is not None and self.method.corrects:
-            every = np.array([(*points, stop) for stop in stops])
-            noises = np.concatenate([np.tile(noise, (len(stops), 1)), own[:, None]], axis=1)
-            weights = outputs.fit_moves(start, stops, every, noises)
+            points = np.concatenate([points, stops[:, None]], axis=1)
+            noise = np.concatenate([noise, own[:, None]], axis=1)
+            weights = outputs.fit_moves(starts, stops, points, noise)
         else:
-            every, noises = np.tile(points, (len(stops), 1)), np.tile(noise, (len(stops), 1))
-            times = None if self.method.fitted else self.timesteps
-            weights = moved(outputs, points, noise, max(stops), times)[[stop - start - 1 for stop in stops]]
-        errors = outputs.squared_errors(start, stops, every, noises, weights)
-        return np.asarray(errors * self.amplified[outputs][list(stops)])
+            weights = moved(outputs, stops, points, noise, None if self.method.fitted else self.timesteps)
+        errors = [outputs.missed(starts, stops, points, weights), outputs.passed_on(noise, weights)]
+        return np.asarray(np.stack(errors, axis=1) * self.amplified[outputs][stops][:, None])
 
 
 def flow_lengths(timesteps: Array) -> Array:
@@ -190,110 +210,158 @@ def shortest(
     Raises:
         PlanError: no schedule keeps the budget.
     """
-    seconds = num_steps * costs.full / budget.factor if budget.factor is not None else np.inf
-    seconds *= ROUNDING
-    most = [
-        min(num_steps, int(seconds // cost)) if cost > 0 and np.isfinite(seconds) else num_steps
-        for cost in (costs.full, costs.partial)
-    ]
-    tables, arrivals = _fill(errors, num_steps, order, longest_run, (most[0] + 1, most[1] + 1))
-    table = tables.get(END, np.full((most[0] + 1, most[1] + 1), np.inf))
-    cost = np.array([[costs.of(f, p, num_steps) for p in range(table.shape[1])] for f in range(table.shape[0])])
-    allowed = np.isfinite(table) & (cost <= seconds)
-    if budget.error is not None:
-        allowed &= table <= budget.error**2 * ROUNDING
-    if not allowed.any():
+    graph = _Graph(errors, num_steps, order, longest_run)
+    all_full = num_steps * costs.full
+    if budget.factor is not None:
+        found = _search(graph, costs, errors.correlation, all_full / budget.factor, np.inf)
+    else:
+        # Whatever takes less than a time in which the bound can be kept takes part in the search of that time.
+        times = [all_full * share for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2)] + [np.inf]
+        bound = budget.error**2 if budget.error is not None else np.inf
+        searches = (_search(graph, costs, errors.correlation, seconds, bound) for seconds in times)
+        found = next((steps for steps in searches if steps is not None), None)
+    if found is None:
         raise PlanError(
             f"no schedule of {num_steps} steps is {budget.factor:g}x faster than FULL steps: ask for less"
             if budget.factor is not None
             else f"no schedule of {num_steps} steps keeps the error below {budget.error:.2%}: ask for more"
         )
-    cells = np.argwhere(allowed)
-    keys = (cost[allowed], table[allowed]) if budget.error is None else (table[allowed], cost[allowed])
-    best = cells[np.lexsort(keys)[0]]
-    return _trace(tables, arrivals, num_steps, (int(best[0]), int(best[1])))
+    return found
 
 
-Tables = dict[State, Array]
-"""Least error of reaching a state with so many FULL and PARTIAL steps."""
-Arrivals = dict[State, list[tuple[State, StepKind | None, float]]]
-"""From where a state can be reached, by which kind of step, adding how much."""
+def _search(
+    graph: _Graph, costs: StepCosts, correlation: float, seconds: float, bound: float
+) -> tuple[StepKind, ...] | None:
+    """The best schedule within both: of least error if `bound` is infinite, else of least time. None without any.
+
+    The factor of a number of PARTIAL steps bounds that of any larger number from below. So the numbers are tried from
+    the smallest, and those that could not be better than what was found are left out.
+    """
+    num_steps, seconds, bound = graph.num_steps, seconds * ROUNDING, bound * ROUNDING
+    most_full, most = (
+        min(num_steps, int(seconds // cost)) if cost > 0 and np.isfinite(seconds) else num_steps
+        for cost in (costs.full, costs.partial)
+    )
+    least, best = 0, None
+    while least <= most:
+        factor = noise_factor(correlation, least)
+        tables = graph.solve(factor, (most_full + 1, most + 1))
+        table = tables[-1]
+        cost = np.array([[costs.of(f, p, num_steps) for p in range(most + 1)] for f in range(most_full + 1)])
+        allowed = np.isfinite(table) & (cost <= seconds) & (table <= bound)
+        first, second = (cost, table) if np.isfinite(bound) else (table, cost)
+        promising = set()
+        for full, partial in np.argwhere(allowed[:, least:]) + [0, least]:
+            key = float(first[full, partial]), float(second[full, partial])
+            if best is not None and key >= best[0]:
+                continue
+            if noise_factor(correlation, partial) == factor:
+                best = key, graph.trace(tables, factor, (int(full), int(partial)))
+            else:
+                promising.add((key, int(partial)))
+        left = [partial for key, partial in promising if best is None or key < best[0]]
+        if not left:
+            break
+        least, most = min(left), max(left)
+    return best[1] if best else None
 
 
-def _fill(
-    errors: ErrorModel, num_steps: int, order: int, longest_run: int, shape: tuple[int, int]
-) -> tuple[Tables, Arrivals]:
-    """Every reachable state, in the order of its last computed step."""
-    by_step: list[Tables] = [{} for _ in range(num_steps)]
-    start = np.full(shape, np.inf)
-    if shape[0] > 1:
-        start[1, 0] = 0.0
-        by_step[0][0, (0,)] = start
-    tables: Tables = {}
-    arrivals: Arrivals = {}
-    for layer in by_step:
-        for state, table in layer.items():
-            tables[state] = table
-            for after, kind, error in _moves(errors, state, num_steps, order, longest_run):
-                arrivals.setdefault(after, []).append((state, kind, error))
-                home = by_step[after[1][-1]] if after[1] else tables
-                target = home.setdefault(after, np.full(shape, np.inf))
-                moved, source = _shifted(target, kind), table[: shape[0] - _FULL[kind], : shape[1] - _PARTIAL[kind]]
-                np.minimum(moved, source + error, out=moved)
-    return tables, arrivals
+def noise_factor(correlation: float, num_partial: int) -> float:
+    """How often the squared errors of so many PARTIAL steps count."""
+    return 1 + correlation * max(0, num_partial - 1)
+
+
+class _Graph:
+    """Every reachable state, in the order of its last computed step, and from where it is reached."""
+
+    def __init__(self, errors: ErrorModel, num_steps: int, order: int, longest_run: int) -> None:
+        self.num_steps = num_steps
+        by_step: list[dict[State, None]] = [{} for _ in range(num_steps)]
+        by_step[0][0, (0,)] = None
+        self.states: list[State] = []
+        arrivals: dict[State, list[tuple[int, Array]]] = {END: []}
+        for layer in by_step:
+            places = {state: len(self.states) + place for place, state in enumerate(layer)}
+            self.states += layer
+            for before, after, error in _moves(errors, list(layer), num_steps, order, longest_run):
+                arrivals.setdefault(after, []).append((places[before], error))
+                if after != END:
+                    by_step[after[1][-1]][after] = None
+        self.states.append(END)
+        self.sources = [np.array([source for source, _ in arrivals.get(state, [])], int) for state in self.states]
+        self.errors = [np.array([error for _, error in arrivals.get(state, [])]) for state in self.states]
+        self.taken = [_taken(state) for state in self.states]
+
+    def solve(self, factor: float, shape: tuple[int, int]) -> Array:
+        """`[states, *shape]`: the least error of reaching a state with so many FULL and so many PARTIAL steps."""
+        tables = np.full((len(self.states), *shape), np.inf)
+        tables[0, 1:2, :1] = 0.0
+        rest = zip(tables, self.sources, self.errors, self.taken, strict=True)
+        for table, sources, errors, (full, partial) in list(rest)[1:]:
+            if sources.size:
+                before = tables[sources, : shape[0] - full, : shape[1] - partial]
+                before += (errors @ (1.0, factor))[:, None, None]
+                before.min(axis=0, out=table[full:, partial:])
+        return tables
+
+    def trace(self, tables: Array, factor: float, cell: tuple[int, int]) -> tuple[StepKind, ...]:
+        """The steps of the best path to the end that has `cell` FULL and PARTIAL steps."""
+        steps = [StepKind.REUSE] * self.num_steps
+        steps[0] = StepKind.FULL
+        place = len(self.states) - 1
+        while place:
+            full, partial = self.taken[place]
+            if place < len(self.states) - 1:
+                steps[self.states[place][1][-1]] = StepKind.FULL if full else StepKind.PARTIAL
+            cell = (cell[0] - full, cell[1] - partial)
+            errors = tables[self.sources[place], cell[0], cell[1]] + self.errors[place] @ (1.0, factor)
+            place = int(self.sources[place][errors.argmin()])
+        return tuple(steps)
+
+
+def _taken(state: State) -> tuple[int, int]:
+    """How many FULL and how many PARTIAL steps the last move to a state is."""
+    full, computed = state
+    return (0, 0) if not computed else (1, 0) if full == computed[-1] else (0, 1)
 
 
 def _moves(
-    errors: ErrorModel, state: State, num_steps: int, order: int, longest_run: int
-) -> Iterator[tuple[State, StepKind | None, float]]:
-    """From a computed step over a run of REUSE steps to the next computed step, or to the end."""
-    full, computed = state
-    stops = range(computed[-1] + 1, min(computed[-1] + longest_run + 1, num_steps - 1) + 1)
-    for stop, to_full, to_partial in zip(stops, *errors.runs(full, computed, stops), strict=True) if stops else ():
-        recent = (*computed, stop)[-(order + 1) :]
-        yield (stop, recent), StepKind.FULL, float(to_full)
-        if np.isfinite(to_partial):
-            yield (full, recent), StepKind.PARTIAL, float(to_partial)
-    if computed[-1] + longest_run >= num_steps - 1:
-        yield END, None, errors.last_run(full, computed)
-
-
-def _shifted(table: Array, kind: StepKind | None) -> Array:
-    """The part of a table that a step of this kind can lead to."""
-    return table[_FULL[kind] :, _PARTIAL[kind] :]
-
-
-def _trace(tables: Tables, arrivals: Arrivals, num_steps: int, cell: tuple[int, int]) -> tuple[StepKind, ...]:
-    """The steps of the best path to the end that has `cell` FULL and PARTIAL steps."""
-    steps = [StepKind.REUSE] * num_steps
-    steps[0] = StepKind.FULL
-    state = END
-    while state != (0, (0,)):
-        best: tuple[float, State, StepKind | None, tuple[int, int]] | None = None
-        for before, kind, error in arrivals[state]:
-            place = (cell[0] - _FULL[kind], cell[1] - _PARTIAL[kind])
-            if min(place) >= 0 and (best is None or tables[before][place] + error < best[0]):
-                best = (float(tables[before][place]) + error, before, kind, place)
-        assert best is not None
-        _, before, kind, cell = best
-        if kind is not None:
-            steps[state[1][-1]] = kind
-        state = before
-    return tuple(steps)
+    errors: ErrorModel, layer: list[State], num_steps: int, order: int, longest_run: int
+) -> Iterator[tuple[State, State, Array]]:
+    """From states with one last computed step, over a run of REUSE steps, to the next computed step or to the end."""
+    for length in sorted({len(computed) for _, computed in layer}):
+        states = [state for state in layer if len(state[1]) == length]
+        full, computed = np.array([state[0] for state in states]), np.array([state[1] for state in states])
+        last = int(computed[0, -1])
+        stops = range(last + 1, min(last + longest_run + 1, num_steps - 1) + 1)
+        if stops:
+            runs = errors.runs(
+                full.repeat(len(stops)), computed.repeat(len(stops), axis=0), np.tile(stops, len(states))
+            )
+            for (before, stop), to_full, to_partial in zip(product(states, stops), *runs, strict=True):
+                recent = (*before[1], stop)[-(order + 1) :]
+                yield before, (stop, recent), to_full
+                if np.isfinite(to_partial[0]):
+                    yield before, (before[0], recent), to_partial
+        if last + longest_run >= num_steps - 1:
+            for before, error in zip(states, errors.last_runs(full, computed), strict=True):
+                yield before, END, error
 
 
 def total_error(errors: ErrorModel, steps: Sequence[StepKind], order: int = 0) -> float:
     """The squared error of a schedule, run by run."""
-    full, total = 0, 0.0
+    full, total = 0, np.zeros(2)
     computed: Computed = (0,)
     for step, kind in enumerate(steps):
         if kind is StepKind.REUSE or not step:
             continue
-        total += float(errors.runs(full, computed, [step])[kind is StepKind.PARTIAL][0])
+        runs = errors.runs(np.array([full]), np.array([computed]), np.array([step]))
+        total += runs[kind is StepKind.PARTIAL][0]
         if kind is StepKind.FULL:
             full = step
         computed = (*computed, step)[-(order + 1) :]
-    return total + errors.last_run(full, computed)
+    missed, off = total + errors.last_runs(np.array([full]), np.array([computed]))[0]
+    return float(missed + noise_factor(errors.correlation, steps.count(StepKind.PARTIAL)) * off)
 
 
 @dataclass(frozen=True)
@@ -376,7 +444,3 @@ def step_costs(calibration: Calibration, share: float) -> StepCosts:
     if costs is None:
         raise CalibrationError("the calibration holds no step costs yet: run hetcache calibrate again")
     return StepCosts(costs.full, costs.partial_at(share), costs.reuse)
-
-
-_FULL: dict[StepKind | None, int] = {StepKind.FULL: 1, StepKind.PARTIAL: 0, None: 0}
-_PARTIAL: dict[StepKind | None, int] = {StepKind.FULL: 0, StepKind.PARTIAL: 1, None: 0}

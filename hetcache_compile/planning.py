@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ import numpy as np
 
 from .errors import MaskError, PlanError
 from .multistep import step_lengths
+from .optimal import Budget, Expectation, expect
 from .plan import Plan
-from .schedule import Schedule, preset_options, time_distances
+from .schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -29,11 +31,14 @@ def plan_for(
     num_frames: int,
     num_inference_steps: int = 50,
     num_reference_images: int = 0,
-    schedule: Schedule = "balanced",
+    schedule: Schedule | None = None,
     calibration: Calibration | None = None,
     **options: Any,
 ) -> Plan:
     """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
+
+    Where the schedule is searched for, so is the margin, and whether cached keys and values are predicted, unless they
+    are given: the plan is the best of `choices`.
 
     Args:
         pipe: a pipeline with `vae_scale_factor_temporal`, `vae_scale_factor_spatial`, `scheduler` and
@@ -44,7 +49,8 @@ def plan_for(
         num_frames: of the video, rounded like the pipeline does.
         num_inference_steps: as passed to the pipeline.
         num_reference_images: how many reference images the call has.
-        schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding.
+        schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding. By default
+            `"balanced"`, and `"optimal:1%"` with a calibration.
         calibration: of this model, for an `"optimal:..."` schedule, and for the weights of outputs.
         options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
             `context_extrapolation`, `selection`, `merged_ratio`, `merging`, `multistep` of `Plan.from_mask`. A
@@ -55,6 +61,76 @@ def plan_for(
         PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
     """
     check_options(options)
+    schedule = default_schedule(calibration) if schedule is None else schedule
+    make = partial(
+        _plan_for, pipe, mask, (num_frames, height, width), num_inference_steps, num_reference_images, schedule,
+        calibration,
+    )  # fmt: skip
+    return choices(make, schedule, calibration, options)[0].plan
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan that was considered, what was chosen in it, and what a calibration expects of it, if there is one."""
+
+    plan: Plan
+    options: Mapping[str, Any]
+    expectation: Expectation | None = None
+
+
+def choices(
+    make: Callable[..., Plan], schedule: Schedule, calibration: Calibration | None, options: Mapping[str, Any]
+) -> list[Choice]:
+    """Every plan that a search compares, the best first; without a search the one that is asked for.
+
+    The best has the least expected error under a time factor, and the least expected time under an error bound.
+
+    Args:
+        make: makes a plan, given options by name.
+        schedule: of the plan. Only an optimal one is searched for.
+        calibration: knows what the options it varied cost and save (see `Calibration.variants`).
+        options: those given: they are not chosen.
+
+    Raises:
+        PlanError: no plan can be made.
+    """
+    if calibration is None or not (isinstance(schedule, str) and schedule.startswith(OPTIMAL)):
+        return [Choice(make(**options), {})]
+    by_error = Budget.parse(schedule.removeprefix(OPTIMAL)).error is None
+    found, refused = [], None
+    for chosen in calibration.alternatives(options):
+        try:
+            plan = make(**options, **chosen)
+        except PlanError as error:
+            refused = error
+            continue
+        timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
+        share = plan.num_active / plan.num_tokens
+        known = calibration.like({**options, **chosen})
+        found.append(Choice(plan, chosen, expect(known, plan.steps, timesteps, share, plan.method)))
+    if refused is not None and not found:
+        raise refused
+    return sorted(found, key=partial(_rank, by_error=by_error))
+
+
+def _rank(choice: Choice, by_error: bool) -> tuple[float, float]:
+    assert choice.expectation is not None
+    key = choice.expectation.error, choice.expectation.seconds
+    return key if by_error else key[::-1]
+
+
+def _plan_for(
+    pipe: Any,
+    mask: Any,
+    size: tuple[int, int, int],
+    num_inference_steps: int,
+    num_reference_images: int,
+    schedule: Schedule,
+    calibration: Calibration | None,
+    **options: Any,
+) -> Plan:
+    """One plan, see `plan_for`."""
+    num_frames, height, width = size
     # Not `or`: the truth of a compiled module is its length, and most have none.
     models = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     model = next((model for model in models if model is not None), None)

@@ -62,7 +62,15 @@ PRESETS: dict[str, Preset] = {
 """Cycles of step kinds, repeated over the steps. A FULL step in each cycle keeps the context from going stale.
 `paper-*` is HetCache's method as it was published: a margin of 5 tokens, and the ends of its ranges of ratios."""
 
+OPTIMAL = "optimal:"
+"""What a schedule that is searched for begins with; its budget follows."""
+
 Schedule = str | Sequence[StepKind | str]
+
+
+def default_schedule(calibration: object | None) -> str:
+    """What is done where nothing is asked for: an error that the eye does not see, if a calibration can tell."""
+    return "balanced" if calibration is None else OPTIMAL + "1%"
 
 
 def make_schedule(
@@ -120,7 +128,7 @@ def make_schedule(
     return (*kinds[:-1], StepKind.FULL)
 
 
-def preset_options(schedule: Schedule) -> Mapping[str, Any]:
+def preset_options(schedule: Schedule | None) -> Mapping[str, Any]:
     """Keywords of `plan_for` that come with a schedule: those of a preset, none of any other."""
     return PRESETS[schedule].options if isinstance(schedule, str) and schedule in PRESETS else {}
 

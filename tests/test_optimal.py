@@ -10,7 +10,7 @@ import pytest
 
 from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
 from hetcache_compile.calibration import Calibration, Costs
-from hetcache_compile.multistep import Method
+from hetcache_compile.multistep import Method, Outputs
 from hetcache_compile.optimal import Budget, RecordedErrors, StepCosts, expect, optimal_schedule, shortest, total_error
 
 F, P, R = StepKind
@@ -18,26 +18,29 @@ STEPS = 12
 
 
 class RandomErrors:
-    """An error of its own for each history that the model may depend on; some PARTIAL steps are not allowed."""
+    """Errors of its own for each history that the model may depend on; some PARTIAL steps are not allowed."""
 
-    def __init__(self, seed, horizon=6):
-        self.seed, self.horizon = seed, horizon
+    def __init__(self, seed, horizon=6, correlation=0.0):
+        self.seed, self.horizon, self.correlation = seed, horizon, correlation
 
     def draw(self, *key):
-        return float(np.random.default_rng([self.seed, *key]).random())
+        return np.random.default_rng([self.seed, *(int(part) for part in key)]).random(2)
 
     def to_full(self, full, computed, stop):
         return self.draw(2, full, stop, *computed)
 
     def to_partial(self, full, computed, stop):
-        return 0.5 * self.draw(1, full, stop, *computed) if stop - full <= self.horizon else np.inf
-
-    def runs(self, full, computed, stops):
-        kinds = self.to_full, self.to_partial
-        return tuple(np.array([kind(full, computed, stop) for stop in stops]) for kind in kinds)
+        return 0.5 * self.draw(1, full, stop, *computed) if stop - full <= self.horizon else np.full(2, np.inf)
 
     def last_run(self, full, computed):
         return self.draw(3, full, *computed)
+
+    def runs(self, full, computed, stops):
+        every = list(zip(full, computed, stops, strict=True))
+        return tuple(np.array([kind(*one) for one in every]) for kind in (self.to_full, self.to_partial))
+
+    def last_runs(self, full, computed):
+        return np.array([self.last_run(*one) for one in zip(full, computed, strict=True)])
 
 
 def brute_force(errors, num_steps, order, longest_run):
@@ -54,7 +57,7 @@ def brute_force(errors, num_steps, order, longest_run):
         steps = (F, *steps)
         if any(all(s is R for s in steps[i : i + longest_run + 1]) for i in range(num_steps - longest_run)):
             continue
-        error = 0.0
+        error = np.zeros(2)
         for step, kind in enumerate((*steps, None)):
             before = tuple(earlier for earlier in range(step) if steps[earlier] is not R)[-order - 1 :]
             full = max((earlier for earlier in range(step) if steps[earlier] is F), default=0)
@@ -62,7 +65,10 @@ def brute_force(errors, num_steps, order, longest_run):
                 error += remembered(last_run, full, before)
             elif kind is not R and step:
                 error += remembered(to_full if kind is F else to_partial, full, before, step)
-        yield steps, error
+        # What n PARTIAL steps are off by adds up to n of their squares, and n (n - 1) products.
+        number = steps.count(P)
+        repeated = 1 if number < 2 else (number + errors.correlation * number * (number - 1)) / number
+        yield steps, float(error[0] + repeated * error[1])
 
 
 @pytest.mark.parametrize(
@@ -70,9 +76,9 @@ def brute_force(errors, num_steps, order, longest_run):
     [(1, 0, 3), (2, 0, 3), (7, 0, 12), (8, 0, 2), (7, 1, 12), (7, 1, 1), (6, 2, 3)],
 )
 def test_no_schedule_is_better_than_the_one_found(num_steps, order, longest_run):
-    for seed in range(3):
-        errors = RandomErrors(seed)
-        costs = StepCosts(1.0, 0.1 + 0.6 * errors.draw(0), 0.05 * errors.draw(1))
+    for seed, correlation in ((0, 0.0), (1, 0.4), (2, 1.0)):
+        errors = RandomErrors(seed, correlation=correlation)
+        costs = StepCosts(1.0, 0.1 + 0.6 * errors.draw(0)[0], 0.05 * errors.draw(1)[0])
         found = [
             (steps, error, costs.of(steps.count(F), steps.count(P), num_steps))
             for steps, error in brute_force(errors, num_steps, order, longest_run)
@@ -96,7 +102,7 @@ def test_no_schedule_is_better_than_the_one_found(num_steps, order, longest_run)
 
 
 def test_the_total_error_of_a_schedule_is_the_sum_of_its_steps():
-    errors = RandomErrors(7)
+    errors = RandomErrors(7, correlation=0.3)
     for order in (0, 1):
         for steps, error in brute_force(errors, 6, order, 3):
             assert total_error(errors, steps, order) == pytest.approx(error)
@@ -155,6 +161,12 @@ def moves(v, timesteps):
     return v * -np.diff([*timesteps, 0.0])[:, None] / timesteps[0]
 
 
+def runs(errors, full, computed, stops):
+    """`[stops, 2]` to FULL and to PARTIAL steps, from one history."""
+    many = len(stops)
+    return errors.runs(np.full(many, full), np.tile(computed, (many, 1)), np.array(stops))
+
+
 def test_what_a_run_leaves_wrong_without_correction():
     timesteps = np.linspace(1000, 30, STEPS)
     known, v = calibration_of(timesteps)
@@ -164,14 +176,17 @@ def test_what_a_run_leaves_wrong_without_correction():
     def repeated(kind, source, stop):
         return ((m[kind][source:stop] - lengths[source:stop] * v[kind, source]).sum(axis=0) ** 2).sum()
 
-    to_full, to_partial = errors.runs(4, (4,), [6, 8])
+    (to_full, nothing), (to_partial, own) = (found.T for found in runs(errors, 4, (4,), [6, 8]))
+    assert not nothing.any()
+    assert not own.any()  # of the step that ends the run: it counts in the run that begins with it
     assert to_full == pytest.approx([(repeated(0, 4, stop) + repeated(2, 4, stop)) / 2 for stop in (6, 8)])
     assert to_partial == pytest.approx([repeated(0, 4, stop) / 2 for stop in (6, 8)])
     # After a PARTIAL step, its own error is repeated too.
     noise = (0.25 * relative(v[0, 4], v[0, 6])) ** 2 * (v[0, 6] ** 2).sum() * errors.lengths[6:9].sum() ** 2
-    to_full, _ = errors.runs(4, (6,), [9])
-    assert to_full == pytest.approx([(repeated(0, 6, 9) + noise + repeated(2, 4, 9)) / 2])
-    assert errors.last_run(4, (4,)) == pytest.approx((repeated(0, 4, STEPS) + repeated(2, 4, STEPS)) / 2)
+    to_full, _ = runs(errors, 4, (6,), [9])
+    assert to_full[0] == pytest.approx([(repeated(0, 6, 9) + repeated(2, 4, 9)) / 2, noise / 2])
+    last = errors.last_runs(np.array([4]), np.array([[4]]))[0]
+    assert last == pytest.approx([(repeated(0, 4, STEPS) + repeated(2, 4, STEPS)) / 2, 0])
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -183,7 +198,8 @@ def test_prediction_has_no_error_on_polynomials_of_its_degree(order, fitted):
     exact = RecordedErrors(known, timesteps, Method(order, fitted))
     lower = RecordedErrors(known, timesteps, Method(order - 1, fitted))
     # The ridge of the regression keeps fitted weights from being exact.
-    assert exact.runs(5, computed, [8])[1] < 0.02 * lower.runs(5, computed[1:], [8])[1]
+    missed, of_lower = (runs(e, 5, c, [8])[1][0, 0] for e, c in ((exact, computed), (lower, computed[1:])))
+    assert missed < 0.02 * of_lower
 
 
 def test_a_step_that_corrects_leaves_less_than_one_that_does_not():
@@ -191,8 +207,32 @@ def test_a_step_that_corrects_leaves_less_than_one_that_does_not():
     known, _ = calibration_of(timesteps)
     predicts, corrects = (RecordedErrors(known, timesteps, Method(1, True, c)) for c in (False, True))
     for stops in ([6], [9]):
-        for plain, better in zip(predicts.runs(4, (2, 4), stops), corrects.runs(4, (2, 4), stops), strict=True):
-            assert better < 0.5 * plain
+        for plain, better in zip(runs(predicts, 4, (2, 4), stops), runs(corrects, 4, (2, 4), stops), strict=True):
+            assert better.sum() < 0.5 * plain.sum()
+
+
+def test_errors_that_are_alike_do_not_average_out():
+    """A sum of two outputs whose errors are one and the same is off by twice that error, a difference by none of it."""
+    noise, weights = np.array([[4.0, 4.0], [4.0, 4.0]]), np.array([[1.0, 1.0], [1.0, -1.0]])
+    for correlation, expected in ((0.0, [8, 8]), (0.5, [12, 4]), (1.0, [16, 0])):
+        outputs = Outputs(np.eye(3), np.ones(3), correlation)
+        assert outputs.passed_on(noise, weights) == pytest.approx(expected)
+
+
+def test_fewer_partial_steps_where_their_errors_are_alike():
+    timesteps = np.linspace(1000, 30, STEPS)
+    known, _ = calibration_of(timesteps, share=0.9)
+    known = replace(known, costs=replace(known.costs, partial=np.array([0.02, 0.03])))
+    counts = []
+    for correlation in (0.0, 1.0):
+        alike = replace(known, partial_correlation=np.full((1, 3), correlation))
+        steps = optimal_schedule(alike, "3x", timesteps, 0.25)
+        counts.append(steps.count(P))
+        found = expect(alike, steps, timesteps, 0.25).error
+        for other in ("3x", "4x", "6x"):
+            searched = optimal_schedule(known, other, timesteps, 0.25)
+            assert expect(alike, searched, timesteps, 0.25).error >= found * (1 - 1e-9)
+    assert counts[1] < counts[0]
 
 
 @pytest.mark.parametrize("num_steps", [7, 30])
@@ -238,11 +278,12 @@ def test_kinds_that_no_clip_has_do_not_count():
     shown, one = present[:, None, None], np.array([False, True, False])[:, None, None]
     alone = empty.add("a", known.gram * shown, known.partial * shown, present)
     errors, all_kinds = RecordedErrors(alone, alone.timesteps), RecordedErrors(known, known.timesteps)
-    for some, every in zip(errors.runs(2, (2,), [4, 6]), all_kinds.runs(2, (2,), [4, 6]), strict=True):
+    for some, every in zip(runs(errors, 2, (2,), [4, 6]), runs(all_kinds, 2, (2,), [4, 6]), strict=True):
         assert some == pytest.approx(every)  # generative tokens and context stand for the others
     only = empty.add("a", known.gram * one, known.partial * one, one.ravel())
     errors = RecordedErrors(only, only.timesteps)
-    assert errors.runs(2, (2,), [4])[0] == pytest.approx(2 * errors.runs(2, (2,), [4])[1])
+    to_full, to_partial = runs(errors, 2, (2,), [4])
+    assert to_full == pytest.approx(2 * to_partial)
     with pytest.raises(CalibrationError, match="no clip"):
         RecordedErrors(empty, empty.timesteps)
     with pytest.raises(CalibrationError, match="no step costs"):
