@@ -276,6 +276,8 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert made.schedule == "optimal:2x"
         assert "less time in the model than 8 FULL steps" in out
         assert "balanced" in out
+        assert "chosen, the first of:" in out
+        assert out.count("margin 1") == 2, "both variants of that margin were considered"
     for arguments, message in (
         (("--budget", "2x"), "needs a calibration"),
         (("--budget", "fast", "--calibration", calibration), "time factor such as 3x"),

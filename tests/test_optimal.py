@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,7 @@ from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
 from hetcache_compile.calibration import Calibration, Costs
 from hetcache_compile.multistep import Method, Outputs
 from hetcache_compile.optimal import Budget, RecordedErrors, StepCosts, expect, optimal_schedule, shortest, total_error
+from hetcache_compile.planning import choices
 
 F, P, R = StepKind
 STEPS = 12
@@ -135,12 +137,12 @@ def calibration_of(timesteps, share=0.25, degree=3):
     sources, offsets = np.array([0, 3, len(timesteps) - 2]), np.array([1, 2, 5])
     empty = np.zeros((3, 3, 3))
     known = Calibration(timesteps, np.zeros((3, len(timesteps), len(timesteps))), sources, offsets, empty[None])
-    partial = empty.copy()
+    off = empty.copy()
     for a, source in enumerate(sources):
         for b, offset in enumerate(offsets):
-            partial[:, a, b] = share**2 * ((v[:, source] - v[:, known.target(source, offset)]) ** 2).sum(axis=1)
+            off[:, a, b] = share**2 * ((v[:, source] - v[:, known.target(source, offset)]) ** 2).sum(axis=1)
     gram = np.einsum("ksd,ktd->kst", v, v)
-    known = known.add("a", gram, partial, np.array([True, True, True]))
+    known = known.add("a", gram, off, np.array([True, True, True]))
     return replace(known, costs=Costs(2.0, 0.02, np.array([0.25, 0.5]), np.array([0.6, 1.1]))), v
 
 
@@ -269,6 +271,58 @@ def test_a_plan_follows_the_calibration():
         Plan.from_mask(mask, (2, 4, 4), schedule="optimal:3x", **settings)
     unknown = expect(known, (F, *[P] * (STEPS - 1)), known.timesteps, 0.25)
     assert "unknown" in unknown.describe()
+
+
+VARIANTS = tuple({"margin": m, "context_extrapolation": e, "context_ratio": 0.0} for m in (2.0, 1.0) for e in (0, 1))
+
+
+def with_variants(shares):
+    """A calibration whose variants have PARTIAL errors of these shares of what REUSE is off by."""
+    timesteps = np.linspace(1000, 30, STEPS)
+    each = [calibration_of(timesteps, share)[0] for share in shares]
+    off = np.concatenate([known.partial for known in each])
+    costs = Costs(1.0, 0.01, np.array([0.02, 0.2]), np.array([0.05, 0.3]))
+    none = np.zeros((len(VARIANTS), 3))
+    return replace(each[0], variants=VARIANTS, partial=off, partial_correlation=none, costs=costs)
+
+
+def considered(known, budget="3x", **options):
+    mask = np.zeros((4, 8, 8), dtype=bool)
+    mask[1, 2:4, 2:4] = True
+    make = partial(
+        Plan.from_mask, mask, (4, 8, 8), num_inference_steps=STEPS, schedule=f"optimal:{budget}", calibration=known,
+        multiple=1, context_ratio=0.0,
+    )  # fmt: skip
+    return choices(make, f"optimal:{budget}", known, options)
+
+
+def test_an_optimal_plan_is_the_best_of_the_variants_calibrated():
+    for shares in ((0.02, 0.9, 0.9, 0.9), (0.9, 0.9, 0.9, 0.02), (0.9, 0.02, 0.9, 0.9)):
+        known = with_variants(shares)
+        best, *others = considered(known)
+        assert best.options == {name: VARIANTS[np.argmin(shares)][name] for name in ("margin", "context_extrapolation")}
+        assert best.plan.context_extrapolation == best.options["context_extrapolation"]
+        assert len(others) == 3
+        assert all(best.expectation.error <= other.expectation.error for other in others)
+        assert best.expectation.time_factor >= 3
+    # Alike in error, the smaller margin costs less, and what that saves buys a better schedule.
+    assert considered(with_variants((0.2, 0.2, 0.2, 0.2)))[0].options["margin"] == 1
+    bounded = considered(with_variants((0.2, 0.2, 0.2, 0.2)), "2%")
+    assert bounded[0].expectation.error <= 0.02
+    assert bounded[0].expectation.seconds == min(choice.expectation.seconds for choice in bounded)
+
+
+def test_what_is_given_is_not_chosen():
+    known = with_variants((0.4, 0.4, 0.4, 0.1))
+    assert [choice.options for choice in considered(known, margin=2.0, context_extrapolation=0)] == [{}]
+    assert {choice.options["margin"] for choice in considered(known, context_extrapolation=0)} == {1, 2}
+    assert all(set(choice.options) == {"margin"} for choice in considered(known, context_extrapolation=0))
+    merged = considered(known, merged_ratio=0.5, merging="kmeans")
+    assert {choice.options["context_extrapolation"] for choice in merged} == {0}, "the other has no plan"
+    with pytest.raises(PlanError, match="kmeans"):
+        considered(known, merged_ratio=0.5, merging="kmeans", context_extrapolation=1)
+    with pytest.raises(PlanError, match="90x faster"):
+        considered(known, "90x")
 
 
 def test_kinds_that_no_clip_has_do_not_count():
