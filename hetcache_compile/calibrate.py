@@ -30,8 +30,11 @@ from .schedule import StepKind
 from .session import session
 
 OFFSETS = (1, 2, 4, 8, 14)
-NUM_SOURCES = 8
-PROBES = (0.04, 0.12, 0.24, 0.36, 0.6, 0.85)
+SOURCES = (0.0, 0.04, 0.08, 0.15, 0.28, 0.42, 0.55, 0.69, 0.83, 0.97)
+"""Where FULL caches come from, as shares of the steps: close together at the start, where schedules have them."""
+FULL_BEFORE = 0.2
+"""How far back the FULL step before them is at most, as a share of the steps."""
+PROBES = (0.04, 0.16, 0.4, 0.75)
 """Where errors are put in, as shares of the steps: close together where what becomes of them changes most."""
 SHARES = (0.0625, 0.25)
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -182,7 +185,7 @@ def _open(out: Path, empty: Calibration) -> Calibration:
 def _empty(timesteps: Array, **known: Any) -> Calibration:
     """What is to be measured, for so many steps."""
     steps = timesteps.size
-    sources = np.unique(np.linspace(0, steps - 2, NUM_SOURCES).round().astype(np.int64))
+    sources = np.unique([min(round(share * steps), steps - 2) for share in SOURCES])
     offsets = np.array([offset for offset in OFFSETS if offset < steps], dtype=np.int64)
     probes = np.unique([min(max(round(share * steps), 1), steps - 2) for share in PROBES])
     kinds = len(TokenKind)
@@ -301,17 +304,16 @@ def partial_differences(
 ) -> Iterator[torch.Tensor]:
     """By how much PARTIAL steps on the FULL cache of `source` miss the uncached velocities of `targets`.
 
-    Where cached keys and values are predicted, the FULL step before is as far back as the PARTIAL step is ahead.
+    Where cached keys and values are predicted, the FULL step before is half as many steps from the first, as in
+    schedules, whose FULL steps lie closer together at the start; but never further back than `FULL_BEFORE`.
     """
-    caches: dict[int, Any] = {}
+    before = max(source // 2, source - round(FULL_BEFORE * len(calls)))
+    first = before if forms.plan.context_extrapolation else source
+    _, cache = forms.full(*calls[first].args, **calls[first].kwargs)
+    if first < source:
+        _, cache = forms.run("full", cache, calls[source].args, calls[source].kwargs)
     for target in targets:
-        before = max(0, 2 * source - target) if forms.plan.context_extrapolation else source
-        if before not in caches:
-            _, cache = forms.full(*calls[before].args, **calls[before].kwargs)
-            if before < source:
-                _, cache = forms.run("full", cache, calls[source].args, calls[source].kwargs)
-            caches[before] = cache
-        output, _ = forms.partial(caches[before], *calls[target].args, **calls[target].kwargs)
+        output, _ = forms.partial(cache, *calls[target].args, **calls[target].kwargs)
         yield velocity_of(output) - calls[target].velocity
 
 
