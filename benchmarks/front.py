@@ -5,8 +5,9 @@
     python benchmarks/front.py --clips 3 --methods balanced,steps:20,taylorseer:3 --steps 50
 
 Cells are kept in out/front, and a run that was cut short goes on there. Times depend on the mask's size and hardly on
-what is in the clip, so they are taken on one clip of each size; the other clips add fidelity. Every cell in out/front
-goes into the results.
+what is in the clip, so they are taken on one clip of each size; the other clips add fidelity. What each addition does
+alone, and other libraries' caches, which take no notice of the mask, are measured on the clips of one size (`ASIDE`).
+Every cell in out/front goes into the results.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ from hetcache_compile.report import provenance
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (50, 20)
-SCHEDULES = ("quality", "balanced", "fast", "optimal:3x", "optimal:4x", "optimal:5x")
-ADDITIONS = (
-    "balanced+o0", "balanced+selection=none", "balanced+selection=attention", "balanced+selection=hetcache",
-    "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25", "balanced+cached_ratio=0.25",
-    "balanced+merged_ratio=0.25+merging=kmeans", "balanced+merged_ratio=0.25+context_extrapolation=1",
-    "fast+merged_ratio=0.25+context_extrapolation=1",
+MAIN = (
+    "optimal:1%", "optimal:4x", "optimal:6x", "optimal:8x", "balanced", "paper-slow", "paper-fast",
+    *(f"steps:{number}" for number in (25, 20, 12, 8, 6)),
 )  # fmt: skip
-"""Of one schedule, each part in turn, and together: what is predicted, what is computed, what attention reads."""
-PAPER = ("paper-slow", "paper-fast")
-FEWER = tuple(f"steps:{number}" for number in (25, 20, 12, 8, 5))
+"""The fronts, on every clip."""
+ADDITIONS = (
+    "balanced+o0", "balanced+multistep=0", "balanced+selection=none", "balanced+selection=hetcache",
+    "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25+merging=kmeans", "balanced+merged_ratio=0.25",
+    "balanced+cached_ratio=0.25",
+    "optimal:4x+o0", "optimal:4x+multistep=0", "optimal:4x+merged_ratio=0.25+merging=kmeans",
+)  # fmt: skip
+"""What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away."""
+ASIDE = "20"
+"""The mask size that additions and other libraries' caches are measured on."""
 
 
 def family(name: str) -> str:
@@ -55,9 +60,8 @@ def family(name: str) -> str:
     return THE_PAPER if paper else OURS
 
 
-def chosen_methods(text: str | None, steps: int) -> tuple[list[str], list[str]]:
+def chosen_methods(names: Sequence[str], steps: int) -> tuple[list[str], list[str]]:
     """Ours and step reduction, where that takes fewer steps than `full`; other libraries'."""
-    names = text.split(",") if text else [*SCHEDULES, *ADDITIONS, *PAPER, *FEWER, *peers.NAMES]
     others = [name for name in names if name.partition(":")[0] in peers.PEERS]
     return [name for name in names if name not in others and not as_many_steps(name, steps)], others
 
@@ -75,10 +79,10 @@ def timed_clips(clips: Sequence[Clip]) -> list[Clip]:
     return list(first.values())
 
 
-def measure(
-    pipe: Any, clips: Sequence[Clip], names: tuple[list[str], list[str]], steps: int, timed: bool, out: Path
-) -> None:
+def measure(pipe: Any, clips: Sequence[Clip], names: Sequence[str], steps: int, timed: bool, out: Path) -> None:
     """The missing cells of one number of steps. Other libraries' methods run one by one: each starts Dynamo anew."""
+    if not clips:
+        return
     settings = Settings(
         "reference",
         num_inference_steps=steps,
@@ -89,7 +93,7 @@ def measure(
         calibration=file_digest(reference.CALIBRATION),
     )
     calibration = Calibration.load(reference.CALIBRATION)
-    ours, others = names
+    ours, others = chosen_methods(names, steps)
     best: dict[str, str] = {}
     groups = [parse_methods(",".join(ours)), *([Method(FULL), rival] for rival in peers.rivals(others, timed, best))]
     for group in groups:
@@ -165,13 +169,13 @@ def main() -> None:
     options = parser.parse_args()
     # Quality against ground truth is not asked here, and is slow to measure.
     pipe, clips = reference.load(), [replace(clip, truth=None) for clip in reference.held_out(options.clips)]
+    names = options.methods.split(",") if options.methods else MAIN
+    aside = () if options.methods else (*ADDITIONS, *peers.NAMES)
+    timed = [] if options.fidelity_only else timed_clips(clips)
     for steps in map(int, options.steps.split(",")):
-        names = chosen_methods(options.methods, steps)
-        timed = [] if options.fidelity_only else timed_clips(clips)
-        if timed:
-            measure(pipe, timed, names, steps, timed=True, out=options.out)
-        if rest := [clip for clip in clips if clip not in timed]:
-            measure(pipe, rest, names, steps, timed=False, out=options.out)
+        for these, is_timed in ((timed, True), ([clip for clip in clips if clip not in timed], False)):
+            measure(pipe, these, names, steps, is_timed, options.out)
+            measure(pipe, [c for c in these if mask_size(c.name) == ASIDE], aside, steps, is_timed, options.out)
     measured = sorted((int(part.name) for part in options.out.iterdir()), reverse=True)
     result = {
         **provenance(str(pipe.device)),

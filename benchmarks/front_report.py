@@ -14,8 +14,6 @@ JOINED = (OURS, THE_PAPER, FEWER_STEPS)
 LIBRARIES = ("diffusers", "cache-dit")
 SPEEDS = {50: (2.5, 4.0), 20: (2.5,)}
 """The table's rows: number of steps -> the least speed-up."""
-SCHEDULE = "balanced"
-"""The schedule that additions are shown on."""
 WRONG = 1e-3
 """A relative error on inputs that stay the same above which a cache is called wrong: rounding is far below."""
 
@@ -131,14 +129,16 @@ def family_row(result: Result, steps: str, speed: float, who: str, columns: Sequ
 
 
 def additions_table(result: Result, columns: Sequence[str]) -> list[str]:
-    """One schedule with each addition, and with several: what moves the front, and what does not."""
+    """Each schedule that was measured with options, with each of them: what moves the front, and what does not."""
     steps = next(iter(result["steps"]))
-    names = [name for name in result["steps"][steps]["methods"] if name.partition("+")[0] == SCHEDULE]
-    rows = [f"| {steps} steps | " + " | ".join(f"masks of {size} %" for size in columns) + " |"]
-    rows.append("| --- |" + " --- |" * len(columns))
-    for name in sorted(names, key=len):
-        found = ({p["method"]: p for p in points(result, steps, size)}.get(name) for size in columns)
-        rows.append(f"| `{name}` | " + " | ".join(figures(point) for point in found) + " |")
+    found = {size: {point["method"]: point for point in points(result, steps, size)} for size in columns}
+    with_options = {name for name in result["steps"][steps]["methods"] if "+" in name}
+    bases = {name.partition("+")[0] for name in with_options}
+    shown = [size for size in columns if with_options & set(found[size])]
+    rows = [f"| {steps} steps | " + " | ".join(f"masks of {size} %" for size in shown) + " |"]
+    rows.append("| --- |" + " --- |" * len(shown))
+    for name in sorted(with_options | bases, key=lambda name: (name.partition("+")[0], len(name))):
+        rows.append(f"| `{name}` | " + " | ".join(figures(found[size].get(name)) for size in shown) + " |")
     return rows
 
 

@@ -16,7 +16,7 @@ from hetcache_compile.bench_quality import RESULT, Settings, bench_quality
 from hetcache_compile.demo import demo_clip, save_random_checkpoint
 from hetcache_compile.editing import load_pipeline
 from hetcache_compile.media import Clip, read_video
-from hetcache_compile.methods import FULL, Method
+from hetcache_compile.methods import FULL, Method, parse_methods
 from hetcache_compile.schedule import PRESETS, make_schedule
 
 FRAMES, SIZE = 5, 64
@@ -97,10 +97,11 @@ def test_a_package_that_is_missing_is_a_reason(pipe, clip, tmp_path, monkeypatch
 
 
 def test_methods_are_split_and_step_reduction_must_reduce():
-    ours, others = front.chosen_methods("balanced,steps:20,steps:10,pab:3", 20)
+    ours, others = front.chosen_methods(["balanced", "steps:20", "steps:10", "pab:3"], 20)
     assert (ours, others) == (["balanced", "steps:10"], ["pab:3"])
-    everything, rivals = front.chosen_methods(None, 50)
+    everything, rivals = front.chosen_methods([*front.MAIN, *front.ADDITIONS, *peers.NAMES], 50)
     assert rivals == peers.NAMES
+    assert len(parse_methods(",".join(everything))) == 1 + len(everything), "all can be read, none is there twice"
     assert {front.family(name) for name in everything} == set(front_report.JOINED)
     assert front.family("pab:3") == "diffusers PyramidAttentionBroadcast"
 
