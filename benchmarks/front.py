@@ -79,7 +79,9 @@ def timed_clips(clips: Sequence[Clip]) -> list[Clip]:
     return list(first.values())
 
 
-def measure(pipe: Any, clips: Sequence[Clip], names: Sequence[str], steps: int, timed: bool, out: Path) -> None:
+def measure(
+    pipe: Any, clips: Sequence[Clip], names: Sequence[str], steps: int, timed: bool, options: argparse.Namespace
+) -> None:
     """The missing cells of one number of steps. Other libraries' methods run one by one: each starts Dynamo anew."""
     if not clips:
         return
@@ -94,12 +96,12 @@ def measure(pipe: Any, clips: Sequence[Clip], names: Sequence[str], steps: int, 
     )
     calibration = Calibration.load(reference.CALIBRATION)
     ours, others = chosen_methods(names, steps)
-    best: dict[str, str] = {}
-    groups = [parse_methods(",".join(ours)), *([Method(FULL), rival] for rival in peers.rivals(others, timed, best))]
+    rivals = peers.rivals(others, timed, {}, tuple(options.ways.split(",")))
+    groups = [parse_methods(",".join(ours)), *([Method(FULL), rival] for rival in rivals)]
     for group in groups:
         print(steps, "steps:", ", ".join(method.name for method in group[1:]), flush=True)
         with progress_bars() as progress:
-            bench_quality(pipe, clips, group, settings, folder(out, steps, timed), progress, calibration)
+            bench_quality(pipe, clips, group, settings, folder(options.out, steps, timed), progress, calibration)
 
 
 def folder(out: Path, steps: int, timed: bool) -> Path:
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=9, help="held-out clips; mask sizes take turns")
     parser.add_argument("--methods", help="comma-separated, in place of all: as in hetcache bench quality, and peers'")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="numbers of steps")
+    parser.add_argument("--ways", default=",".join(peers.WAYS), help="in which other libraries' caches are tried")
     parser.add_argument("--fidelity-only", action="store_true", help="no times")
     parser.add_argument("--out", type=Path, default=Path("out/front"), help="where cells are kept")
     parser.add_argument("--result", type=Path, default=RESULTS / "front.json")
@@ -174,8 +177,8 @@ def main() -> None:
     timed = [] if options.fidelity_only else timed_clips(clips)
     for steps in map(int, options.steps.split(",")):
         for these, is_timed in ((timed, True), ([clip for clip in clips if clip not in timed], False)):
-            measure(pipe, these, names, steps, is_timed, options.out)
-            measure(pipe, [c for c in these if mask_size(c.name) == ASIDE], aside, steps, is_timed, options.out)
+            measure(pipe, these, names, steps, is_timed, options)
+            measure(pipe, [c for c in these if mask_size(c.name) == ASIDE], aside, steps, is_timed, options)
     measured = sorted((int(part.name) for part in options.out.iterdir()), reverse=True)
     result = {
         **provenance(str(pipe.device)),

@@ -55,6 +55,7 @@ class Rival:
     setting: float
     timed: bool
     best: dict[str, str] = field(default_factory=dict)
+    ways: tuple[str, ...] = WAYS
     _ready: dict[str, Any] = field(default_factory=dict)
     _frozen: float | None = None
 
@@ -81,7 +82,7 @@ class Rival:
         self, pipe: Any, plain: Any, request: EditRequest, progress: Progress
     ) -> tuple[dict[str, Run], dict[str, str]]:
         """A run of each way that works, and why the others do not. Raises what the last raised if none does."""
-        ways = [self.best[self.peer.label]] if self.peer.label in self.best else list(WAYS)
+        ways = [self.best[self.peer.label]] if self.peer.label in self.best else list(self.ways)
         runs, broken = {}, {}
         for way in ways if self.timed else WAYS[-1:]:
             try:
@@ -141,12 +142,12 @@ class Rival:
         return worst
 
 
-def rivals(names: list[str], timed: bool, best: dict[str, str]) -> list[Method]:
+def rivals(names: list[str], timed: bool, best: dict[str, str], ways: tuple[str, ...] = WAYS) -> list[Method]:
     """The methods of names such as `firstblock:0.1`."""
     methods = []
     for name in names:
         kind, _, setting = name.partition(":")
-        methods.append(Method(name, runner=Rival(PEERS[kind], float(setting), timed, best)))
+        methods.append(Method(name, runner=Rival(PEERS[kind], float(setting), timed, best, ways)))
     return methods
 
 
