@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from front_report import front_table, multistep_table
+from front_report import front_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,7 +92,6 @@ PAGES = {
     "engine": (engine_table, "README.md"),
     "export_size": (export_size_table, "README.md"),
     "front": (front_table, "README.md"),
-    "multistep": (multistep_table, "README.md"),
     "steps": (steps_table, "README.md"),
     "reference": (reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
 }
