@@ -45,6 +45,8 @@ ADDITIONS = (
     "optimal:4x+o0", "optimal:4x+multistep=0", "optimal:4x+merged_ratio=0.25+merging=kmeans",
 )  # fmt: skip
 """What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away."""
+UNSTEADY = 1.1
+"""A FULL step costs what a plain call costs. By this factor apart, the machine was busier at one time than the other."""
 ASIDE = "20"
 """The mask size that additions and other libraries' caches are measured on."""
 
@@ -107,6 +109,19 @@ def measure(
 def listed(text: str | None, default: Sequence[str]) -> Sequence[str]:
     """The names in a list of an option; the default where it was not given."""
     return default if text is None else [name for name in text.split(",") if name]
+
+
+def forget_unsteady(path: Path) -> None:
+    """Drop timed cells whose FULL steps and the plain calls beside them, which compute the same, took other times."""
+    result = read(path)
+    for clip, methods in result.get("cells", {}).items():
+        for name, cell in list(methods.items()):
+            full, plain = (cell.get("median_seconds") or {}).get("FULL"), cell.get("plain_call_seconds")
+            if name != FULL and full and plain and not 1 / UNSTEADY <= full / plain <= UNSTEADY:
+                print(f"measured again: {name} on {clip}, where a FULL step took {full / plain:.2f} of a plain call")
+                del methods[name]
+    if result:
+        atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(result)))
 
 
 def folder(out: Path, steps: int, timed: bool) -> Path:
@@ -172,6 +187,7 @@ def main() -> None:
     parser.add_argument("--aside", help=f"the same, on clips whose masks are of {ASIDE} %%; empty for none")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="numbers of steps")
     parser.add_argument("--ways", default=",".join(peers.WAYS), help="in which other libraries' caches are tried")
+    parser.add_argument("--again", action="store_true", help="measure cells again that an unsteady machine spoilt")
     parser.add_argument("--fidelity-only", action="store_true", help="no times")
     parser.add_argument("--out", type=Path, default=Path("out/front"), help="where cells are kept")
     parser.add_argument("--result", type=Path, default=RESULTS / "front.json")
@@ -181,6 +197,8 @@ def main() -> None:
     names, aside = listed(options.methods, MAIN), listed(options.aside, (*ADDITIONS, *peers.NAMES))
     timed = [] if options.fidelity_only else timed_clips(clips)
     for steps in map(int, options.steps.split(",")):
+        if options.again:
+            forget_unsteady(folder(options.out, steps, timed=True) / RESULT)
         for these, is_timed in ((timed, True), ([clip for clip in clips if clip not in timed], False)):
             measure(pipe, these, names, steps, is_timed, options)
             measure(pipe, [c for c in these if mask_size(c.name) == ASIDE], aside, steps, is_timed, options)

@@ -143,6 +143,19 @@ def test_cells_of_both_parts_are_merged_and_timed_ones_win(tmp_path):
     ]
 
 
+def test_cells_of_an_unsteady_machine_are_measured_again(tmp_path):
+    def timed(full, plain):
+        return {"median_seconds": {"FULL": full, "REUSE": 0.1}, "plain_call_seconds": plain}
+
+    rivals = {"pab:3": {"median_seconds": None, "plain_call_seconds": 1.0}, "seacache:1": {"failed": "no"}}
+    methods = {FULL: timed(1.0, 9.0), "fast": timed(1.0, 1.05), "a": timed(1.0, 1.3), "b": timed(1.3, 1.0), **rivals}
+    path = tmp_path / RESULT
+    path.write_text(json.dumps({"clips": {}, "cells": {"00-box-5": methods}}))
+    front.forget_unsteady(path)
+    assert set(front.read(path)["cells"]["00-box-5"]) == {FULL, "fast", *rivals}
+    front.forget_unsteady(tmp_path / "none.json")
+
+
 def test_a_front_holds_what_nothing_beats():
     places = [(1.0, 50.0), (2.0, 55.0), (3.0, 40.0), (2.5, 39.0), (3.0, 41.0)]
     found = [{"speedup": speedup, "psnr_db": psnr_db} for speedup, psnr_db in places]
