@@ -46,7 +46,7 @@ ADDITIONS = (
 )  # fmt: skip
 """What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away."""
 UNSTEADY = 1.1
-"""A FULL step costs what a plain call costs. By this factor apart, the machine was busier at one time than the other."""
+"""A FULL step costs what a plain call costs. This far apart, the machine was busier at one time than at the other."""
 ASIDE = "20"
 """The mask size that additions and other libraries' caches are measured on."""
 
