@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import peers
@@ -45,8 +46,6 @@ ADDITIONS = (
     "optimal:4x+o0", "optimal:4x+multistep=0", "optimal:4x+merged_ratio=0.25+merging=kmeans",
 )  # fmt: skip
 """What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away."""
-UNSTEADY = 1.1
-"""A FULL step costs what a plain call costs. This far apart, the machine was busier at one time than at the other."""
 ASIDE = "20"
 """The mask size that additions and other libraries' caches are measured on."""
 
@@ -111,19 +110,6 @@ def listed(text: str | None, default: Sequence[str]) -> Sequence[str]:
     return default if text is None else [name for name in text.split(",") if name]
 
 
-def forget_unsteady(path: Path) -> None:
-    """Drop timed cells whose FULL steps and the plain calls beside them, which compute the same, took other times."""
-    result = read(path)
-    for clip, methods in result.get("cells", {}).items():
-        for name, cell in list(methods.items()):
-            full, plain = (cell.get("median_seconds") or {}).get("FULL"), cell.get("plain_call_seconds")
-            if name != FULL and full and plain and not 1 / UNSTEADY <= full / plain <= UNSTEADY:
-                print(f"measured again: {name} on {clip}, where a FULL step took {full / plain:.2f} of a plain call")
-                del methods[name]
-    if result:
-        atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(result)))
-
-
 def folder(out: Path, steps: int, timed: bool) -> Path:
     return out / str(steps) / ("timed" if timed else "fidelity")
 
@@ -132,13 +118,34 @@ def collect(out: Path, steps: int) -> dict[str, Any]:
     """Every cell of one number of steps, in few figures."""
     parts = {timed: read(folder(out, steps, timed) / RESULT) for timed in (True, False)}
     clips = {name: clip["masked"] for part in parts.values() for name, clip in part.get("clips", {}).items()}
+    ratio = full_over_plain(parts[True])
     cells: dict[str, dict[str, Any]] = {}
     for timed in (False, True):
         for clip, methods in parts[timed].get("cells", {}).items():
             for name, cell in methods.items():
                 if name != FULL:
-                    cells.setdefault(name, {})[clip] = brief(cell)
-    return {"masked": clips, "methods": {name: {"family": family(name), "cells": cells[name]} for name in cells}}
+                    cells.setdefault(name, {})[clip] = brief(steadied(cell, ratio))
+    methods = {name: {"family": family(name), "cells": cells[name]} for name in cells}
+    return {"masked": clips, "full_over_plain": ratio, "methods": methods}
+
+
+def full_over_plain(timed: dict[str, Any]) -> float | None:
+    """What a FULL step takes of a plain call: the median over all cells that follow a plan."""
+    cells = [cell for methods in timed.get("cells", {}).values() for cell in methods.values()]
+    ratios = [cell["full_over_compiled"] for cell in cells if cell.get("num_active") and cell.get("full_over_compiled")]
+    return rounded(median(ratios)) if ratios else None
+
+
+def steadied(cell: dict[str, Any], ratio: float | None) -> dict[str, Any]:
+    """A cell whose speed-up is a ratio within its own run, where that has FULL steps (or plain ones).
+
+    They are spread over the run, so a machine that is busier at one time than at another does not tell; the plain calls
+    beside the cell are from the time before it.
+    """
+    beside = cell.get("full_over_compiled")
+    if not beside or not cell.get("speedup"):
+        return cell
+    return {**cell, "speedup": cell["speedup"] * beside / ((ratio or 1.0) if cell.get("num_active") else 1.0)}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -187,7 +194,6 @@ def main() -> None:
     parser.add_argument("--aside", help=f"the same, on clips whose masks are of {ASIDE} %%; empty for none")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="numbers of steps")
     parser.add_argument("--ways", default=",".join(peers.WAYS), help="in which other libraries' caches are tried")
-    parser.add_argument("--again", action="store_true", help="measure cells again that an unsteady machine spoilt")
     parser.add_argument("--fidelity-only", action="store_true", help="no times")
     parser.add_argument("--out", type=Path, default=Path("out/front"), help="where cells are kept")
     parser.add_argument("--result", type=Path, default=RESULTS / "front.json")
@@ -197,8 +203,6 @@ def main() -> None:
     names, aside = listed(options.methods, MAIN), listed(options.aside, (*ADDITIONS, *peers.NAMES))
     timed = [] if options.fidelity_only else timed_clips(clips)
     for steps in map(int, options.steps.split(",")):
-        if options.again:
-            forget_unsteady(folder(options.out, steps, timed=True) / RESULT)
         for these, is_timed in ((timed, True), ([clip for clip in clips if clip not in timed], False)):
             measure(pipe, these, names, steps, is_timed, options)
             measure(pipe, [c for c in these if mask_size(c.name) == ASIDE], aside, steps, is_timed, options)

@@ -162,10 +162,17 @@ def caption(result: Result) -> str:
     text = (
         f"Reference model, {len(masked)} held-out clips, guidance {result['guidance_scale']:g}. PSNR to the uncached "
         "result inside the mask, median over the clips of a size; speed-up in transformer time over the same model "
-        f"compiled without us; {result['processor']}, {result['threads']} threads, torch "
-        f"{result['versions']['torch']}: `{result['command']}`."
+        f"compiled without us, from the median call of each kind within a run{ratios(result)}; "
+        f"{result['processor']}, {result['threads']} threads, torch {result['versions']['torch']}: "
+        f"`{result['command']}`."
     )
     return " ".join([text, *troubles(result)])
+
+
+def ratios(result: Result) -> str:
+    """What FULL steps take of a plain call."""
+    found = [part["full_over_plain"] for part in result["steps"].values() if part.get("full_over_plain")]
+    return f" (a FULL step takes {median(found):.2f} of a plain call)" if found else ""
 
 
 def troubles(result: Result) -> list[str]:

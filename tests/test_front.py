@@ -143,17 +143,23 @@ def test_cells_of_both_parts_are_merged_and_timed_ones_win(tmp_path):
     ]
 
 
-def test_cells_of_an_unsteady_machine_are_measured_again(tmp_path):
-    def timed(full, plain):
-        return {"median_seconds": {"FULL": full, "REUSE": 0.1}, "plain_call_seconds": plain}
+def test_speed_ups_are_ratios_within_a_run(tmp_path):
+    """The plain calls beside the second cell were timed while the machine was twice as slow; both are 4x."""
 
-    rivals = {"pab:3": {"median_seconds": None, "plain_call_seconds": 1.0}, "seacache:1": {"failed": "no"}}
-    methods = {FULL: timed(1.0, 9.0), "fast": timed(1.0, 1.05), "a": timed(1.0, 1.3), "b": timed(1.3, 1.0), **rivals}
-    path = tmp_path / RESULT
-    path.write_text(json.dumps({"clips": {}, "cells": {"00-box-5": methods}}))
-    front.forget_unsteady(path)
-    assert set(front.read(path)["cells"]["00-box-5"]) == {FULL, "fast", *rivals}
-    front.forget_unsteady(tmp_path / "none.json")
+    def timed(speedup, ratio, active=9):
+        return {**cell(40.0, speedup), "full_over_compiled": ratio, "num_active": active}
+
+    methods = {
+        FULL: {}, "fast": timed(4.0, 1.0), "balanced": timed(8.0, 0.5), "quality": timed(2.0, 1.0),
+        "steps:5": timed(6.0, 2 / 3, None), "pab:3": {**cell(30.0, 2.0), "full_over_compiled": None},
+    }  # fmt: skip
+    path = tmp_path / "20" / "timed" / RESULT
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"clips": {"00-box-5": {"masked": 0.05}}, "cells": {"00-box-5": methods}}))
+    collected = front.collect(tmp_path, 20)
+    found = {name: method["cells"]["00-box-5"]["speedup"] for name, method in collected["methods"].items()}
+    assert found == pytest.approx({"fast": 4, "balanced": 4, "quality": 2, "steps:5": 4, "pab:3": 2})
+    assert collected["full_over_plain"] == 1
 
 
 def test_a_front_holds_what_nothing_beats():
