@@ -189,7 +189,8 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=9, help="held-out clips; mask sizes take turns")
+    parser.add_argument("--clips", type=int, default=9, help="how many held-out clips; mask sizes take turns")
+    parser.add_argument("--first", type=int, default=0, help="the first of them, to share the work out")
     parser.add_argument("--methods", help="comma-separated, on every clip: as in hetcache bench quality, and peers'")
     parser.add_argument("--aside", help=f"the same, on clips whose masks are of {ASIDE} %%; empty for none")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="numbers of steps")
@@ -199,7 +200,10 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / "front.json")
     options = parser.parse_args()
     # Quality against ground truth is not asked here, and is slow to measure.
-    pipe, clips = reference.load(), [replace(clip, truth=None) for clip in reference.held_out(options.clips)]
+    pipe, clips = (
+        reference.load(),
+        [replace(clip, truth=None) for clip in reference.held_out(options.first + options.clips)[options.first :]],
+    )
     names, aside = listed(options.methods, MAIN), listed(options.aside, (*ADDITIONS, *peers.NAMES))
     timed = [] if options.fidelity_only else timed_clips(clips)
     for steps in map(int, options.steps.split(",")):
