@@ -168,7 +168,7 @@ def about_amplification(calibration: Calibration) -> dict[str, str]:
     amplification = calibration.amplification_at(calibration.timesteps)
     values = {"amplified_clips": str(len(calibration.clips)), "amplified_steps": str(calibration.num_steps)}
     for name, share in (("early", 0.04), ("third", 0.36), ("late", 0.85)):
-        step = round(share * calibration.num_steps)
+        step = int(min(calibration.probes, key=lambda probe: abs(probe - share * calibration.num_steps)))
         values[f"amplified_step_{name}"] = str(step)
         for kind in (TokenKind.GENERATIVE, TokenKind.CONTEXT):
             values[f"amplified_{kind.name.lower()}_{name}"] = f"{amplification[kind, step]:.2g}"
