@@ -114,11 +114,10 @@ def folder(out: Path, steps: int, timed: bool) -> Path:
     return out / str(steps) / ("timed" if timed else "fidelity")
 
 
-def collect(out: Path, steps: int) -> dict[str, Any]:
-    """Every cell of one number of steps, in few figures."""
+def collect(out: Path, steps: int, ratio: float | None) -> dict[str, Any]:
+    """Every cell of one number of steps, in few figures; `ratio` is that of `full_over_plain`."""
     parts = {timed: read(folder(out, steps, timed) / RESULT) for timed in (True, False)}
     clips = {name: clip["masked"] for part in parts.values() for name, clip in part.get("clips", {}).items()}
-    ratio = full_over_plain(parts[True])
     cells: dict[str, dict[str, Any]] = {}
     for timed in (False, True):
         for clip, methods in parts[timed].get("cells", {}).items():
@@ -126,12 +125,12 @@ def collect(out: Path, steps: int) -> dict[str, Any]:
                 if name != FULL:
                     cells.setdefault(name, {})[clip] = brief(steadied(cell, ratio))
     methods = {name: {"family": family(name), "cells": cells[name]} for name in cells}
-    return {"masked": clips, "full_over_plain": ratio, "methods": methods}
+    return {"masked": clips, "methods": methods}
 
 
-def full_over_plain(timed: dict[str, Any]) -> float | None:
+def full_over_plain(timed: Sequence[dict[str, Any]]) -> float | None:
     """What a FULL step takes of a plain call: the median over all cells that follow a plan."""
-    cells = [cell for methods in timed.get("cells", {}).values() for cell in methods.values()]
+    cells = [cell for part in timed for methods in part.get("cells", {}).values() for cell in methods.values()]
     ratios = [cell["full_over_compiled"] for cell in cells if cell.get("num_active") and cell.get("full_over_compiled")]
     return rounded(median(ratios)) if ratios else None
 
@@ -211,10 +210,12 @@ def main() -> None:
             measure(pipe, these, names, steps, is_timed, options)
             measure(pipe, [c for c in these if mask_size(c.name) == ASIDE], aside, steps, is_timed, options)
     measured = sorted((int(part.name) for part in options.out.iterdir()), reverse=True)
+    ratio = full_over_plain([read(folder(options.out, steps, timed=True) / RESULT) for steps in measured])
     result = {
         **provenance(str(pipe.device)),
         "guidance_scale": reference.GUIDANCE_SCALE,
-        "steps": {str(steps): collect(options.out, steps) for steps in measured},
+        "full_over_plain": ratio,
+        "steps": {str(steps): collect(options.out, steps, ratio) for steps in measured},
     }
     write(result, options.result)
     print(f"wrote {options.result}")

@@ -171,8 +171,8 @@ def caption(result: Result) -> str:
 
 def ratios(result: Result) -> str:
     """What FULL steps take of a plain call."""
-    found = [part["full_over_plain"] for part in result["steps"].values() if part.get("full_over_plain")]
-    return f" (a FULL step takes {median(found):.2f} of a plain call)" if found else ""
+    ratio = result.get("full_over_plain")
+    return f" (a FULL step takes {ratio:.2f} of a plain call)" if ratio else ""
 
 
 def troubles(result: Result) -> list[str]:
