@@ -27,6 +27,7 @@ from hetcache_compile import reference
 from hetcache_compile.bench_quality import RESULT, Settings, bench_quality, file_digest
 from hetcache_compile.calibration import Calibration
 from hetcache_compile.cli_common import progress_bars
+from hetcache_compile.errors import InputFileError
 from hetcache_compile.files import atomically
 from hetcache_compile.media import Clip
 from hetcache_compile.methods import FULL, Method, parse_methods
@@ -147,6 +148,28 @@ def steadied(cell: dict[str, Any], ratio: float | None) -> dict[str, Any]:
     return {**cell, "speedup": cell["speedup"] * beside / ((ratio or 1.0) if cell.get("num_active") else 1.0)}
 
 
+def extended(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """With the cells of an earlier result that this one lacks.
+
+    Raises:
+        InputFileError: they were measured with something else.
+    """
+    belongs = ("versions", "processor", "threads", "guidance_scale", "calibration")
+    changed = [name for name in belongs if earlier and earlier.get(name) != result[name]]
+    if changed:
+        raise InputFileError(f"the earlier result was measured otherwise (other {', '.join(changed)})")
+    merged: dict[str, Any] = {**earlier.get("steps", {})}
+    for steps, part in result["steps"].items():
+        before = merged.get(steps, {"masked": {}, "methods": {}})
+        methods = dict(before["methods"])
+        for name, method in part["methods"].items():
+            cells = {**methods.get(name, {}).get("cells", {}), **method["cells"]}
+            methods[name] = {**method, "cells": cells}
+        merged[steps] = {"masked": {**before["masked"], **part["masked"]}, "methods": methods}
+    ratio = result["full_over_plain"] or earlier.get("full_over_plain")
+    return {**result, "full_over_plain": ratio, "steps": merged}
+
+
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -196,6 +219,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(peers.WAYS), help="in which other libraries' caches are tried")
     parser.add_argument("--fidelity-only", action="store_true", help="no times")
     parser.add_argument("--out", type=Path, default=Path("out/front"), help="where cells are kept")
+    parser.add_argument("--extend", action="store_true", help="keep what --result holds already of other clips")
     parser.add_argument("--result", type=Path, default=RESULTS / "front.json")
     options = parser.parse_args()
     # Quality against ground truth is not asked here, and is slow to measure.
@@ -214,10 +238,11 @@ def main() -> None:
     result = {
         **provenance(str(pipe.device)),
         "guidance_scale": reference.GUIDANCE_SCALE,
+        "calibration": file_digest(reference.CALIBRATION),
         "full_over_plain": ratio,
         "steps": {str(steps): collect(options.out, steps, ratio) for steps in measured},
     }
-    write(result, options.result)
+    write(extended(result, read(options.result)) if options.extend else result, options.result)
     print(f"wrote {options.result}")
 
 

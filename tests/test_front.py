@@ -15,6 +15,7 @@ import torch
 from hetcache_compile.bench_quality import RESULT, Settings, bench_quality
 from hetcache_compile.demo import demo_clip, save_random_checkpoint
 from hetcache_compile.editing import load_pipeline
+from hetcache_compile.errors import InputFileError
 from hetcache_compile.media import Clip, read_video
 from hetcache_compile.methods import FULL, Method, parse_methods
 from hetcache_compile.schedule import PRESETS, make_schedule
@@ -161,6 +162,26 @@ def test_speed_ups_are_ratios_within_a_run(tmp_path):
     found = {name: method["cells"]["00-box-5"]["speedup"] for name, method in collected["methods"].items()}
     assert found == pytest.approx({"fast": 4, "balanced": 4, "quality": 2, "steps:5": 4, "pab:3": 2})
     assert ratio == 1
+
+
+def test_a_result_is_extended_by_another_of_the_same_machine():
+    def result(clip, psnr_db, name="fast", processor="P", ratio=None):
+        methods = {name: {"family": front_report.OURS, "cells": {clip: {"psnr_db": {"generative": psnr_db}}}}}
+        return {
+            "versions": {}, "processor": processor, "threads": 2, "guidance_scale": 2.0, "calibration": "c",
+            "full_over_plain": ratio, "steps": {"50": {"masked": {clip: 0.05}, "methods": methods}},
+        }  # fmt: skip
+
+    both = front.extended(result("03-box-5", 44.0), result("00-box-5", 40.0, ratio=1.02))
+    assert both["full_over_plain"] == 1.02
+    assert set(both["steps"]["50"]["masked"]) == {"00-box-5", "03-box-5"}
+    assert set(both["steps"]["50"]["methods"]["fast"]["cells"]) == {"00-box-5", "03-box-5"}
+    again = front.extended(result("03-box-5", 45.0), front.extended(result("03-box-5", 1.0, "other"), both))
+    assert again["steps"]["50"]["methods"]["fast"]["cells"]["03-box-5"]["psnr_db"]["generative"] == 45
+    assert set(again["steps"]["50"]["methods"]) == {"fast", "other"}
+    assert front.extended(result("03-box-5", 44.0), {}) == result("03-box-5", 44.0)
+    with pytest.raises(InputFileError, match="other processor"):
+        front.extended(result("03-box-5", 44.0), result("00-box-5", 40.0, processor="Q"))
 
 
 def test_a_front_holds_what_nothing_beats():
