@@ -278,6 +278,9 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert "balanced" in out
         assert "chosen, the first of:" in out
         assert out.count("margin 1") == 2, "both variants of that margin were considered"
+    status, out, err = run(*plan, "--calibration", calibration, "-o", path)
+    assert status == 0, err
+    assert hetcache.Plan.load(path).schedule == "optimal:1%", "the default of a calibration"
     for arguments, message in (
         (("--budget", "2x"), "needs a calibration"),
         (("--budget", "fast", "--calibration", calibration), "time factor such as 3x"),
@@ -288,6 +291,15 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert status == 2
         assert message in " ".join(err.split())
         assert "Traceback" not in err
+
+
+def test_a_plan_with_a_calibration_is_searched_by_default(pipe, calibrated):
+    known = replace(calibrated[0], costs=Costs(1.0, 0.01, np.array([0.5]), np.array([0.5])))
+    c = clip(1)
+    request = EditRequest(c.video, c.mask, c.prompt, num_inference_steps=8, guidance_scale=1.0, max_sequence_length=16)
+    assert make_plan(pipe, request, None).schedule == "balanced"
+    assert make_plan(pipe, request, None, calibration=known).schedule == "optimal:1%"
+    assert make_plan(pipe, request, "FRRP", calibration=known, margin=2.0).schedule == "FRRP"
 
 
 def test_the_calibration_that_is_shipped_can_be_used():
