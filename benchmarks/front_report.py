@@ -133,12 +133,24 @@ def methods_table(result: Result, steps: str, columns: Sequence[str]) -> list[st
 
 
 def additions_table(result: Result, columns: Sequence[str]) -> list[str]:
-    """Each schedule that was measured with options, with each of them: what moves the front, and what does not."""
+    """Each schedule that was measured with options, with each of them: what moves the front, and what does not.
+
+    On the clips that all of them have, so that lines can be compared.
+    """
     steps = next(iter(result["steps"]))
-    with_options = {name for name in result["steps"][steps]["methods"] if "+" in name}
-    bases = {name.partition("+")[0] for name in with_options}
+    methods = result["steps"][steps]["methods"]
+    with_options = {name for name in methods if "+" in name}
+    bases = {name.partition("+")[0] for name in with_options} & set(methods)
+    shared = (
+        set.intersection(*(set(methods[name]["cells"]) for name in with_options | bases)) if with_options else set()
+    )
+    compared = {
+        name: {**methods[name], "cells": {clip: methods[name]["cells"][clip] for clip in shared}}
+        for name in with_options | bases
+    }
+    result = {"steps": {steps: {**result["steps"][steps], "methods": compared}}}
     shown = [size for size in columns if with_options & {point["method"] for point in points(result, steps, size)}]
-    return table_of(result, steps, shown, lambda name: name in with_options | bases)
+    return table_of(result, steps, shown, lambda _: True)
 
 
 def table_of(result: Result, steps: str, columns: Sequence[str], wanted: Callable[[str], bool]) -> list[str]:

@@ -69,7 +69,7 @@ Schedule = str | Sequence[StepKind | str]
 
 
 def default_schedule(calibration: object | None) -> str:
-    """What is done where nothing is asked for: an error that the eye does not see, if a calibration can tell."""
+    """What is done where nothing is asked for: with a calibration, the fastest that keeps a small error."""
     return "balanced" if calibration is None else OPTIMAL + "1%"
 
 

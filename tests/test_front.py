@@ -227,6 +227,15 @@ def test_the_table_shows_the_best_of_each_family_that_is_fast_enough(result):
     assert "20 steps" not in table
 
 
+def test_additions_are_compared_on_the_clips_that_all_of_them_have(result):
+    cells = result["steps"]["50"]["methods"]["balanced"]["cells"]
+    cells |= {f"{n}-box-5": {"psnr_db": {"generative": 70.0}} for n in ("03", "06")}
+    table = "\n".join(front_report.additions_table(result, ["5"]))
+    assert "| `balanced` | 50.0 dB, 3.70x |" in table
+    assert "`fast`" not in table
+    assert "| `balanced` | 70.0 dB, 3.70x |" in "\n".join(front_report.methods_table(result, "50", ["5"]))
+
+
 def test_the_plot_is_drawn(result, tmp_path):
     front_report.save_plot(tmp_path / "front.png", result)
     assert (tmp_path / "front.png").stat().st_size > 10_000
