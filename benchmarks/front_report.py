@@ -135,7 +135,7 @@ def methods_table(result: Result, steps: str, columns: Sequence[str]) -> list[st
 def additions_table(result: Result, columns: Sequence[str]) -> list[str]:
     """Each schedule that was measured with options, with each of them: what moves the front, and what does not.
 
-    On the clips that all of them have, so that lines can be compared.
+    On the clips that all of them have, so that lines can be reduced.
     """
     steps = next(iter(result["steps"]))
     methods = result["steps"][steps]["methods"]
@@ -144,11 +144,11 @@ def additions_table(result: Result, columns: Sequence[str]) -> list[str]:
     shared = (
         set.intersection(*(set(methods[name]["cells"]) for name in with_options | bases)) if with_options else set()
     )
-    compared = {
+    reduced = {
         name: {**methods[name], "cells": {clip: methods[name]["cells"][clip] for clip in shared}}
         for name in with_options | bases
     }
-    result = {"steps": {steps: {**result["steps"][steps], "methods": compared}}}
+    result = {"steps": {steps: {**result["steps"][steps], "methods": reduced}}}
     shown = [size for size in columns if with_options & {point["method"] for point in points(result, steps, size)}]
     return table_of(result, steps, shown, lambda _: True)
 
