@@ -2,12 +2,11 @@
 
     python benchmarks/front.py                   # everything, into results/front.json and front.png: hours
     python benchmarks/front.py --fidelity-only   # what a busy machine may do: all clips, no times
-    python benchmarks/front.py --clips 3 --methods balanced,steps:20,taylorseer:3 --aside= --steps 50
+    python benchmarks/front.py --clips 3 --methods balanced,steps:20,taylorseer:3 --steps 50
 
 Cells are kept in out/front, and a run that was cut short goes on there. Times depend on the mask's size and hardly on
-what is in the clip, so they are taken on one clip of each size; the other clips add fidelity. What each addition does
-alone, and other libraries' caches, which take no notice of the mask, are measured on the clips of one size (`ASIDE`).
-Every cell in out/front goes into the results.
+what is in the clip, so they are taken on one clip of each size, those of other libraries' caches, which take no notice
+of the mask, on one clip; the other clips add fidelity. Every cell in out/front goes into the results.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MAIN = (
     "optimal:1%", "optimal:2x", "optimal:3x", "optimal:4x", "optimal:6x", "optimal:8x", "balanced", "paper-fast",
     *(f"steps:{number}" for number in (20, 12, 8, 6)),
 )  # fmt: skip
-"""The fronts, on every clip."""
+"""The fronts."""
 ADDITIONS = (
     "paper-slow", "balanced+o0", "balanced+multistep=0", "balanced+selection=none", "balanced+selection=hetcache",
     "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25+merging=kmeans", "balanced+merged_ratio=0.25",
@@ -47,8 +46,8 @@ ADDITIONS = (
     "optimal:4x+o0", "optimal:4x+multistep=0", "optimal:4x+merged_ratio=0.25+merging=kmeans",
 )  # fmt: skip
 """What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away."""
-ASIDE = "20"
-"""The mask size that additions and other libraries' caches are measured on."""
+RIVALS_TIMED_ON = "20"
+"""The mask size of the clip that other libraries' caches are timed on."""
 
 
 def family(name: str) -> str:
@@ -81,11 +80,30 @@ def timed_clips(clips: Sequence[Clip]) -> list[Clip]:
     return list(first.values())
 
 
-def measure(
-    pipe: Any, clips: Sequence[Clip], names: Sequence[str], steps: int, timed: bool, options: argparse.Namespace
-) -> None:
+def measure(pipe: Any, clips: Sequence[Clip], names: Sequence[str], steps: int, options: argparse.Namespace) -> None:
     """The missing cells of one number of steps. Other libraries' methods run one by one: each starts Dynamo anew."""
-    if not (clips and names):
+    ours, others = chosen_methods(names, steps)
+    timed = [] if options.fidelity_only else timed_clips(clips)
+    timed_of_rivals = [clip for clip in timed if mask_size(clip.name) == RIVALS_TIMED_ON]
+    run_cells(pipe, timed, parse_methods(",".join(ours)), steps, True, options)
+    for rival in peers.rivals(others, True, {}, tuple(options.ways.split(","))):
+        run_cells(pipe, timed_of_rivals, [Method(FULL), rival], steps, True, options)
+    run_cells(pipe, without(clips, timed), parse_methods(",".join(ours)), steps, False, options)
+    for rival in peers.rivals(others, False, {}):
+        run_cells(pipe, without(clips, timed_of_rivals), [Method(FULL), rival], steps, False, options)
+
+
+def without(clips: Sequence[Clip], others: Sequence[Clip]) -> list[Clip]:
+    """The clips of other names."""
+    names = {clip.name for clip in others}
+    return [clip for clip in clips if clip.name not in names]
+
+
+def run_cells(
+    pipe: Any, clips: Sequence[Clip], methods: Sequence[Method], steps: int, timed: bool, options: argparse.Namespace
+) -> None:
+    """The missing cells of some methods, of which the first is `full`."""
+    if not clips or len(methods) < 2:
         return
     settings = Settings(
         "reference",
@@ -97,18 +115,9 @@ def measure(
         calibration=file_digest(reference.CALIBRATION),
     )
     calibration = Calibration.load(reference.CALIBRATION)
-    ours, others = chosen_methods(names, steps)
-    rivals = peers.rivals(others, timed, {}, tuple(options.ways.split(",")))
-    groups = [parse_methods(",".join(ours)), *([Method(FULL), rival] for rival in rivals)]
-    for group in groups:
-        print(steps, "steps:", ", ".join(method.name for method in group[1:]), flush=True)
-        with progress_bars() as progress:
-            bench_quality(pipe, clips, group, settings, folder(options.out, steps, timed), progress, calibration)
-
-
-def listed(text: str | None, default: Sequence[str]) -> Sequence[str]:
-    """The names in a list of an option; the default where it was not given."""
-    return default if text is None else [name for name in text.split(",") if name]
+    print(steps, "steps:", ", ".join(method.name for method in methods[1:]), flush=True)
+    with progress_bars() as progress:
+        bench_quality(pipe, clips, methods, settings, folder(options.out, steps, timed), progress, calibration)
 
 
 def folder(out: Path, steps: int, timed: bool) -> Path:
@@ -213,8 +222,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=9, help="how many held-out clips; mask sizes take turns")
     parser.add_argument("--first", type=int, default=0, help="the first of them, to share the work out")
-    parser.add_argument("--methods", help="comma-separated, on every clip: as in hetcache bench quality, and peers'")
-    parser.add_argument("--aside", help=f"the same, on clips whose masks are of {ASIDE} %%; empty for none")
+    parser.add_argument(
+        "--methods",
+        default=",".join((*MAIN, *ADDITIONS, *peers.NAMES)),
+        help="comma-separated: as in hetcache bench quality, and peers'; empty for what is in --out only",
+    )
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="numbers of steps")
     parser.add_argument("--ways", default=",".join(peers.WAYS), help="in which other libraries' caches are tried")
     parser.add_argument("--fidelity-only", action="store_true", help="no times")
@@ -227,12 +239,8 @@ def main() -> None:
         reference.load(),
         [replace(clip, truth=None) for clip in reference.held_out(options.first + options.clips)[options.first :]],
     )
-    names, aside = listed(options.methods, MAIN), listed(options.aside, (*ADDITIONS, *peers.NAMES))
-    timed = [] if options.fidelity_only else timed_clips(clips)
     for steps in map(int, options.steps.split(",")):
-        for these, is_timed in ((timed, True), ([clip for clip in clips if clip not in timed], False)):
-            measure(pipe, these, names, steps, is_timed, options)
-            measure(pipe, [c for c in these if mask_size(c.name) == ASIDE], aside, steps, is_timed, options)
+        measure(pipe, clips, [name for name in options.methods.split(",") if name], steps, options)
     measured = sorted((int(part.name) for part in options.out.iterdir()), reverse=True)
     ratio = full_over_plain([read(folder(options.out, steps, timed=True) / RESULT) for steps in measured])
     result = {

@@ -34,13 +34,16 @@ def sizes(result: Result) -> list[str]:
 def points(result: Result, steps: str, size: str) -> Iterator[Point]:
     """A point for each method that was timed at this mask size: medians over clips.
 
-    A method that gave the uncached result itself has no finite PSNR, and no point.
+    Other libraries' caches take no notice of the mask: a time of any size holds. A method that gave the uncached result
+    itself has no finite PSNR, and no point.
     """
     for name, method in result["steps"][steps]["methods"].items():
-        cells = [cell for clip, cell in method["cells"].items() if mask_size(clip) == size and "failed" not in cell]
-        speeds = [cell["speedup"] for cell in cells if "speedup" in cell]
+        done = {clip: cell for clip, cell in method["cells"].items() if "failed" not in cell}
+        cells = [cell for clip, cell in done.items() if mask_size(clip) == size]
+        timed = cells if method["family"] in JOINED else done.values()
+        speeds = [cell["speedup"] for cell in timed if "speedup" in cell]
         figures = [cell["psnr_db"]["generative"] for cell in cells]
-        if speeds and None not in figures:
+        if speeds and figures and None not in figures:
             place = {"speedup": median(speeds), "psnr_db": median(figures)}
             yield {"method": name, "family": method["family"], **place}
 
@@ -108,8 +111,8 @@ def front_table(result: Result) -> str:
         "![Fidelity against speed-up](benchmarks/results/front.png)",
     ]
     tables = [methods_table(result, steps, columns) for steps in result["steps"]]
-    tables.append(additions_table(result, columns))
-    return "\n".join([*rows, "", *(line for table in tables for line in [*table, ""]), *caption_and_plot])
+    tables += [additions_table(result, steps, columns) for steps in result["steps"]]
+    return "\n".join([*rows, "", *(line for table in tables if table for line in [*table, ""]), *caption_and_plot])
 
 
 def compared(result: Result, steps: str) -> list[str]:
@@ -132,23 +135,21 @@ def methods_table(result: Result, steps: str, columns: Sequence[str]) -> list[st
     return table_of(result, steps, columns, lambda name: "+" not in name)
 
 
-def additions_table(result: Result, columns: Sequence[str]) -> list[str]:
+def additions_table(result: Result, steps: str, columns: Sequence[str]) -> list[str]:
     """Each schedule that was measured with options, with each of them: what moves the front, and what does not.
 
-    On the clips that all of them have, so that lines can be reduced.
+    On the clips that all of them have, so that lines can be reduced. Empty where there are none.
     """
-    steps = next(iter(result["steps"]))
     methods = result["steps"][steps]["methods"]
     with_options = {name for name in methods if "+" in name}
-    bases = {name.partition("+")[0] for name in with_options} & set(methods)
-    shared = (
-        set.intersection(*(set(methods[name]["cells"]) for name in with_options | bases)) if with_options else set()
-    )
+    if not with_options:
+        return []
+    compared = with_options | {name.partition("+")[0] for name in with_options} & set(methods)
+    shared = set.intersection(*(set(methods[name]["cells"]) for name in compared))
     reduced = {
-        name: {**methods[name], "cells": {clip: methods[name]["cells"][clip] for clip in shared}}
-        for name in with_options | bases
+        name: {**methods[name], "cells": {clip: methods[name]["cells"][clip] for clip in shared}} for name in compared
     }
-    result = {"steps": {steps: {**result["steps"][steps], "methods": reduced}}}
+    result = {"steps": {steps: {"methods": reduced}}}
     shown = [size for size in columns if with_options & {point["method"] for point in points(result, steps, size)}]
     return table_of(result, steps, shown, lambda _: True)
 

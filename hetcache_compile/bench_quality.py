@@ -246,7 +246,9 @@ def open_result(out: Path, pipe: Any, clips: Sequence[Clip], settings: Settings)
         return {**belongs, "clips": known, "cells": {}}
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        old = {name: result[name] for name in belongs if name != "command"}
+        # Without times, clips can be shared out among processes of fewer threads.
+        free = {"command"} if settings.timed else {"command", "threads"}
+        old = {name: result[name] for name in belongs if name not in free}
         clips_then, _ = result["clips"], result["cells"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path} holds no results of `bench quality`: give another --out") from error

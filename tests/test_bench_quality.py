@@ -20,6 +20,8 @@ from hetcache_compile.bench_quality import (
     bench_quality,
     frames_file,
     load_frames,
+    open_result,
+    save_result,
 )
 from hetcache_compile.demo import demo_clip, save_random_checkpoint
 from hetcache_compile.editing import EditRequest, load_pipeline, run_compiled
@@ -235,6 +237,19 @@ def test_results_of_another_setting_model_or_clip_are_not_mixed(finished, pipe):
         with torch.no_grad():
             bias -= 1
     assert nothing.begun == []
+
+
+def test_threads_matter_to_times_only(pipe, tmp_path, monkeypatch):
+    for timed in (True, False):
+        out, settings = tmp_path / str(timed), replace(SETTINGS, timed=timed)
+        save_result(out, open_result(out, pipe, CLIPS, settings))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_num_threads", lambda: 61)
+            if timed:
+                with pytest.raises(InputFileError, match="other threads"):
+                    open_result(out, pipe, CLIPS, settings)
+            else:
+                assert open_result(out, pipe, CLIPS, settings)["threads"] == 61
 
 
 def test_clips_that_do_not_belong_together_are_refused(pipe, tmp_path):

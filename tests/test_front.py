@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -107,9 +108,23 @@ def test_methods_are_split_and_step_reduction_must_reduce():
     assert front.family("pab:3") == "diffusers PyramidAttentionBroadcast"
 
 
-def test_times_are_taken_on_the_first_clip_of_each_size(clip):
+@pytest.mark.parametrize("fidelity_only", [False, True])
+def test_times_are_taken_on_the_first_clip_of_each_size(clip, monkeypatch, fidelity_only):
+    """Those of other libraries on the one of `RIVALS_TIMED_ON`. Every cell is measured once."""
     clips = [replace(clip, name=name) for name in ("00-box-5", "01-box-20", "03-ellipse-5", "04-ellipse-20")]
-    assert front.timed_clips(clips) == clips[:2]
+    timed, cells = set(), []
+
+    def run_cells(pipe, clips, methods, steps, is_timed, options):
+        found = [(item.name, method.name) for item in clips for method in methods[1:]]
+        cells.extend(found)
+        timed.update(found if is_timed else ())
+
+    monkeypatch.setattr(front, "run_cells", run_cells)
+    names = ["balanced", "steps:20", "steps:10", "pab:3"]
+    front.measure(None, clips, names, 20, argparse.Namespace(fidelity_only=fidelity_only, ways="eager"))
+    assert sorted(cells) == sorted((item.name, name) for item in clips for name in names if name != "steps:20")
+    everywhere = {(item.name, name) for item in clips[:2] for name in ("balanced", "steps:10")}
+    assert timed == (set() if fidelity_only else everywhere | {("01-box-20", "pab:3")})
 
 
 def test_the_papers_presets_cost_what_its_table_says():
@@ -230,10 +245,17 @@ def test_the_table_shows_the_best_of_each_family_that_is_fast_enough(result):
 def test_additions_are_compared_on_the_clips_that_all_of_them_have(result):
     cells = result["steps"]["50"]["methods"]["balanced"]["cells"]
     cells |= {f"{n}-box-5": {"psnr_db": {"generative": 70.0}} for n in ("03", "06")}
-    table = "\n".join(front_report.additions_table(result, ["5"]))
+    table = "\n".join(front_report.additions_table(result, "50", ["5"]))
     assert "| `balanced` | 50.0 dB, 3.70x |" in table
     assert "`fast`" not in table
     assert "| `balanced` | 70.0 dB, 3.70x |" in "\n".join(front_report.methods_table(result, "50", ["5"]))
+
+
+def test_other_libraries_need_no_time_of_each_mask_size(result):
+    for method in result["steps"]["50"]["methods"].values():
+        method["cells"]["02-box-50"] = {"psnr_db": {"generative": 31.0}}
+    found = list(front_report.points(result, "50", "50"))
+    assert [(p["method"], p["speedup"], p["psnr_db"]) for p in found] == [("pab:3", 2.7, 31.0)]
 
 
 def test_the_plot_is_drawn(result, tmp_path):
