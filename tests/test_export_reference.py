@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export import trt
-from hetcache_compile.export.exporter import export_model
+from hetcache_compile.export.exporter import ExportOptions, export_model
 from hetcache_compile.export.sample_call import CallShape
 from hetcache_compile.export.verify import verify_with_ort
 from hetcache_compile.manifest import Manifest
@@ -40,7 +40,7 @@ def folder(plan, tmp_path_factory):
     """`verify_with_ort` raises where a form is not within 1e-5 of torch."""
     out = tmp_path_factory.mktemp("reference") / "export"
     shape = CallShape(plan, text_tokens=reference.MAX_TEXT_LENGTH)
-    export_model(str(reference.FOLDER), plan, out, shape=shape, checks=[verify_with_ort])
+    export_model(str(reference.FOLDER), plan, out, ExportOptions(baseline=False), shape=shape, checks=[verify_with_ort])
     return out
 
 
@@ -67,4 +67,4 @@ def test_tensorrt_for_rtx_builds_its_engines(folder):
     pytest.importorskip("polygraphy", reason="needs the extra trt-rtx")
     pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
     manifest = trt.build_engines(folder, Manifest.load(folder), trt.RTX, ("8.9",))
-    assert set(manifest.engines["rtx"].forms) == {"full", "partial", "reuse", "plain"}
+    assert set(manifest.engines["rtx"].forms) == {"full", "partial", "reuse"}

@@ -18,7 +18,7 @@ from hetcache_compile.passes import cluster as clustering
 from hetcache_compile.passes import merge
 from hetcache_compile.passes.cluster import EMPTY, ITERATIONS, centroids, kmeans
 
-CASE = Case("vace")
+CASE = Case("vace", config=(("num_layers", 1), ("vace_layers", (0,))))
 N = CASE.num_tokens
 
 

@@ -25,7 +25,7 @@ from hetcache_compile.passes.choose import (
     spread,
 )
 
-CASE = Case("vace")
+CASE = Case("vace", config=(("num_layers", 1), ("vace_layers", (0,))))
 N = CASE.num_tokens
 KINDS = ("full", "partial", "full", "partial", "reuse")
 
@@ -163,7 +163,7 @@ def test_full_steps_choose_what_the_attention_matrices_say(model, calls) -> None
     rows = torch.from_numpy(chosen_by.query_index)
     assert set(rows.tolist()) == set(np.flatnonzero(chosen_by.token_kind == TokenKind.GENERATIVE))
     matrices = attention_matrices(model, calls[0], N)
-    assert len(matrices) == 4
+    assert len(matrices) == 2
     relevance = torch.stack([matrix[..., rows, :].mean(dim=(0, 1, 2)) for matrix in matrices]).mean(dim=0)
     always = np.intersect1d(chosen_by.active_index, np.flatnonzero(chosen_by.token_kind != TokenKind.CONTEXT))
     context = torch.from_numpy(np.flatnonzero(chosen_by.token_kind == TokenKind.CONTEXT))
@@ -172,8 +172,9 @@ def test_full_steps_choose_what_the_attention_matrices_say(model, calls) -> None
     assert set(cache["past_selection.active_index"].tolist()) == {*always, *best.tolist()}
 
 
-@pytest.mark.parametrize("context_extrapolation", [0, 1])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "context_extrapolation"), [(STRATEGIES[0], 0), *((name, 1) for name in STRATEGIES[1:])]
+)
 def test_the_forms_follow_what_full_steps_choose(model, calls, strategy: str, context_extrapolation: int) -> None:
     """A partial step is that of a fixed plan with the same tokens, and the backend does what the forms do."""
     chosen_by = plan(strategy, context_extrapolation=context_extrapolation)
