@@ -15,7 +15,7 @@ demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo
 	$(BIN)/hetcache demo --out out/demo
 
 test: .venv/ready   ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: .venv/ready build/typings   ## style and types
 	$(BIN)/ruff check .

@@ -20,6 +20,15 @@ from hetcache_compile.passes.analyse import Analysis, analyse
 from hetcache_compile.passes.cache import Budgets
 from hetcache_compile.passes.forms import FORMS, Form
 
+SLOW = ("zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli")
+"""The files that take half a minute and more, the slowest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: workers take whole files, and then end at about the same time."""
+    order = {f"test_{name}.py": number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 @dataclass(frozen=True)
 class Captured:
