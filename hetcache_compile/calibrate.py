@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .backend import hetcache_backend
+from .bench_quality import describe_clip
 from .calibration import DEFAULTS, Array, Calibration, Costs
 from .editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from .errors import CalibrationError
@@ -44,6 +45,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"margin": 1.0, "context_extrapolation": 1},
 )
 """Options of a plan that change what PARTIAL steps are off by, and that a planner may choose."""
+DIGESTS = "digests"
+"""The setting that tells clips of one name apart."""
 TIMED_CYCLE = (StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE, StepKind.PARTIAL, StepKind.REUSE)
 CHUNK = 2**16
 
@@ -126,6 +129,7 @@ def calibrate(
         "guidance_scale": guidance_scale,
         "max_sequence_length": max_sequence_length,
         "seed": seed,
+        "size": list(clips[0].video.shape[:3]) if clips else None,
         **partition,
     }
     scheduler = copy.deepcopy(pipe.scheduler)
@@ -137,7 +141,8 @@ def calibrate(
         variants=tuple({**DEFAULTS, **partition, **chosen} for chosen in variants),
         settings=known,
     )
-    calibration = _open(out, empty)
+    digests = {clip.name: str(describe_clip(clip)["digest"]) for clip in clips}
+    calibration = _open(out, empty, digests)
     requests = {
         clip.name: EditRequest(
             video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=num_inference_steps,
@@ -157,24 +162,29 @@ def calibrate(
             options: list[dict[str, Any]] = [{"extrapolation": 0, **partition, **chosen} for chosen in variants]
             plans = [make_plan(pipe, request, "full", **each) for each in options]
             calibration = calibration.add(name, *measure_clip(pipe, request, plans, calibration, progress))
+            measured = {**calibration.settings.get(DIGESTS, {}), name: digests[name]}
+            calibration = replace(calibration, settings={**calibration.settings, DIGESTS: measured})
             calibration.save(out)
     progress("clips", len(requests), len(requests))
     return calibration
 
 
-def _open(out: Path, empty: Calibration) -> Calibration:
+def _open(out: Path, empty: Calibration, digests: Mapping[str, str]) -> Calibration:
     """What `out` holds already, or an empty calibration.
 
     Raises:
-        CalibrationError: it holds one that was made otherwise.
+        CalibrationError: it holds one that was made otherwise, or with other clips of these names.
     """
     if not out.exists():
         return empty
     found = Calibration.load(out)
-    changed = sorted(
-        name for name in {*empty.settings, *found.settings} if empty.settings.get(name) != found.settings.get(name)
-    )
+    there = dict(found.settings)
+    measured = there.pop(DIGESTS, {})
+    changed = sorted(name for name in {*empty.settings, *there} if empty.settings.get(name) != there.get(name))
     changed += ["variants"] if found.variants != empty.variants else []
+    layout = ("timesteps", "sources", "offsets", "probes")
+    changed += [name for name in layout if not np.array_equal(getattr(found, name), getattr(empty, name))]
+    changed += [f"clip {name}" for name, digest in digests.items() if measured.get(name, digest) != digest]
     if changed:
         raise CalibrationError(
             f"{out} was calibrated otherwise (other {', '.join(changed)}): give another --out, or remove it"
@@ -226,7 +236,7 @@ def measure_clip(
     partial, correlation = np.zeros(layout.partial.shape), np.zeros(layout.partial_correlation.shape)
     variants = [write_forms(forms.program, forms.analysis, plan) for plan in plans]
     pairs = [(source, layout.target(source, offset)) for source in layout.sources for offset in layout.offsets]
-    _, different = np.unique(pairs, axis=0, return_index=True)  # near the end, offsets share their last step
+    _, different = np.unique(pairs, axis=0, return_index=True)
     for variant, these in enumerate(variants):
         products = np.zeros((len(masks), layout.partial[0, 0].size, layout.partial[0, 0].size))
         for branch in branches:
@@ -312,9 +322,12 @@ def partial_differences(
     _, cache = forms.full(*calls[first].args, **calls[first].kwargs)
     if first < source:
         _, cache = forms.run("full", cache, calls[source].args, calls[source].kwargs)
+    missed: dict[int, torch.Tensor] = {}  # near the end, offsets share their last step
     for target in targets:
-        output, _ = forms.partial(cache, *calls[target].args, **calls[target].kwargs)
-        yield velocity_of(output) - calls[target].velocity
+        if target not in missed:
+            output, _ = forms.partial(cache, *calls[target].args, **calls[target].kwargs)
+            missed[target] = velocity_of(output) - calls[target].velocity
+        yield missed[target]
 
 
 def mean_correlation(products: Array) -> float:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_bench import bench
-from .cli_calibrate import CalibrationFile, calibrate, comparison, expectation, load_calibration
+from .cli_calibrate import CalibrationFile, calibrate, comparison, expectation, load_calibration, not_counted
 from .cli_common import (
     ContextRatio,
     Device,
@@ -37,7 +37,7 @@ from .cli_common import (
     torch_device,
     torch_dtype,
 )  # fmt: skip
-from .errors import HetCacheError
+from .errors import HetCacheError, PlanError
 
 app = typer.Typer(
     help="Token-partitioned caching for diffusion transformers, as a compiler pass.",
@@ -135,7 +135,7 @@ def edit(
     from .plan import Plan
 
     known_plan = Plan.load(plan) if plan else None
-    known_calibration = load_calibration(calibration)
+    known_calibration = load_calibration(calibration, model)
     frames = read_video(video, num_frames, height, width, start_frame)
     pixels = read_mask(mask, num_frames, height, width)
     with console.status(f"loading {model}"):
@@ -179,7 +179,7 @@ def make_plan(
     reference_images: Annotated[int, typer.Option(help="How many reference images the edit has.", min=0)] = 0,
     schedule: Schedule = None,
     budget: Annotated[
-        str | None, typer.Option(help="The best schedule under 3x, a time factor, or 2%, an error bound.")
+        str | None, typer.Option(help="The best schedule under 3x, a time factor, or 2%, an expected error.")
     ] = None,
     calibration: CalibrationFile = None,
     margin: Margin = None,
@@ -200,8 +200,10 @@ def make_plan(
 
     if model is None:
         check_size(height, width, num_frames)
-    known = load_calibration(calibration)
+    known = load_calibration(calibration, model)
     if budget is not None:
+        if schedule is not None:
+            raise PlanError(f"--budget {budget} finds a schedule: leave --schedule {schedule} out, or the budget")
         schedule = OPTIMAL + budget
     schedule = default_schedule(known) if schedule is None else schedule
     pixels = read_mask(mask, num_frames, height, width)
@@ -229,7 +231,7 @@ def make_plan(
     print(made.describe())
     if known is not None:
         print(expectation(known.like(options | dict(considered[0].options)), made))
-        print(comparison(considered), end="")
+        print(comparison(considered) + not_counted(known, options), end="")
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
 
 

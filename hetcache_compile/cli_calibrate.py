@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,11 +31,14 @@ from .cli_common import (
 from .plan import Plan
 from .planning import Choice
 
+BESIDE_MODEL = "model.hetcal"
+"""Where a model's folder holds its calibration."""
 CalibrationFile = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="For optimal schedules: a file of `hetcache calibrate`, or `reference` for the one shipped.",
+        help="For optimal schedules: a file of `hetcache calibrate`, or `reference` for the one shipped. "
+        "[default: model.hetcal in the folder of --model, if it is there]",
     ),
 ]
 
@@ -43,7 +46,7 @@ CalibrationFile = Annotated[
 def calibrate(
     model: Annotated[str, typer.Option(help="A local checkpoint, or `reference` for the one shipped.")] = "reference",
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; a run cut short goes on there.")] = Path(
-        "model.hetcal"
+        BESIDE_MODEL
     ),
     clips: Annotated[int, typer.Option(help="How many procedural clips to edit.", min=1)] = 6,
     video: Annotated[Path | None, typer.Option(help="A video to edit, in place of procedural clips.")] = None,
@@ -100,13 +103,28 @@ def calibrate(
     print(f"wrote {out}")
 
 
-def load_calibration(name: str | None) -> Calibration | None:
-    """The calibration file of this name, or the one that is shipped with the reference model."""
+def load_calibration(name: str | None, model: Path | None = None) -> Calibration | None:
+    """The calibration of this name, where `reference` is the one that is shipped; else the one in the model's folder.
+
+    None where there is none.
+    """
     if name is None:
-        return None
+        beside = model / BESIDE_MODEL if model is not None else None
+        return Calibration.load(beside) if beside is not None and beside.exists() else None
     from . import reference
 
     return Calibration.load(reference.CALIBRATION if name == "reference" else name)
+
+
+def not_counted(calibration: Calibration, options: Mapping[str, Any]) -> str:
+    """A line on the options that change what steps cost and miss, and that were not measured; empty if there are none.
+
+    The calibration's PARTIAL steps attend to all context, and compute what is spread evenly over it.
+    """
+    usual = {"cached_ratio": 1.0, "merged_ratio": 1.0, "margin_ratio": 1.0, "selection": "uniform"}
+    changed = [name for name, value in usual.items() if options.get(name, value) != value]
+    changed = [name for name in changed if name not in calibration.variants[0]]
+    return f"not measured, so what is expected leaves it out: {', '.join(changed)}\n" if changed else ""
 
 
 def expectation(calibration: Calibration, plan: Plan) -> str:

@@ -84,9 +84,30 @@ def _refusal(reason: str) -> UnsupportedGraphError:
 
 
 def _states(call: Call, found: Attention, num_tokens: int) -> Node:
-    """Keys of one attention as `[N, E]`: what a token is, as attention sees it."""
+    """Hidden states of the tokens as `[N, E]`: what one attention's keys are projected from.
+
+    Where there is no one projection of them, the keys themselves.
+    """
     offset = found.tokens.whole[0]
-    keys = call(aten.slice.Tensor, found.key, -2, offset, offset + num_tokens)
-    rank = len(shape_of(found.key))
-    rows = call(aten.permute.default, keys, [rank - 2, *range(rank - 2), rank - 1])
+    hidden = {node for node in _projected(found.key) if shape_of(node)[-2] in (num_tokens, shape_of(found.key)[-2])}
+    source = hidden.pop() if len(hidden) == 1 else found.key
+    first = offset if shape_of(source)[-2] == shape_of(found.key)[-2] else 0
+    rows = call(aten.slice.Tensor, source, -2, first, first + num_tokens)
+    rank = len(shape_of(source))
+    rows = call(aten.permute.default, rows, [rank - 2, *range(rank - 2), rank - 1])
     return call(aten.reshape.default, rows, [num_tokens, -1])
+
+
+def _projected(key: Node) -> set[Node]:
+    """The inputs of the nearest linear operators before a node, of every path to it."""
+    found, seen, waiting = set(), {key}, [key]
+    while waiting:
+        node = waiting.pop()
+        if node.target is aten.linear.default:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            found |= {source} if len(shape_of(source)) >= 2 else set()
+            continue
+        waiting += [before for before in node.all_input_nodes if before not in seen]
+        seen.update(node.all_input_nodes)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from hetcache_compile.demo import moving_mask, save_random_checkpoint
 from hetcache_compile.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
 from hetcache_compile.media import Clip
 from hetcache_compile.optimal import expect, optimal_schedule
+from hetcache_compile.reference.clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 SETTINGS = {
@@ -129,8 +131,18 @@ def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkey
     assert [state[:2] for state in stages].count(("uncached", 0)) == 1
     assert measured.gram == pytest.approx(expected.gram, rel=1e-6)
     assert measured.partial == pytest.approx(expected.partial, rel=1e-4)
-    with pytest.raises(CalibrationError, match="other guidance_scale"):
-        calibrate(pipe, [clip(1)], out, stop, **{**SETTINGS, "guidance_scale": 1.0})
+    changed = replace(clip(1), video=clip(3).video)
+    smaller = replace(clip(1), video=clip(1).video[:1], mask=clip(1).mask[:1])
+    for these, settings, message in (
+        (clip(1), {"guidance_scale": 1.0}, "other guidance_scale"),
+        (changed, {}, "other clip clip 1"),
+        (smaller, {}, "other size, clip clip 1"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            calibrate(pipe, [these], out, stop, **{**SETTINGS, **settings})
+    monkeypatch.setattr("hetcache_compile.calibrate.OFFSETS", (1, 2))
+    with pytest.raises(CalibrationError, match="other offsets"):
+        calibrate(pipe, [clip(1)], out, stop, **SETTINGS)
 
 
 def test_inner_products_keep_small_differences():
@@ -240,7 +252,10 @@ def test_what_cannot_be_calibrated(pipe, checkpoint, tmp_path):
 def test_calibration_clips_are_not_those_that_judge():
     clips = reference.calibration_clips(3, frames=5, size=32)
     assert [c.video.shape for c in clips] == [(5, 32, 32, 3)] * 3
-    assert len({c.name for c in clips} | {c.name for c in reference.held_out(3)}) == 6
+    assert set(TRAINING_TEXTURES).isdisjoint(HELD_OUT_TEXTURES)
+    whole, held_out = reference.calibration_clips(3), reference.held_out(3)
+    assert whole[0].truth.shape == held_out[0].truth.shape
+    assert len({c.truth.tobytes() for c in (*whole, *held_out)}) == 6
     again = reference.calibration_clips(3, frames=5, size=32)
     assert all(np.array_equal(a.video, b.video) for a, b in zip(clips, again, strict=True))
 
@@ -278,11 +293,21 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert "balanced" in out
         assert "chosen, the first of:" in out
         assert out.count("margin 1") == 2, "both variants of that margin were considered"
+        assert "not measured" not in out
+    status, out, _ = run(*plan, "--budget", "2x", "--calibration", calibration, "-o", path, "--set", "cached_ratio=0")
+    assert "not measured, so what is expected leaves it out: cached_ratio" in out
     status, out, err = run(*plan, "--calibration", calibration, "-o", path)
     assert status == 0, err
     assert hetcache.Plan.load(path).schedule == "optimal:1%", "the default of a calibration"
+    beside = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, beside)
+    known.save(beside / "model.hetcal")
+    status, out, err = run(*plan, "--model", beside, "--budget", "2x", "-o", path)
+    assert status == 0, err
+    assert hetcache.Plan.load(path).schedule == "optimal:2x", "found in the model's folder"
     for arguments, message in (
         (("--budget", "2x"), "needs a calibration"),
+        (("--budget", "2x", "--schedule", "FRRP"), "leave --schedule FRRP out"),
         (("--budget", "fast", "--calibration", calibration), "time factor such as 3x"),
         (("--budget", "2x", "--calibration", mask), "cannot be read as a calibration"),
         (("--budget", "90x", "--calibration", calibration), "90x faster"),

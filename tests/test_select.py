@@ -172,6 +172,20 @@ def test_full_steps_choose_what_the_attention_matrices_say(model, calls) -> None
     assert set(cache["past_selection.active_index"].tolist()) == {*always, *best.tolist()}
 
 
+def test_clusters_are_those_of_hidden_states(model, calls) -> None:
+    """Of what the keys of the middle attention are projected from, before positions are rotated into them."""
+    chosen_by, seen = plan("kmeans"), []
+    handle = model.blocks[0].attn1.to_k.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**calls[0])
+    handle.remove()
+    _, cache = hetcache.rewrite(model, chosen_by, (), calls[0]).full(**calls[0])
+    standing = torch.from_numpy(chosen_by.token_standing)
+    arguments = standing, chosen_by.num_active, "kmeans", choose.NUM_CLUSTERS
+    assert cache["past_selection.active_index"].equal(choose_active(torch.zeros(N), seen[0][0], *arguments))
+    keys = model.blocks[0].attn1.to_k(seen[0])[0]
+    assert not cache["past_selection.active_index"].equal(choose_active(torch.zeros(N), keys, *arguments))
+
+
 @pytest.mark.parametrize(
     ("strategy", "context_extrapolation"), [(STRATEGIES[0], 0), *((name, 1) for name in STRATEGIES[1:])]
 )
