@@ -14,6 +14,8 @@ JOINED = (OURS, THE_PAPER, FEWER_STEPS)
 LIBRARIES = ("diffusers", "cache-dit")
 SPEEDS = {50: (2.5, 4.0, 6.0), 20: (1.6, 2.5, 3.5)}
 """The table's rows: number of steps -> the least speed-up."""
+RIVALS_TIMED_ON = "20"
+"""The mask size of the clip that other libraries' caches are timed on."""
 WRONG = 1e-3
 """A relative error on inputs that stay the same above which a cache is called wrong: rounding is far below."""
 
@@ -124,9 +126,11 @@ def compared(result: Result, steps: str) -> list[str]:
 def family_row(result: Result, steps: str, speed: float, who: str, columns: Sequence[str]) -> str:
     cells = []
     for size in columns:
-        fast = [p for p in points(result, steps, size) if p["family"].startswith(who) and p["speedup"] >= speed]
+        measured = [point for point in points(result, steps, size) if point["family"].startswith(who)]
+        fast = [point for point in measured if point["speedup"] >= speed]
         best = max(fast, key=lambda point: point["psnr_db"], default=None)
-        cells.append(f"{best['psnr_db']:.1f} dB, {best['speedup']:.1f}x: `{best['method']}`" if best else "-")
+        none = "none is as fast" if measured else "not measured"
+        cells.append(f"{best['psnr_db']:.1f} dB, {best['speedup']:.1f}x: `{best['method']}`" if best else none)
     return f"| {who} | " + " | ".join(cells) + " |"
 
 
@@ -146,6 +150,8 @@ def additions_table(result: Result, steps: str, columns: Sequence[str]) -> list[
         return []
     compared = with_options | {name.partition("+")[0] for name in with_options} & set(methods)
     shared = set.intersection(*(set(methods[name]["cells"]) for name in compared))
+    if not shared:
+        return []
     reduced = {
         name: {**methods[name], "cells": {clip: methods[name]["cells"][clip] for clip in shared}} for name in compared
     }
@@ -175,9 +181,10 @@ def caption(result: Result) -> str:
     text = (
         f"Reference model, {len(masked)} held-out clips, guidance {result['guidance_scale']:g}. PSNR to the uncached "
         "result inside the mask, median over the clips of a size; speed-up in transformer time over the same model "
-        f"compiled without us, from the median call of each kind within a run{ratios(result)}; "
-        f"{result['processor']}, {result['threads']} threads, torch {result['versions']['torch']}: "
-        f"`{result['command']}`."
+        f"compiled without us, from the median call of each kind within a run{ratios(result)}. All calls of other "
+        "libraries' caches count, against plain calls right before them, on one clip of "
+        f"{RIVALS_TIMED_ON} % for all sizes. {result['processor']}, {result['threads']} threads, torch "
+        f"{result['versions']['torch']}: `python benchmarks/front.py`."
     )
     return " ".join([text, *troubles(result)])
 
@@ -193,10 +200,10 @@ def troubles(result: Result) -> list[str]:
     failed: dict[str, str] = {}
     wrong: dict[str, float] = {}
     for part in result["steps"].values():
-        for method in part["methods"].values():
+        for name, method in part["methods"].items():
             for cell in method["cells"].values():
                 if "failed" in cell:
-                    failed[method["family"]] = cell["failed"]
+                    failed[f"{method['family']} (`{name}`)"] = cell["failed"]
                 elif cell.get("frozen_input_error", 0) > WRONG:
                     wrong[method["family"]] = max(wrong.get(method["family"], 0), cell["frozen_input_error"])
     found = [f"{name} cannot run: {reason}." for name, reason in failed.items()]

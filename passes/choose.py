@@ -98,7 +98,8 @@ def kmeans(states: Tensor, counts: Tensor, num_clusters: int) -> tuple[Tensor, T
         int64 `[N]` clusters and float `[N]` squared distances to their centres.
     """
     first = torch.argsort(counts.logical_not().to(torch.uint8), stable=True)  # rows that count, in order
-    places = (torch.arange(num_clusters, device=states.device) + 0.5) / num_clusters
+    numbers = torch.arange(num_clusters, device=states.device)
+    places = (numbers + 0.5) / num_clusters
     centres = states[first[(places * counts.sum()).long().clamp(max=states.shape[0] - 1)]]
     squares = states.square().sum(dim=1, keepdim=True)
     cluster = torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
@@ -107,7 +108,8 @@ def kmeans(states: Tensor, counts: Tensor, num_clusters: int) -> tuple[Tensor, T
         distances = squares - 2 * states @ centres.T + centres.square().sum(dim=1)
         distance, cluster = distances.min(dim=1)
         if iteration < ITERATIONS:
-            member = torch.nn.functional.one_hot(cluster, num_clusters).to(states.dtype) * counts[:, None]
+            # Not one_hot, which reads its input back to check it.
+            member = ((cluster[:, None] == numbers) & counts[:, None]).to(states.dtype)
             sizes = member.sum(dim=0)[:, None]
             centres = torch.where(sizes > 0, member.T @ states / sizes.clamp(min=1), centres)
     return torch.where(counts, cluster, num_clusters), distance.clamp(min=0)

@@ -232,12 +232,13 @@ def test_the_table_shows_the_best_of_each_family_that_is_fast_enough(result):
     assert "| hetcache_compile | 50.0 dB, 3.7x: `balanced` |" in table
     assert "| hetcache_compile | 46.0 dB, 4.6x: `fast` |" in table
     assert "| fewer steps | 47.0 dB, 2.6x: `steps:20` |" in table
-    assert table.count("| fewer steps | - |") == 2, "at 4x and at 6x"
+    assert table.count("| fewer steps | none is as fast |") == 2, "at 4x and at 6x"
+    assert "| the paper's method | not measured |" not in table
     assert "| `balanced+margin=4` | 49.0 dB, 3.40x |\n| `balanced` | 50.0 dB, 3.70x |" in table
     assert table.count("| `balanced` | 50.0 dB, 3.70x |") == 2, "among all methods, and beside its options"
     assert table.count("`fast` | 46.0 dB, 4.60x") == 1
     assert "| diffusers | 30.0 dB, 2.7x: `pab:3` |" in table
-    assert "diffusers FasterCache cannot run: IndexError: out." in table
+    assert "diffusers FasterCache (`fastercache:2`) cannot run: IndexError: out." in table
     assert "diffusers PAB (0.20)" in table
     assert "20 steps" not in table
 
