@@ -35,7 +35,8 @@ from hetcache_compile.report import provenance
 RESULTS = Path(__file__).parent / "results"
 STEPS = (50, 20)
 MAIN = (
-    "optimal:1%", "optimal:2x", "optimal:3x", "optimal:4x", "optimal:6x", "optimal:8x", "balanced", "paper-slow", "paper-fast",
+    "optimal:1%", "optimal:2x", "optimal:3x", "optimal:4x", "optimal:6x", "optimal:8x",
+    "balanced", "paper-slow", "paper-fast",
     *(f"steps:{number}" for number in (20, 12, 8, 6)),
 )  # fmt: skip
 """The fronts."""
