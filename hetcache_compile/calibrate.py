@@ -16,7 +16,7 @@ import torch
 
 from .backend import hetcache_backend
 from .bench_quality import describe_clip
-from .calibration import DEFAULTS, Array, Calibration, Costs
+from .calibration import DEFAULTS, Array, Calibration, Costs, Measured
 from .editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from .errors import CalibrationError
 from .forms import Forms, rewrite, write_forms
@@ -161,7 +161,7 @@ def calibrate(
         if name not in calibration.clips:
             options: list[dict[str, Any]] = [{"extrapolation": 0, **partition, **chosen} for chosen in variants]
             plans = [make_plan(pipe, request, "full", **each) for each in options]
-            calibration = calibration.add(name, *measure_clip(pipe, request, plans, calibration, progress))
+            calibration = calibration.add(name, measure_clip(pipe, request, plans, calibration, progress))
             measured = {**calibration.settings.get(DIGESTS, {}), name: digests[name]}
             calibration = replace(calibration, settings={**calibration.settings, DIGESTS: measured})
             calibration.save(out)
@@ -215,11 +215,8 @@ def _empty(timesteps: Array, **known: Any) -> Calibration:
 @torch.no_grad()
 def measure_clip(
     pipe: Any, request: EditRequest, plans: Sequence[Plan], layout: Calibration, progress: Progress
-) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.bool_]], Array, tuple[str, ...], Array, Array]:
-    """What `Calibration.add` takes after the clip's name: the kinds that are there are the third.
-
-    There is a plan for each variant; the first says of which kind a token is.
-    """
+) -> Measured:
+    """What one clip shows. There is a plan for each variant; the first says of which kind a token is."""
     latents: list[torch.Tensor] = []
     with recorded(pipe, progress) as (recorder, observe):
         run_pipeline(pipe, request, "uncached", observe, decode=False, latents=latents)
@@ -256,8 +253,8 @@ def measure_clip(
     logs = np.zeros(layout.log_amplification.shape)
     for number, probe in enumerate(layout.probes):
         logs[:, number] = log_amplification(pipe, request, int(probe), recorder, latents, masks, progress)
-    attention = attention_mass(forms, [steps[source][branch] for source in layout.sources for branch in branches])
-    return np.asarray(gram) / unit, partial / unit, present, logs, *attention, correlation
+    attentions, mass = attention_mass(forms, [steps[at][branch] for at in layout.sources for branch in branches])
+    return Measured(np.asarray(gram) / unit, partial / unit, present, correlation, logs, attentions, mass)
 
 
 def log_amplification(

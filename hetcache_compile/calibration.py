@@ -60,6 +60,29 @@ class Costs:
 
 
 @dataclass(frozen=True, eq=False)
+class Measured:
+    """What one clip adds to a calibration, in units of its mean energy per step; see `Calibration` for the axes.
+
+    Attributes:
+        gram: `[3, S, S]`.
+        partial: `[V, 3, A, B]`.
+        present: bool `[3]`: the kinds of tokens that this clip has.
+        partial_correlation: `[V, 3]`; None where it was not measured.
+        log_amplification: `[3, P]`; None where it was not measured.
+        attentions: module paths of the L attentions.
+        attention_mass: `[L, 3]`; None where it was not measured.
+    """
+
+    gram: Array
+    partial: Array
+    present: NDArray[np.bool_]
+    partial_correlation: Array | None = None
+    log_amplification: Array | None = None
+    attentions: tuple[str, ...] = ()
+    attention_mass: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Errors and costs of one model, measured over a few clips.
 
@@ -140,44 +163,24 @@ class Calibration:
         """The step of a measured PARTIAL step."""
         return min(source + offset, self.num_steps - 1)
 
-    def add(
-        self,
-        name: str,
-        gram: Array,
-        partial: Array,
-        present: NDArray[np.bool_],
-        log_amplification: Array | None = None,
-        attentions: Sequence[str] = (),
-        attention_mass: Array | None = None,
-        partial_correlation: Array | None = None,
-    ) -> Calibration:
-        """With one more clip.
-
-        Args:
-            name: of the clip.
-            gram: `[3, S, S]` of this clip.
-            partial: `[V, 3, A, B]` of this clip.
-            present: bool `[3]`: the kinds that this clip has.
-            log_amplification: `[3, P]` of this clip; 0 where it was not measured.
-            attentions: module paths of the L attentions of this clip.
-            attention_mass: `[L, 3]` of this clip.
-            partial_correlation: `[V, 3]` of this clip; 0 where it was not measured.
-        """
-        if log_amplification is None:
-            log_amplification = np.zeros_like(self.log_amplification)
-        if partial_correlation is None:
-            partial_correlation = np.zeros_like(self.partial_correlation)
-        counts = self.counts + present
+    def add(self, name: str, clip: Measured) -> Calibration:
+        """With one more clip, of this name. What was not measured of it counts as 0."""
+        counts = self.counts + clip.present
         # A running mean over the clips that have the kind.
-        share = np.where(present, 1 / np.maximum(counts, 1), 0.0)[:, None, None]
+        share = np.where(clip.present, 1 / np.maximum(counts, 1), 0.0)
+
+        def mean(field_name: str, axis: int) -> Array:
+            before, value = getattr(self, field_name), getattr(clip, field_name)
+            weight = share.reshape([-1 if dim == axis else 1 for dim in range(before.ndim)])
+            return np.asarray(before + weight * ((0.0 if value is None else value) - before))
+
         return replace(
             self,
-            gram=self.gram + share * (gram - self.gram),
-            partial=self.partial + share * (partial - self.partial),
-            partial_correlation=self.partial_correlation
-            + share[:, 0, 0] * (partial_correlation - self.partial_correlation),
-            log_amplification=self.log_amplification + share[..., 0] * (log_amplification - self.log_amplification),
-            **self._with_attention(tuple(attentions), attention_mass),
+            gram=mean("gram", 0),
+            partial=mean("partial", 1),
+            partial_correlation=mean("partial_correlation", 1),
+            log_amplification=mean("log_amplification", 0),
+            **self._with_attention(clip.attentions, clip.attention_mass),
             counts=counts,
             clips=(*self.clips, name),
         )

@@ -63,8 +63,8 @@ class Plan:
             where none are merged.
         weights: float32 `[S, 2, extrapolation + 2]` of every step's outputs (see `multistep.step_weights`), or empty
             where steps go by their times.
-        merging: how they are (see `partition.MERGINGS`). Where full steps cluster the keys of each attention
-            (`passes.cluster`), they start from `context_cluster`.
+        merging: how cached tokens are merged (see `partition.MERGINGS`). Where full steps cluster the keys of each
+            attention (`passes.cluster`), they start from `context_cluster`.
     """
 
     grid: Grid
@@ -246,7 +246,7 @@ class Plan:
                 calibration, or where full steps choose the active tokens, it is 0.
             calibration: of the model, for an `"optimal:..."` schedule and for `multistep`; its noise schedule and its
                 solver are taken for the edit's.
-            merging: how they are merged, see `partition.MERGINGS`.
+            merging: how cached tokens are merged, see `partition.MERGINGS`.
 
         Raises:
             MaskError: the mask is empty or does not fit the grid.

@@ -16,7 +16,7 @@ import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind, cli, reference
 from hetcache_compile.backend import hetcache_backend
 from hetcache_compile.calibrate import calibrate, inner_products, kind_masks, measure_clip, recorded
-from hetcache_compile.calibration import Costs
+from hetcache_compile.calibration import Costs, Measured
 from hetcache_compile.demo import moving_mask, save_random_checkpoint
 from hetcache_compile.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
 from hetcache_compile.media import Clip
@@ -81,7 +81,7 @@ def test_recorded_errors_are_what_sessions_make(pipe, calibrated):
         c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=3.0, max_sequence_length=16
     )
     plan = make_plan(pipe, request, "full", margin=1.0, multiple=1)
-    one = empty.add("clip 1", *measure_clip(pipe, request, [plan], empty, lambda *_: None))
+    one = empty.add("clip 1", measure_clip(pipe, request, [plan], empty, lambda *_: None))
     true = velocities(pipe, request, plan, "full")
     masks = kind_masks(plan, true[0][0])
     assert [int(mask.sum()) for mask in masks] == [4 * int(plan.tokens_of(kind).sum()) for kind in TokenKind]
@@ -162,7 +162,7 @@ def test_means_over_clips_count_only_clips_that_have_the_kind(calibrated):
     grams, partials = rng.random((3, *measured.gram.shape)), rng.random((3, *measured.partial.shape))
     present = np.array([[1, 1, 1], [1, 0, 1], [1, 0, 1]], dtype=bool)
     for number in range(3):
-        empty = empty.add(str(number), grams[number], partials[number], present[number])
+        empty = empty.add(str(number), Measured(grams[number], partials[number], present[number]))
     assert empty.counts.tolist() == [3, 1, 3]
     assert empty.gram[0] == pytest.approx(grams[:, 0].mean(axis=0))
     assert empty.gram[1] == pytest.approx(grams[0, 1])
@@ -343,7 +343,7 @@ def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated):
         c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=3.0, max_sequence_length=16
     )
     plan = make_plan(pipe, request, "full", margin=1.0, multiple=1, extrapolation=0)
-    one = empty.add("clip 1", *measure_clip(pipe, request, [plan], empty, lambda *_: None))
+    one = empty.add("clip 1", measure_clip(pipe, request, [plan], empty, lambda *_: None))
     assert one.probes.tolist() == [1, 2, 3]
     true, cached = [], []
     run_pipeline(pipe, request, "uncached", lambda *_: None, decode=False, latents=true)

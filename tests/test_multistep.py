@@ -15,7 +15,7 @@ from test_extrapolate import GRID, N, PolynomialDiT, error, latents
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, PlanError, StepKind
-from hetcache_compile.calibration import Calibration
+from hetcache_compile.calibration import Calibration, Measured
 from hetcache_compile.engine import Engine
 from hetcache_compile.multistep import Method, step_lengths, step_weights
 
@@ -34,7 +34,7 @@ def calibration_of(degree: int, partial: float = 0.0) -> Calibration:
     sources, offsets = np.array([0, STEPS - 2]), np.array([1, STEPS - 2])
     empty = Calibration(TIMES, np.zeros((3, STEPS, STEPS)), sources, offsets, np.zeros((1, 3, 2, 2)), one_step=True)
     gram = np.einsum("ksd,ktd->kst", v, v)
-    return empty.add("a", gram, np.full((1, 3, 2, 2), partial), np.array([True, True, True]))
+    return empty.add("a", Measured(gram, np.full((1, 3, 2, 2), partial), np.array([True, True, True])))
 
 
 def plan_of(degree: int, method: Method, steps: str = SCHEDULE) -> Plan:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
-from hetcache_compile.calibration import Calibration, Costs
+from hetcache_compile.calibration import Calibration, Costs, Measured
 from hetcache_compile.multistep import Method, Outputs
 from hetcache_compile.optimal import Budget, RecordedErrors, StepCosts, expect, optimal_schedule, shortest, total_error
 from hetcache_compile.planning import choices
@@ -142,7 +142,7 @@ def calibration_of(timesteps, share=0.25, degree=3):
         for b, offset in enumerate(offsets):
             off[:, a, b] = share**2 * ((v[:, source] - v[:, known.target(source, offset)]) ** 2).sum(axis=1)
     gram = np.einsum("ksd,ktd->kst", v, v)
-    known = known.add("a", gram, off, np.array([True, True, True]))
+    known = known.add("a", Measured(gram, off, np.array([True, True, True])))
     return replace(known, costs=Costs(2.0, 0.02, np.array([0.25, 0.5]), np.array([0.6, 1.1]))), v
 
 
@@ -330,11 +330,11 @@ def test_kinds_that_no_clip_has_do_not_count():
     present = np.array([True, False, True])
     empty = replace(known, gram=0 * known.gram, partial=0 * known.partial, counts=0 * known.counts, clips=())
     shown, one = present[:, None, None], np.array([False, True, False])[:, None, None]
-    alone = empty.add("a", known.gram * shown, known.partial * shown, present)
+    alone = empty.add("a", Measured(known.gram * shown, known.partial * shown, present))
     errors, all_kinds = RecordedErrors(alone, alone.timesteps), RecordedErrors(known, known.timesteps)
     for some, every in zip(runs(errors, 2, (2,), [4, 6]), runs(all_kinds, 2, (2,), [4, 6]), strict=True):
         assert some == pytest.approx(every)  # generative tokens and context stand for the others
-    only = empty.add("a", known.gram * one, known.partial * one, one.ravel())
+    only = empty.add("a", Measured(known.gram * one, known.partial * one, one.ravel()))
     errors = RecordedErrors(only, only.timesteps)
     to_full, to_partial = runs(errors, 2, (2,), [4])
     assert to_full == pytest.approx(2 * to_partial)
