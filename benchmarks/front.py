@@ -30,7 +30,9 @@ from hetcache_compile.errors import InputFileError
 from hetcache_compile.files import atomically
 from hetcache_compile.media import Clip
 from hetcache_compile.methods import FULL, Method, parse_methods
+from hetcache_compile.passes.choose import STRATEGIES
 from hetcache_compile.report import provenance
+from hetcache_compile.schedule import preset_options
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (50, 20)
@@ -123,8 +125,8 @@ def folder(out: Path, steps: int, timed: bool) -> Path:
     return out / str(steps) / ("timed" if timed else "fidelity")
 
 
-def collect(out: Path, steps: int, ratio: float | None) -> dict[str, Any]:
-    """Every cell of one number of steps, in few figures; `ratio` is that of `full_over_plain`."""
+def collect(out: Path, steps: int, ratios: dict[str, float]) -> dict[str, Any]:
+    """Every cell of one number of steps, in few figures; `ratios` are those of `full_over_plain`."""
     parts = {timed: read(folder(out, steps, timed) / RESULT) for timed in (True, False)}
     clips = {name: clip["masked"] for part in parts.values() for name, clip in part.get("clips", {}).items()}
     cells: dict[str, dict[str, Any]] = {}
@@ -132,16 +134,29 @@ def collect(out: Path, steps: int, ratio: float | None) -> dict[str, Any]:
         for clip, methods in parts[timed].get("cells", {}).items():
             for name, cell in methods.items():
                 if name != FULL:
-                    cells.setdefault(name, {})[clip] = brief(steadied(cell, ratio))
+                    cells.setdefault(name, {})[clip] = brief(steadied(cell, ratios.get(what_full_steps_do(name))))
     methods = {name: {"family": family(name), "cells": cells[name]} for name in cells}
     return {"masked": clips, "methods": methods}
 
 
-def full_over_plain(timed: Sequence[dict[str, Any]]) -> float | None:
-    """What a FULL step takes of a plain call: the median over all cells that follow a plan."""
-    cells = [cell for part in timed for methods in part.get("cells", {}).values() for cell in methods.values()]
-    ratios = [cell["full_over_compiled"] for cell in cells if cell.get("num_active") and cell.get("full_over_compiled")]
-    return rounded(median(ratios)) if ratios else None
+def full_over_plain(timed: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a FULL step takes of a plain call, by what it does: the median over all cells that follow a plan."""
+    ratios: dict[str, list[float]] = {}
+    for part in timed:
+        for methods in part.get("cells", {}).values():
+            for name, cell in methods.items():
+                if cell.get("num_active") and cell.get("full_over_compiled"):
+                    ratios.setdefault(what_full_steps_do(name), []).append(cell["full_over_compiled"])
+    return {what: rounded(median(found)) for what, found in ratios.items()}
+
+
+def what_full_steps_do(name: str) -> str:
+    """What FULL steps of a method do beside writing the cache, which takes time of its own."""
+    schedule, *_ = name.split("+")
+    options = {**preset_options(schedule), **dict(part.split("=") for part in name.split("+") if "=" in part)}
+    if options.get("selection") in STRATEGIES:
+        return "choosing tokens"
+    return "clustering context" if options.get("merging") == "kmeans" else "writing the cache"
 
 
 def steadied(cell: dict[str, Any], ratio: float | None) -> dict[str, Any]:
@@ -174,8 +189,8 @@ def extended(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
             cells = {**methods.get(name, {}).get("cells", {}), **method["cells"]}
             methods[name] = {**method, "cells": cells}
         merged[steps] = {"masked": {**before["masked"], **part["masked"]}, "methods": methods}
-    ratio = result["full_over_plain"] or earlier.get("full_over_plain")
-    return {**result, "full_over_plain": ratio, "steps": merged}
+    ratios = result["full_over_plain"] or earlier.get("full_over_plain", {})
+    return {**result, "full_over_plain": ratios, "steps": merged}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -241,13 +256,13 @@ def main() -> None:
     for steps in map(int, options.steps.split(",")):
         measure(pipe, clips, [name for name in options.methods.split(",") if name], steps, options)
     measured = sorted((int(part.name) for part in options.out.iterdir()), reverse=True)
-    ratio = full_over_plain([read(folder(options.out, steps, timed=True) / RESULT) for steps in measured])
+    ratios = full_over_plain([read(folder(options.out, steps, timed=True) / RESULT) for steps in measured])
     result = {
         **provenance(str(pipe.device)),
         "guidance_scale": reference.GUIDANCE_SCALE,
         "calibration": file_digest(reference.CALIBRATION),
-        "full_over_plain": ratio,
-        "steps": {str(steps): collect(options.out, steps, ratio) for steps in measured},
+        "full_over_plain": ratios,
+        "steps": {str(steps): collect(options.out, steps, ratios) for steps in measured},
     }
     write(extended(result, read(options.result)) if options.extend else result, options.result)
     print(f"wrote {options.result}")

@@ -142,22 +142,21 @@ def methods_table(result: Result, steps: str, columns: Sequence[str]) -> list[st
 def additions_table(result: Result, steps: str, columns: Sequence[str]) -> list[str]:
     """Each schedule that was measured with options, with each of them: what moves the front, and what does not.
 
-    On the clips that all of them have, so that lines can be reduced. Empty where there are none.
+    On the clips of a size that all have which were timed there, so that lines can be compared. Empty where none are.
     """
     methods = result["steps"][steps]["methods"]
     with_options = {name for name in methods if "+" in name}
-    if not with_options:
-        return []
     compared = with_options | {name.partition("+")[0] for name in with_options} & set(methods)
-    shared = set.intersection(*(set(methods[name]["cells"]) for name in compared))
-    if not shared:
-        return []
-    reduced = {
-        name: {**methods[name], "cells": {clip: methods[name]["cells"][clip] for clip in shared}} for name in compared
-    }
+    reduced: dict[str, Any] = {name: {**methods[name], "cells": {}} for name in compared}
+    for size in columns:
+        timed = compared & {point["method"] for point in points(result, steps, size)}
+        of_size = [{clip for clip in methods[name]["cells"] if mask_size(clip) == size} for name in timed]
+        for clip in set.intersection(*of_size) if of_size else ():
+            for name in timed:
+                reduced[name]["cells"][clip] = methods[name]["cells"][clip]
     result = {"steps": {steps: {"methods": reduced}}}
     shown = [size for size in columns if with_options & {point["method"] for point in points(result, steps, size)}]
-    return table_of(result, steps, shown, lambda _: True)
+    return table_of(result, steps, shown, lambda _: True) if shown else []
 
 
 def table_of(result: Result, steps: str, columns: Sequence[str], wanted: Callable[[str], bool]) -> list[str]:
@@ -191,8 +190,8 @@ def caption(result: Result) -> str:
 
 def ratios(result: Result) -> str:
     """What FULL steps take of a plain call."""
-    ratio = result.get("full_over_plain")
-    return f" (a FULL step takes {ratio:.2f} of a plain call)" if ratio else ""
+    found = [f"{ratio:.2f} {what}" for what, ratio in result.get("full_over_plain", {}).items()]
+    return f" (a FULL step takes, of a plain call: {', '.join(found)})" if found else ""
 
 
 def troubles(result: Result) -> list[str]:

@@ -185,8 +185,10 @@ def first_block(pipe: Any, model: Any, request: EditRequest, threshold: float) -
 
 def mag(pipe: Any, model: Any, request: EditRequest, threshold: float) -> None:
     """MagCache's own pairs of threshold and longest run: a larger error allowed, more steps skipped."""
+    longest = {0.06: 2, 0.12: 4, 0.24: 6}.get(threshold)
+    if longest is None:
+        raise MethodError(f"no longest run is known for a threshold of {threshold:g}: give 0.06, 0.12 or 0.24")
     ratios = magnitude_ratios(pipe, copy.deepcopy(model), request)
-    longest = {0.06: 2, 0.12: 4, 0.24: 6}[threshold]
     model.enable_cache(
         diffusers.MagCacheConfig(
             threshold=threshold,

@@ -152,7 +152,7 @@ def test_cells_of_both_parts_are_merged_and_timed_ones_win(tmp_path):
         path = tmp_path / "50" / part / RESULT
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"clips": {name: {"masked": 0.05} for name in cells}, "cells": cells}))
-    result = {"steps": {"50": front.collect(tmp_path, 50, None)}}
+    result = {"steps": {"50": front.collect(tmp_path, 50, {})}}
     assert result["steps"]["50"]["masked"] == {"00-box-5": 0.05, "03-box-5": 0.05}
     assert list(front_report.points(result, "50", "5")) == [
         {"method": "fast", "family": front_report.OURS, "speedup": 4.0, "psnr_db": 42.0}
@@ -167,28 +167,30 @@ def test_speed_ups_are_ratios_within_a_run(tmp_path):
 
     methods = {
         FULL: {}, "fast": timed(4.0, 1.0), "balanced": timed(8.0, 0.5), "quality": timed(2.0, 1.0),
+        "paper-slow": timed(2.0, 1.2), "fast+merging=kmeans": timed(4.0, 1.25),
         "steps:5": timed(6.0, 2 / 3, None), "pab:3": {**cell(30.0, 2.0), "full_over_compiled": None},
     }  # fmt: skip
     path = tmp_path / "20" / "timed" / RESULT
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"clips": {"00-box-5": {"masked": 0.05}}, "cells": {"00-box-5": methods}}))
-    ratio = front.full_over_plain([front.read(path), {}])
-    collected = front.collect(tmp_path, 20, ratio)
+    ratios = front.full_over_plain([front.read(path), {}])
+    assert ratios == {"writing the cache": 1, "choosing tokens": 1.2, "clustering context": 1.25}
+    collected = front.collect(tmp_path, 20, ratios)
     found = {name: method["cells"]["00-box-5"]["speedup"] for name, method in collected["methods"].items()}
-    assert found == pytest.approx({"fast": 4, "balanced": 4, "quality": 2, "steps:5": 4, "pab:3": 2})
-    assert ratio == 1
+    ours = {"fast": 4, "balanced": 4, "quality": 2, "paper-slow": 2, "fast+merging=kmeans": 4}
+    assert found == pytest.approx({**ours, "steps:5": 4, "pab:3": 2})
 
 
 def test_a_result_is_extended_by_another_of_the_same_machine():
-    def result(clip, psnr_db, name="fast", processor="P", ratio=None):
+    def result(clip, psnr_db, name="fast", processor="P", ratios=None):
         methods = {name: {"family": front_report.OURS, "cells": {clip: {"psnr_db": {"generative": psnr_db}}}}}
         return {
             "versions": {}, "processor": processor, "threads": 2, "guidance_scale": 2.0, "calibration": "c",
-            "full_over_plain": ratio, "steps": {"50": {"masked": {clip: 0.05}, "methods": methods}},
+            "full_over_plain": ratios or {}, "steps": {"50": {"masked": {clip: 0.05}, "methods": methods}},
         }  # fmt: skip
 
-    both = front.extended(result("03-box-5", 44.0), result("00-box-5", 40.0, ratio=1.02))
-    assert both["full_over_plain"] == 1.02
+    both = front.extended(result("03-box-5", 44.0), result("00-box-5", 40.0, ratios={"writing": 1.02}))
+    assert both["full_over_plain"] == {"writing": 1.02}
     assert set(both["steps"]["50"]["masked"]) == {"00-box-5", "03-box-5"}
     assert set(both["steps"]["50"]["methods"]["fast"]["cells"]) == {"00-box-5", "03-box-5"}
     again = front.extended(result("03-box-5", 45.0), front.extended(result("03-box-5", 1.0, "other"), both))
