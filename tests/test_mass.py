@@ -107,9 +107,8 @@ NAMES = ("blocks.0", "vace_blocks.0")
 def calibration(*clips: tuple[tuple[str, ...], np.ndarray | None]) -> Calibration:
     empty = Calibration(np.array([2.0, 1.0]), np.zeros((3, 2, 2)), np.array([0]), np.array([1]), np.zeros((1, 3, 1, 1)))
     for number, (names, mass) in enumerate(clips):
-        empty = empty.add(
-            str(number), np.ones((3, 2, 2)), np.ones((3, 1, 1)), np.ones(3, dtype=bool), None, names, mass
-        )
+        shown = np.ones((3, 2, 2)), np.ones((1, 3, 1, 1)), np.ones(3, dtype=bool)
+        empty = empty.add(str(number), Measured(*shown, attentions=names, attention_mass=mass))
     return empty
 
 
