@@ -17,6 +17,7 @@ from safetensors.torch import load_file, safe_open, save_file
 import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind
 from hetcache_compile.calibrate import Call, attention_mass
+from hetcache_compile.calibration import Measured
 from hetcache_compile.passes import choose
 
 
