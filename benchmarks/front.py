@@ -20,12 +20,14 @@ from statistics import median
 from typing import Any
 
 import peers
+from diffusers import UniPCMultistepScheduler
 from front_report import FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, mask_size, save_plot
 
 from hetcache_compile import reference
 from hetcache_compile.bench_quality import RESULT, Settings, bench_quality, file_digest
 from hetcache_compile.calibration import Calibration
 from hetcache_compile.cli_common import progress_bars
+from hetcache_compile.editing import EditRequest, Progress, Run, run_pipeline
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.files import atomically
 from hetcache_compile.media import Clip
@@ -39,16 +41,22 @@ STEPS = (50, 20)
 MAIN = (
     "optimal:1%", "optimal:2x", "optimal:3x", "optimal:4x", "optimal:6x", "optimal:8x",
     "balanced", "paper-slow", "paper-fast",
-    *(f"steps:{number}" for number in (20, 12, 8, 6)),
+    *(f"{solver}:{number}" for solver in ("steps", "unipc") for number in (20, 12, 8, 6)),
 )  # fmt: skip
-"""The fronts."""
+"""The fronts. Fewer steps with the reference model's own solver, Euler's, and with that of Wan's pipelines."""
 ADDITIONS = (
     "paper-fast+margin=2", "balanced+o0", "balanced+multistep=0", "balanced+selection=none",
     "balanced+selection=hetcache", "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25+merging=kmeans",
     "balanced+merged_ratio=0.25", "balanced+cached_ratio=0.25",
     "optimal:4x+o0", "optimal:4x+multistep=0", "optimal:4x+merged_ratio=0.25+merging=kmeans",
+    "optimal:4x+context_ratio=1",
 )  # fmt: skip
-"""What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away."""
+"""What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away. Where all
+of the context is computed, a PARTIAL step saves nothing, and the search takes FULL and REUSE steps only."""
+
+
+FEWER = ("steps", "unipc")
+"""Kinds of methods that take fewer steps."""
 
 
 def family(name: str) -> str:
@@ -56,7 +64,7 @@ def family(name: str) -> str:
     kind = name.partition(":")[0]
     if kind in peers.PEERS:
         return peers.PEERS[kind].label
-    if kind == "steps":
+    if kind in FEWER:
         return FEWER_STEPS
     paper = name.startswith("paper-") or (kind == "teacache" and name.endswith("+o0"))
     return THE_PAPER if paper else OURS
@@ -70,7 +78,26 @@ def chosen_methods(names: Sequence[str], steps: int) -> tuple[list[str], list[st
 
 def as_many_steps(name: str, steps: int) -> bool:
     kind, _, number = name.partition(":")
-    return kind == "steps" and int(number) >= steps
+    return kind in FEWER and int(number) >= steps
+
+
+def our_methods(names: Sequence[str]) -> list[Method]:
+    """`full`, and all methods but those of other libraries' caches."""
+    unipc = [name for name in names if name.startswith("unipc:")]
+    others = parse_methods(",".join(name for name in names if name not in unipc))
+    return [*others, *(Method(name, steps=int(name.partition(":")[2]), runner=solve_with_unipc) for name in unipc)]
+
+
+def solve_with_unipc(pipe: Any, request: EditRequest, progress: Progress) -> tuple[Run, dict[str, Any]]:
+    """The plain model with UniPC (arXiv 2302.04867) of order 2, the solver of Wan's pipelines."""
+    usual = pipe.scheduler
+    pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=usual.config.shift
+    )
+    try:
+        return run_pipeline(pipe, request, "denoising", progress), {}
+    finally:
+        pipe.scheduler = usual
 
 
 def timed_clips(clips: Sequence[Clip]) -> list[Clip]:
@@ -86,10 +113,10 @@ def measure(pipe: Any, clips: Sequence[Clip], names: Sequence[str], steps: int, 
     ours, others = chosen_methods(names, steps)
     timed = [] if options.fidelity_only else timed_clips(clips)
     timed_of_rivals = [clip for clip in timed if mask_size(clip.name) == RIVALS_TIMED_ON]
-    run_cells(pipe, timed, parse_methods(",".join(ours)), steps, True, options)
+    run_cells(pipe, timed, our_methods(ours), steps, True, options)
     for rival in peers.rivals(others, True, {}, tuple(options.ways.split(","))):
         run_cells(pipe, timed_of_rivals, [Method(FULL), rival], steps, True, options)
-    run_cells(pipe, without(clips, timed), parse_methods(",".join(ours)), steps, False, options)
+    run_cells(pipe, without(clips, timed), our_methods(ours), steps, False, options)
     for rival in peers.rivals(others, False, {}):
         run_cells(pipe, without(clips, timed_of_rivals), [Method(FULL), rival], steps, False, options)
 
@@ -139,15 +166,18 @@ def collect(out: Path, steps: int, ratios: dict[str, float]) -> dict[str, Any]:
     return {"masked": clips, "methods": methods}
 
 
-def full_over_plain(timed: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What a FULL step takes of a plain call, by what it does: the median over all cells that follow a plan."""
+def full_over_plain(timed: Sequence[dict[str, Any]], earlier: dict[str, float]) -> dict[str, float]:
+    """What a FULL step takes of a plain call, by what it does: the median over all cells that follow a plan.
+
+    The `earlier` ratios stay: cells of an earlier result rest on them, and all cells have to rest on the same.
+    """
     ratios: dict[str, list[float]] = {}
     for part in timed:
         for methods in part.get("cells", {}).values():
             for name, cell in methods.items():
                 if cell.get("num_active") and cell.get("full_over_compiled"):
                     ratios.setdefault(what_full_steps_do(name), []).append(cell["full_over_compiled"])
-    return {what: rounded(median(found)) for what, found in ratios.items()}
+    return {what: rounded(median(found)) for what, found in ratios.items()} | earlier
 
 
 def what_full_steps_do(name: str) -> str:
@@ -189,8 +219,7 @@ def extended(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
             cells = {**methods.get(name, {}).get("cells", {}), **method["cells"]}
             methods[name] = {**method, "cells": cells}
         merged[steps] = {"masked": {**before["masked"], **part["masked"]}, "methods": methods}
-    ratios = result["full_over_plain"] or earlier.get("full_over_plain", {})
-    return {**result, "full_over_plain": ratios, "steps": merged}
+    return {**result, "steps": merged}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -256,7 +285,9 @@ def main() -> None:
     for steps in map(int, options.steps.split(",")):
         measure(pipe, clips, [name for name in options.methods.split(",") if name], steps, options)
     measured = sorted((int(part.name) for part in options.out.iterdir()), reverse=True)
-    ratios = full_over_plain([read(folder(options.out, steps, timed=True) / RESULT) for steps in measured])
+    earlier = read(options.result) if options.extend else {}
+    timed = [read(folder(options.out, steps, timed=True) / RESULT) for steps in measured]
+    ratios = full_over_plain(timed, earlier.get("full_over_plain", {}))
     result = {
         **provenance(str(pipe.device)),
         "guidance_scale": reference.GUIDANCE_SCALE,
@@ -264,7 +295,7 @@ def main() -> None:
         "full_over_plain": ratios,
         "steps": {str(steps): collect(options.out, steps, ratios) for steps in measured},
     }
-    write(extended(result, read(options.result)) if options.extend else result, options.result)
+    write(extended(result, earlier), options.result)
     print(f"wrote {options.result}")
 
 

@@ -130,7 +130,7 @@ class Bench:
         save_frames(frames_file(out, clip.name, method.name), run.frames)
         uncached = load_frames(frames_file(out, clip.name, FULL)) if full else None
         num_calls = full["calls"]["FULL"] if full else len(run.seconds)
-        another = method.runner is not None
+        another = method.runner is not None and method.steps is None
         return {
             **(times_of_another(run, plain_call, num_calls) if another else times(run, plan, plain_call, num_calls)),
             **more,

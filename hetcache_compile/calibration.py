@@ -11,7 +11,7 @@ one kind. Two facts keep the record small:
 What an error of one step does to the result is measured too (`amplification`): early errors on generated tokens grow
 as the model goes on from them, while those on known tokens are healed by the control input.
 
-`calibrate.py` measures; `optimal.py` searches.
+`calibrate.py` measures; `run_errors.py` says what a schedule is expected to cost, and `shortest.py` searches for one.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ import numpy as np
 
 from .editing import EditRequest, Progress, Run
 from .errors import PlanError
-from .optimal import Budget
 from .planning import check_options
 from .schedule import StepKind, make_schedule
+from .shortest import Budget
 
 FULL = "full"
 
 Runner = Callable[[Any, EditRequest, Progress], tuple[Run, dict[str, Any]]]
-"""Another library's cache: edits with a pipeline that it leaves as it was, and says what else to record of it.
+"""Another library's cache or solver: edits with a pipeline that it leaves as it was; says what else to record of it.
 
 It warms up by itself. It raises `MethodError` where it cannot run; the cell then holds the reason.
 """
@@ -39,7 +39,7 @@ class Method:
         schedule: how `plan_for` is asked for the plan, or None without one.
         options: of `plan_for`.
         steps: how many steps the plain model takes; None: as many as the rest.
-        runner: in place of a plan.
+        runner: in place of a plan. With `steps` it runs the plain model, so that its calls are plain ones.
     """
 
     name: str

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .errors import MaskError, PlanError, PlanFileError
 from .files import ArrayFile
 from .multistep import Method, step_weights
-from .optimal import flow_lengths, optimal_schedule
+from .optimal import optimal_schedule
 from .partition import (
     MERGINGS,
     SELECTIONS,
@@ -30,6 +30,7 @@ from .passes.cache import Budgets
 from .passes.choose import ALWAYS, CANDIDATE, NEVER, STRATEGIES
 from .passes.extrapolate import MAX_ORDER
 from .passes.mass import NUM_QUERIES
+from .run_errors import flow_lengths
 from .schedule import Schedule, StepKind, make_schedule
 
 if TYPE_CHECKING:

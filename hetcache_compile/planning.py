@@ -14,9 +14,10 @@ import numpy as np
 
 from .errors import MaskError, PlanError
 from .multistep import step_lengths
-from .optimal import Budget, Expectation, expect
+from .optimal import Expectation, expect
 from .plan import Plan
 from .schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
+from .shortest import Budget
 
 if TYPE_CHECKING:
     from .calibration import Calibration

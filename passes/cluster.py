@@ -31,7 +31,7 @@ def centroids(key: Tensor, value: Tensor, seed: Tensor, num_merged: int) -> tupl
     Returns:
         `[B, ..., C', D]`, `[B, ..., C', Dv]` and float32 `[B, C']`. A cluster that lost its members has zeros.
     """
-    cluster = kmeans(_rows(key), seed, num_merged)
+    cluster = nearest_centres(_rows(key), seed, num_merged)
     keys, size = _sums(_rows(key).float(), cluster, num_merged)
     values, _ = _sums(_rows(value).float(), cluster, num_merged)
     count = size.clamp(min=1)
@@ -39,7 +39,7 @@ def centroids(key: Tensor, value: Tensor, seed: Tensor, num_merged: int) -> tupl
     return _like(keys / count, key), _like(values / count, value), log_size
 
 
-def kmeans(rows: Tensor, seed: Tensor, num_clusters: int) -> Tensor:
+def nearest_centres(rows: Tensor, seed: Tensor, num_clusters: int) -> Tensor:
     """Lloyd's K-means of each sample's rows: int64 `[B, C]`. A cluster that loses its rows stays where it was.
 
     Products are taken in the type of the rows `[B, C, E]`: their mean is taken off, and they are scaled, so that these
@@ -71,7 +71,8 @@ def _sums(rows: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor, Ten
     batch, _, width = rows.shape
     offset = torch.arange(batch, device=rows.device)[:, None] * num_clusters
     place = (cluster + offset).reshape(-1)
-    # Two scatters, because one of rows with a column of ones would copy them.
+    # Two scatters, because one of rows with a column of ones would copy them. CUDA adds in any order, so last bits vary
+    # from run to run there, unless `torch.use_deterministic_algorithms(True)` is set.
     sums = rows.new_zeros(batch * num_clusters, width).index_add(0, place, rows.reshape(-1, width))
     size = rows.new_zeros(batch * num_clusters).index_add(0, place, rows.new_ones(place.shape[0]))
     return sums.view(batch, num_clusters, width), size.view(batch, num_clusters, 1)

@@ -12,14 +12,15 @@ import numpy as np
 import peers
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hetcache_compile import Plan, reference
-from hetcache_compile.bench_quality import RESULT, Settings, bench_quality
+from hetcache_compile.bench_quality import RESULT, Bench, Settings, bench_quality, frames_file, load_frames
 from hetcache_compile.demo import demo_clip, save_random_checkpoint
-from hetcache_compile.editing import load_pipeline
+from hetcache_compile.editing import load_pipeline, run_pipeline
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.media import Clip, read_video
-from hetcache_compile.methods import FULL, Method, parse_methods
+from hetcache_compile.methods import FULL, Method
 from hetcache_compile.schedule import PRESETS, make_schedule
 
 FRAMES, SIZE = 5, 64
@@ -99,12 +100,27 @@ def test_a_package_that_is_missing_is_a_reason(pipe, clip, tmp_path, monkeypatch
     assert result["cells"][clip.name]["dbcache-f1b0:0.08"] == {"failed": "cache_dit is not installed"}
 
 
+def test_fewer_steps_with_the_solver_of_wan(pipe, clip, tmp_path, monkeypatch):
+    """The tiny checkpoint has it already; beside Euler's method it gives the same as there."""
+    bench = Bench(pipe, SETTINGS, nothing)
+    (*_, unipc) = methods = front.our_methods(["steps:3", "unipc:3"])
+    expected = run_pipeline(pipe, bench.request(clip, unipc), "denoising", nothing).frames
+    euler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
+    monkeypatch.setattr(pipe, "scheduler", euler)
+    cells = bench_quality(pipe, [clip], methods, SETTINGS, tmp_path, nothing)["cells"][clip.name]
+    assert pipe.scheduler is euler
+    frames = {name: load_frames(frames_file(tmp_path, clip.name, name)) for name in cells}
+    assert (frames["unipc:3"] == expected).all()
+    assert (frames["unipc:3"] != frames["steps:3"]).any()
+    assert cells["unipc:3"]["calls"] == cells["steps:3"]["calls"]
+
+
 def test_methods_are_split_and_step_reduction_must_reduce():
-    ours, others = front.chosen_methods(["balanced", "steps:20", "steps:10", "pab:3"], 20)
-    assert (ours, others) == (["balanced", "steps:10"], ["pab:3"])
+    ours, others = front.chosen_methods(["balanced", "steps:20", "unipc:20", "unipc:10", "pab:3"], 20)
+    assert (ours, others) == (["balanced", "unipc:10"], ["pab:3"])
     everything, rivals = front.chosen_methods([*front.MAIN, *front.ADDITIONS, *peers.NAMES], 50)
     assert rivals == peers.NAMES
-    assert len(parse_methods(",".join(everything))) == 1 + len(everything), "all can be read, none is there twice"
+    assert len({method.name for method in front.our_methods(everything)}) == 1 + len(everything)
     assert {front.family(name) for name in everything} == set(front_report.JOINED)
     assert front.family("pab:3") == "diffusers PyramidAttentionBroadcast"
 
@@ -177,8 +193,10 @@ def test_speed_ups_are_ratios_within_a_run(tmp_path):
     path = tmp_path / "20" / "timed" / RESULT
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"clips": {"00-box-5": {"masked": 0.05}}, "cells": {"00-box-5": methods}}))
-    ratios = front.full_over_plain([front.read(path), {}])
+    ratios = front.full_over_plain([front.read(path), {}], {})
     assert ratios == {"writing the cache": 1, "choosing tokens": 1.2, "clustering context": 1.25}
+    again = front.full_over_plain([front.read(path)], {"choosing tokens": 1.3})
+    assert again == {**ratios, "choosing tokens": 1.3}
     collected = front.collect(tmp_path, 20, ratios)
     found = {name: method["cells"]["00-box-5"]["speedup"] for name, method in collected["methods"].items()}
     ours = {"fast": 4, "balanced": 4, "quality": 2, "paper-slow": 2, "fast+merging=kmeans": 4}
@@ -186,15 +204,14 @@ def test_speed_ups_are_ratios_within_a_run(tmp_path):
 
 
 def test_a_result_is_extended_by_another_of_the_same_machine():
-    def result(clip, psnr_db, name="fast", processor="P", ratios=None):
+    def result(clip, psnr_db, name="fast", processor="P"):
         methods = {name: {"family": front_report.OURS, "cells": {clip: {"psnr_db": {"generative": psnr_db}}}}}
         return {
             "versions": {}, "processor": processor, "threads": 2, "guidance_scale": 2.0, "calibration": "c",
-            "full_over_plain": ratios or {}, "steps": {"50": {"masked": {clip: 0.05}, "methods": methods}},
+            "full_over_plain": {}, "steps": {"50": {"masked": {clip: 0.05}, "methods": methods}},
         }  # fmt: skip
 
-    both = front.extended(result("03-box-5", 44.0), result("00-box-5", 40.0, ratios={"writing": 1.02}))
-    assert both["full_over_plain"] == {"writing": 1.02}
+    both = front.extended(result("03-box-5", 44.0), result("00-box-5", 40.0))
     assert set(both["steps"]["50"]["masked"]) == {"00-box-5", "03-box-5"}
     assert set(both["steps"]["50"]["methods"]["fast"]["cells"]) == {"00-box-5", "03-box-5"}
     again = front.extended(result("03-box-5", 45.0), front.extended(result("03-box-5", 1.0, "other"), both))

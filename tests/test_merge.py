@@ -16,7 +16,7 @@ from hetcache_compile.forms import form_key
 from hetcache_compile.partition import merge_context
 from hetcache_compile.passes import cluster as clustering
 from hetcache_compile.passes import merge
-from hetcache_compile.passes.cluster import EMPTY, ITERATIONS, centroids, kmeans
+from hetcache_compile.passes.cluster import EMPTY, ITERATIONS, centroids, nearest_centres
 
 CASE = Case("vace", config=(("num_layers", 1), ("vace_layers", (0,))))
 N = CASE.num_tokens
@@ -198,7 +198,7 @@ def test_half_precision_finds_as_good_clusters(dtype: torch.dtype) -> None:
     def spread(cluster: torch.Tensor) -> float:
         return sum(float(key[0][cluster == number].var(0, correction=0).sum()) for number in cluster.unique())
 
-    exact, rounded = (spread(kmeans(rows, seed, 13)[0]) for rows in (key, key.to(dtype)))
+    exact, rounded = (spread(nearest_centres(rows, seed, 13)[0]) for rows in (key, key.to(dtype)))
     assert rounded < 1.05 * exact < 0.8 * spread(seed)
 
 

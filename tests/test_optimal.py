@@ -12,8 +12,10 @@ import pytest
 from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
 from hetcache_compile.calibration import Calibration, Costs, Measured
 from hetcache_compile.multistep import Method, Outputs
-from hetcache_compile.optimal import Budget, RecordedErrors, StepCosts, expect, optimal_schedule, shortest, total_error
+from hetcache_compile.optimal import expect, optimal_schedule
 from hetcache_compile.planning import choices
+from hetcache_compile.run_errors import RecordedErrors
+from hetcache_compile.shortest import Budget, StepCosts, shortest, total_error
 
 F, P, R = StepKind
 STEPS = 12
