@@ -161,7 +161,8 @@ def collect(out: Path, steps: int, ratios: dict[str, float]) -> dict[str, Any]:
         for clip, methods in parts[timed].get("cells", {}).items():
             for name, cell in methods.items():
                 if name != FULL:
-                    cells.setdefault(name, {})[clip] = brief(steadied(cell, ratios.get(what_full_steps_do(name))))
+                    ratio = ratios.get(what_full_steps_do(name, clip))
+                    cells.setdefault(name, {})[clip] = brief(steadied(cell, ratio))
     methods = {name: {"family": family(name), "cells": cells[name]} for name in cells}
     return {"masked": clips, "methods": methods}
 
@@ -173,20 +174,21 @@ def full_over_plain(timed: Sequence[dict[str, Any]], earlier: dict[str, float]) 
     """
     ratios: dict[str, list[float]] = {}
     for part in timed:
-        for methods in part.get("cells", {}).values():
+        for clip, methods in part.get("cells", {}).items():
             for name, cell in methods.items():
                 if cell.get("num_active") and cell.get("full_over_compiled"):
-                    ratios.setdefault(what_full_steps_do(name), []).append(cell["full_over_compiled"])
+                    ratios.setdefault(what_full_steps_do(name, clip), []).append(cell["full_over_compiled"])
     return {what: rounded(median(found)) for what, found in ratios.items()} | earlier
 
 
-def what_full_steps_do(name: str) -> str:
-    """What FULL steps of a method do beside writing the cache, which takes time of its own."""
+def what_full_steps_do(name: str, clip: str) -> str:
+    """What FULL steps of a method do beside writing the cache, which takes time of its own; K-means by how much."""
     schedule, *_ = name.split("+")
     options = {**preset_options(schedule), **dict(part.split("=") for part in name.split("+") if "=" in part)}
     if options.get("selection") in STRATEGIES:
         return "choosing tokens"
-    return "clustering context" if options.get("merging") == "kmeans" else "writing the cache"
+    clustering = f"clustering the context of {mask_size(clip)} % masks"
+    return clustering if options.get("merging") == "kmeans" else "writing the cache"
 
 
 def steadied(cell: dict[str, Any], ratio: float | None) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_speed_ups_are_ratios_within_a_run(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"clips": {"00-box-5": {"masked": 0.05}}, "cells": {"00-box-5": methods}}))
     ratios = front.full_over_plain([front.read(path), {}], {})
-    assert ratios == {"writing the cache": 1, "choosing tokens": 1.2, "clustering context": 1.25}
+    assert ratios == {"writing the cache": 1, "choosing tokens": 1.2, "clustering the context of 5 % masks": 1.25}
     again = front.full_over_plain([front.read(path)], {"choosing tokens": 1.3})
     assert again == {**ratios, "choosing tokens": 1.3}
     collected = front.collect(tmp_path, 20, ratios)
