@@ -78,7 +78,9 @@ def to_token_grid(
             f"a mask of shape {array.shape} does not fit the token grid {grid}: give {grid}, or pixels of "
             f"{frames} frames with height a multiple of {grid[1]} and width a multiple of {grid[2]}"
         )
-    blocks = array.reshape(frames, grid[1], height // grid[1], grid[2], width // grid[2]).any(axis=(2, 4))
+    # Rows first: they lie next to each other in memory, which makes this much faster than both at once.
+    rows = array.reshape(frames, grid[1], height // grid[1], width).any(axis=2)
+    blocks = rows.reshape(frames, grid[1], grid[2], width // grid[2]).any(axis=3)
     starts = [0, *range(1, frames, temporal_factor)]
     latent = np.logical_or.reduceat(blocks, starts, axis=0)
     latent = np.concatenate([np.zeros((reference_frames, *grid[1:]), dtype=bool), latent])

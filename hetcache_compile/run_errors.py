@@ -18,6 +18,8 @@ squares of n of them count 1 + r (n - 1) times.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from .calibration import Array, Calibration
@@ -55,7 +57,7 @@ class RecordedErrors:
         }
         self.allowed = np.isfinite(calibration.partial_errors(timesteps)[active])
         self.noise = partial_errors_squared(calibration, timesteps, active)
-        self.inactive_runs = self._inactive_runs(np.arange(len(self.lengths)))
+        self.inactive_runs = self._inactive_runs()
 
     def runs(self, full: Index, computed: Index, stops: Index) -> tuple[Array, Array]:
         """See `shortest.ErrorModel`."""
@@ -74,19 +76,19 @@ class RecordedErrors:
         left[:, 0] += self.inactive_runs[full, -1]
         return left / 2
 
-    def _inactive_runs(self, steps: Index) -> Array:
+    def _inactive_runs(self) -> Array:
         """`[S, S + 1]`: errors of inactive tokens from one FULL step to the next, or to the end."""
-        result = np.zeros((len(steps), len(steps) + 1))
-        for full in steps:
-            stops = np.arange(full + 1, len(steps) + 1)
-            points = np.full((len(stops), 1), full)
-            if full and self.method.order:
-                points = np.concatenate([points, np.maximum(0, 2 * full - stops)[:, None]], axis=1)
-            for these, own in ((stops < len(steps), np.zeros(len(stops) - 1)), (stops == len(steps), None)):
-                if these.any():
-                    noise = np.zeros(points[these].shape)
-                    left = self._left(self.inactive, points[these], noise, stops[these], own)
-                    result[full, stops[these]] = left[:, 0]
+        num_steps = len(self.lengths)
+        result = np.zeros((num_steps, num_steps + 1))
+        full, stops = np.triu_indices(num_steps, 1, num_steps + 1)
+        points = np.stack([full, np.maximum(0, 2 * full - stops)], axis=1)
+        for is_first, is_last in product((True, False), repeat=2):
+            (these,) = np.nonzero(((full == 0) == is_first) & ((stops == num_steps) == is_last))
+            if these.size:
+                known = points[these, : 1 if is_first or not self.method.order else 2]
+                own = None if is_last else np.zeros(len(these))
+                left = self._left(self.inactive, known, np.zeros(known.shape), stops[these], own)
+                result[full[these], stops[these]] = left[:, 0]
         return result
 
     def _noise_of(self, full: Index, points: Index) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hetcache_compile as hetcache
+from hetcache_compile import reference
+from hetcache_compile.calibration import Calibration
 from hetcache_compile.passes.choose import attention_mass, choose_active
 from hetcache_compile.passes.cluster import centroids
+from hetcache_compile.planning import choices
 
 GRID = (21, 30, 52)
 N = 32_760
@@ -37,6 +41,23 @@ def test_a_plan_within_a_second_and_a_gigabyte(selection: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**30
+
+
+@pytest.mark.parametrize("schedule", ["optimal:1%", "optimal:4x"])
+def test_a_searched_plan_within_half_a_second(schedule: str) -> None:
+    """`plan_for` takes the best of four, the variants that the reference model's calibration measured."""
+    mask = np.zeros((81, 480, 832), dtype=bool)
+    mask[:, 120:300, 200:500] = True
+    calibration = Calibration.load(reference.CALIBRATION)
+    make = partial(hetcache.Plan.from_mask, mask, GRID, schedule=schedule, calibration=calibration, extrapolation=1)
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        found = choices(make, schedule, calibration, {})
+        seconds.append(time.process_time() - start)
+    assert len(found) == 4
+    assert len(found[0].plan.steps) == 50
+    assert min(seconds) / len(found) < 0.5
 
 
 class Watch(TorchDispatchMode):
