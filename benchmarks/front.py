@@ -21,7 +21,7 @@ from typing import Any
 
 import peers
 from diffusers import UniPCMultistepScheduler
-from front_report import FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, mask_size, save_plot
+from front_report import ADDED, FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, mask_size, save_plot
 
 from hetcache_compile import reference
 from hetcache_compile.bench_quality import RESULT, Settings, bench_quality, file_digest
@@ -45,14 +45,16 @@ MAIN = (
 )  # fmt: skip
 """The fronts. Fewer steps with the reference model's own solver, Euler's, and with that of Wan's pipelines."""
 ADDITIONS = (
-    "paper-fast+margin=2", "balanced+o0", "balanced+multistep=0", "balanced+selection=none",
-    "balanced+selection=hetcache", "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25+merging=kmeans",
-    "balanced+merged_ratio=0.25", "balanced+cached_ratio=0.25",
-    "optimal:4x+o0", "optimal:4x+multistep=0", "optimal:4x+merged_ratio=0.25+merging=kmeans",
+    "paper-fast+margin=2", "paper-fast+o1",
+    "balanced+o0", "balanced+o2", "balanced+multistep=0", "balanced+selection=none", "balanced+selection=hetcache",
+    "balanced+context_extrapolation=1", "balanced+merged_ratio=0.25+merging=kmeans", "balanced+merged_ratio=0.25",
+    "balanced+cached_ratio=0.25",
+    "optimal:4x+o0", "optimal:4x+o2", "optimal:4x+multistep=0", "optimal:4x+merged_ratio=0.25+merging=kmeans",
     "optimal:4x+context_ratio=1",
 )  # fmt: skip
-"""What is predicted, what is computed, what attention reads, which steps: each part alone, and taken away. Where all
-of the context is computed, a PARTIAL step saves nothing, and the search takes FULL and REUSE steps only."""
+"""What is predicted, what is computed, what attention reads, which steps: each part added to the paper's method or to a
+fixed cycle, or changed in the searched plan. Where all of the context is computed, a PARTIAL step saves nothing, and
+the search takes FULL and REUSE steps only."""
 
 
 FEWER = ("steps", "unipc")
@@ -66,8 +68,9 @@ def family(name: str) -> str:
         return peers.PEERS[kind].label
     if kind in FEWER:
         return FEWER_STEPS
-    paper = name.startswith("paper-") or (kind == "teacache" and name.endswith("+o0"))
-    return THE_PAPER if paper else OURS
+    if kind.startswith("paper-"):
+        return ADDED if "+" in name else THE_PAPER
+    return OURS
 
 
 def chosen_methods(names: Sequence[str], steps: int) -> tuple[list[str], list[str]]:

@@ -117,7 +117,8 @@ def calibrate(
         partition: of `plan_for`.
 
     Raises:
-        CalibrationError: the file there belongs to other settings, or the pipeline has two transformers.
+        CalibrationError: the file there belongs to other settings, the pipeline has two transformers, or two clips
+            have one name.
     """
     if getattr(pipe, "transformer_2", None) is not None:
         raise CalibrationError("pipelines with two transformers cannot be calibrated yet")
@@ -142,6 +143,8 @@ def calibrate(
         settings=known,
     )
     digests = {clip.name: str(describe_clip(clip)["digest"]) for clip in clips}
+    if len(digests) < len(clips):
+        raise CalibrationError(f"clips need names of their own, got {', '.join(clip.name for clip in clips)}")
     calibration = _open(out, empty, digests)
     requests = {
         clip.name: EditRequest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_bench import bench
-from .cli_calibrate import CalibrationFile, calibrate, comparison, expectation, load_calibration, not_counted
+from .cli_calibrate import (
+    CalibrationFile,
+    calibrate,
+    comparison,
+    expectation,
+    load_calibration,
+    measured_elsewhere,
+    not_counted,
+)  # fmt: skip
 from .cli_common import (
     ContextRatio,
     Device,
@@ -144,6 +153,7 @@ def edit(
             known_plan = known_plan or pipe.transformer.plan
         else:
             pipe = load_pipeline(model, torch_dtype(dtype), torch_device(device))
+            warn(measured_elsewhere(known_calibration, pipe, torch_device(device)) if known_calibration else ())
     check_size(height, width, num_frames, pipe)
     request = EditRequest(
         video=frames,
@@ -208,6 +218,7 @@ def make_plan(
     schedule = default_schedule(known) if schedule is None else schedule
     pixels = read_mask(mask, num_frames, height, width)
     options = chosen(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation)
+    pipe = None
     if model is not None:
         with console.status(f"loading {model}"):
             pipe = load_pipeline(model, torch_dtype("float32"), "cpu")
@@ -231,7 +242,8 @@ def make_plan(
     print(made.describe())
     if known is not None:
         print(expectation(known.like(options | dict(considered[0].options)), made))
-        print(comparison(considered) + not_counted(known, options), end="")
+        print(comparison(considered) + not_counted(known, schedule, options), end="")
+        warn(measured_elsewhere(known, pipe) if pipe is not None else ())
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))
 
 
@@ -303,8 +315,14 @@ def _edit(
         table.add_row(*row)
     Console().print(table)
     if (warning := busy_machine_warning(report)) is not None:
-        console.print(f"warning: {warning}", style="yellow")
+        warn([warning])
     print(f"wrote {out / 'report.html'}")
+
+
+def warn(reasons: Sequence[str]) -> None:
+    """A line for each."""
+    for warning in reasons:
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def main() -> None:

@@ -28,11 +28,14 @@ from .cli_common import (
     torch_device,
     torch_dtype,
 )  # fmt: skip
+from .errors import InputFileError
 from .plan import Plan
 from .planning import Choice
+from .schedule import preset_options
 
 BESIDE_MODEL = "model.hetcal"
 """Where a model's folder holds its calibration."""
+LEFT_ALONE = "not searched, but yours to set: context_ratio, selection, merging (see README for what they bring)"
 CalibrationFile = Annotated[
     str | None,
     typer.Option(
@@ -48,10 +51,12 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; a run cut short goes on there.")] = Path(
         BESIDE_MODEL
     ),
-    clips: Annotated[int, typer.Option(help="How many procedural clips to edit.", min=1)] = 6,
-    video: Annotated[Path | None, typer.Option(help="A video to edit, in place of procedural clips.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="The mask of --video.")] = None,
-    prompt: Annotated[str, typer.Option(help="What to generate inside the mask of --video.")] = "",
+    clips: Annotated[int | None, typer.Option(help="How many procedural clips to edit. [default: 6]", min=1)] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video to edit, in place of procedural clips. Repeatable.")
+    ] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help="The mask of each --video.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to generate inside each mask, or none.")] = None,
     height: Height = 128,
     width: Width = 128,
     num_frames: Frames = 17,
@@ -78,10 +83,13 @@ def calibrate(
     from .editing import load_pipeline
     from .report import processor_name
 
-    if video is None and mask is None:
-        edits = reference.calibration_clips(clips, num_frames, height)
-    else:
-        edits = [clip_of_files(video, mask, None, prompt, num_frames, height, width)]
+    videos, masks, prompts = video or [], mask or [], prompt or []
+    if len(masks) != len(videos) or len(prompts) not in (0, len(videos)) or (videos and clips is not None):
+        raise InputFileError("give each --video a --mask, and all or none a --prompt; or --clips without any of them")
+    edits = [
+        clip_of_files(file, of_file, None, text, num_frames, height, width)
+        for file, of_file, text in zip(videos, masks, prompts or [""] * len(videos), strict=True)
+    ] or reference.calibration_clips(clips or 6, num_frames, height)
     shipped = model == "reference"
     with console.status(f"loading {model}"):
         folder = reference.FOLDER if shipped else Path(model)
@@ -116,15 +124,34 @@ def load_calibration(name: str | None, model: Path | None = None) -> Calibration
     return Calibration.load(reference.CALIBRATION if name == "reference" else name)
 
 
-def not_counted(calibration: Calibration, options: Mapping[str, Any]) -> str:
+def not_counted(calibration: Calibration, schedule: str, options: Mapping[str, Any]) -> str:
     """A line on the options that change what steps cost and miss, and that were not measured; empty if there are none.
 
-    The calibration's PARTIAL steps attend to all context, and compute what is spread evenly over it.
+    The calibration's PARTIAL steps attend to all context, and compute what is spread evenly over it. Options are those
+    of the preset too.
     """
+    options = {**preset_options(schedule), **options}
     usual = {"cached_ratio": 1.0, "merged_ratio": 1.0, "margin_ratio": 1.0, "selection": "uniform"}
-    changed = [name for name, value in usual.items() if options.get(name, value) != value]
-    changed = [name for name in changed if name not in calibration.variants[0]]
+    measured = {**usual, **calibration.like(options).variants[0]}
+    changed = [f"{name} {options[name]}" for name, value in measured.items() if options.get(name, value) != value]
     return f"not measured, so what is expected leaves it out: {', '.join(changed)}\n" if changed else ""
+
+
+def measured_elsewhere(calibration: Calibration, pipe: Any, device: str | None = None) -> list[str]:
+    """What to warn of: a calibration of another model than this pipeline's, or of another machine than `device`.
+
+    Weights of another type cannot be told from others, and are taken for the same.
+    """
+    from .bench_quality import weights_digest
+    from .report import processor_name
+
+    there, found = calibration.settings, []
+    same_type = there.get("dtype") == str(pipe.transformer.dtype).removeprefix("torch.")
+    if same_type and "weights" in there and there["weights"] != weights_digest(pipe):
+        found.append("the calibration is of another model or scheduler: run hetcache calibrate on this one")
+    if device is not None and there.get("processor", processor_name(device)) != processor_name(device):
+        found.append(f"the calibration's times are of {there['processor']}, not of {processor_name(device)}")
+    return found
 
 
 def expectation(calibration: Calibration, plan: Plan) -> str:
@@ -150,4 +177,4 @@ def comparison(considered: Sequence[Choice]) -> str:
         assert choice.expectation is not None
         options = ", ".join(f"{name} {value:g}" for name, value in choice.options.items())
         lines.append(f"  {options}: {choice.expectation.describe()}")
-    return "chosen, the first of:\n" + "\n".join(lines) + "\n"
+    return "chosen, the first of:\n" + "\n".join(lines) + f"\n{LEFT_ALONE}\n"

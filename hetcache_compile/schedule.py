@@ -49,7 +49,8 @@ class Preset:
 PAPER = "teacache:0.07"
 """HetCache publishes no threshold that fits another scheduler. This one, in 50 steps of the reference model's, gives
 the shares of the uncached FLOPs that its table reports, with the token options below on masks of 5 to 50 %: 0.42 for
-slow (paper: 30.68 of 72.60 PFLOPs) and 0.32 for fast (23.60 of 72.60)."""
+slow (paper: 30.68 of 72.60 PFLOPs) and 0.32 for fast (23.60 of 72.60). TeaCache's polynomial, which is fitted to each
+model, is left out: a threshold of distances themselves does without (see `time_distances`)."""
 PAPER_OPTIONS = {"margin": 5.0, "extrapolation": 0, "selection": "hetcache"}
 PRESETS: dict[str, Preset] = {
     "full": Preset("F"),

@@ -113,7 +113,8 @@ def shortest(
     found = _search(graph, costs, errors.correlation, seconds * ROUNDING, bound * ROUNDING)
     if found is None:
         raise PlanError(
-            f"no schedule of {num_steps} steps is {budget.factor:g}x faster than FULL steps: ask for less"
+            f"no schedule of {num_steps} steps with at most {longest_run} REUSE steps in a row is {budget.factor:g}x "
+            "faster than FULL steps: ask for less"
             if budget.factor is not None
             else f"no schedule of {num_steps} steps keeps the error below {budget.error:.2%}: ask for more"
         )
@@ -132,10 +133,10 @@ def _search(
     num_steps, by_error = graph.num_steps, not np.isfinite(bound)
     counts = _counts_on_the_way(costs, num_steps, seconds)
     counts, least, best = counts[counts[:, 1] <= 1], 0, None
-    while True:
+    while counts.size:
         factor = noise_factor(correlation, least)
         tables = graph.solve(factor, counts, best[0][0] if best and by_error else bound)
-        error, cost = tables[-1], costs.of(*counts.T, num_steps)
+        error, cost = tables[-1], costs.of(counts[:, 0], counts[:, 1], num_steps)
         allowed = np.isfinite(error) & (cost <= seconds) & (error <= bound) & (counts[:, 1] >= least)
         first, second = (error, cost) if by_error else (cost, error)
         exact = noise_factor(correlation, counts[:, 1]) == factor
@@ -152,9 +153,10 @@ def _search(
         if best is not None:
             left &= (first < best[0][0]) | ((first == best[0][0]) & (second < best[0][1]))
         if not left.any():
-            return best[1] if best else None
+            break
         least, most = counts[left, 1].min(), counts[left].max(axis=0)
         counts = counts[(counts <= most).all(axis=1)]
+    return best[1] if best else None
 
 
 def _counts_on_the_way(costs: StepCosts, num_steps: int, seconds: float) -> Index:

@@ -295,7 +295,20 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert out.count("margin 1") == 2, "both variants of that margin were considered"
         assert "not measured" not in out
     status, out, _ = run(*plan, "--budget", "2x", "--calibration", calibration, "-o", path, "--set", "cached_ratio=0")
-    assert "not measured, so what is expected leaves it out: cached_ratio" in out
+    assert "not measured, so what is expected leaves it out: cached_ratio 0" in out
+    status, out, _ = run(*plan, "--margin", 5, "--budget", "2x", "--calibration", calibration, "-o", path)
+    assert "leaves it out: margin 5.0\n" in out, "1 and 2 were measured"
+    paper = ("--model", checkpoint, "--schedule", "paper-fast", "--calibration", calibration)
+    status, out, err = run(*plan, *paper, "-o", path)
+    assert status == 0, err
+    for option in ("margin 5.0", "margin_ratio 0.7", "selection hetcache"):
+        assert option in out.partition("leaves it out: ")[2], "a preset's own options"
+    assert "another model" not in err
+    other = tmp_path / "other.hetcal"
+    replace(known, settings={**known.settings, "weights": "0" * 16, "processor": "Z80"}).save(other)
+    status, out, err = run(*plan, "--model", checkpoint, "--budget", "2x", "--calibration", other, "-o", path)
+    assert status == 0, err
+    assert "another model" in " ".join(err.split())
     status, out, err = run(*plan, "--calibration", calibration, "-o", path)
     assert status == 0, err
     assert hetcache.Plan.load(path).schedule == "optimal:1%", "the default of a calibration"
@@ -305,6 +318,10 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
     status, out, err = run(*plan, "--model", beside, "--budget", "2x", "-o", path)
     assert status == 0, err
     assert hetcache.Plan.load(path).schedule == "optimal:2x", "found in the model's folder"
+    for arguments in (("--video", mask), ("--video", mask, "--mask", mask, "--clips", 1)):
+        status, _, err = run("calibrate", *arguments, "-o", path)
+        assert status == 2
+        assert "give each --video a --mask" in " ".join(err.split())
     for arguments, message in (
         (("--budget", "2x"), "needs a calibration"),
         (("--budget", "2x", "--schedule", "FRRP"), "leave --schedule FRRP out"),

@@ -13,6 +13,7 @@ import peers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from matplotlib.figure import Figure
 
 from hetcache_compile import Plan, reference
 from hetcache_compile.bench_quality import RESULT, Bench, Settings, bench_quality, frames_file, load_frames
@@ -282,6 +283,15 @@ def test_other_libraries_need_no_time_of_each_mask_size(result):
     assert [(p["method"], p["speedup"], p["psnr_db"]) for p in found] == [("pab:3", 2.7, 31.0)]
 
 
-def test_the_plot_is_drawn(result, tmp_path):
+def test_the_plot_shows_every_point_and_joins_the_fronts(result, tmp_path):
     front_report.save_plot(tmp_path / "front.png", result)
-    assert (tmp_path / "front.png").stat().st_size > 10_000
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    found, axis = list(front_report.points(result, "50", "5")), Figure().subplots()
+    front_report.draw_panel(axis, found, front_report.families(result))
+    drawn = sorted(tuple(place) for dots in axis.collections for place in dots.get_offsets())
+    assert drawn == sorted((point["speedup"], point["psnr_db"]) for point in found)
+    lengths = {dots.get_label(): len(line.get_xdata()) for dots, line in zip(axis.collections, axis.lines, strict=True)}
+    assert lengths[front_report.OURS] == len(
+        front_report.upper_front([point for point in found if point["family"] == front_report.OURS])
+    )
+    assert lengths["diffusers PAB"] == 0
