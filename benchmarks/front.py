@@ -224,7 +224,9 @@ def extended(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
             cells = {**methods.get(name, {}).get("cells", {}), **method["cells"]}
             methods[name] = {**method, "cells": cells}
         merged[steps] = {"masked": {**before["masked"], **part["masked"]}, "methods": methods}
-    return {**result, "steps": merged}
+    # What measures all of it, not the last part of it.
+    command = {"command": Path(__file__).name} if earlier else {}
+    return {**result, **command, "steps": merged}
 
 
 def read(path: Path) -> dict[str, Any]:

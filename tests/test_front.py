@@ -214,6 +214,7 @@ def test_a_result_is_extended_by_another_of_the_same_machine():
 
     both = front.extended(result("03-box-5", 44.0), result("00-box-5", 40.0))
     assert set(both["steps"]["50"]["masked"]) == {"00-box-5", "03-box-5"}
+    assert both["command"] == "front.py", "which measures all of it"
     assert set(both["steps"]["50"]["methods"]["fast"]["cells"]) == {"00-box-5", "03-box-5"}
     again = front.extended(result("03-box-5", 45.0), front.extended(result("03-box-5", 1.0, "other"), both))
     assert again["steps"]["50"]["methods"]["fast"]["cells"]["03-box-5"]["psnr_db"]["generative"] == 45
