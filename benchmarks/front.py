@@ -39,7 +39,7 @@ from hetcache_compile.schedule import preset_options
 RESULTS = Path(__file__).parent / "results"
 STEPS = (50, 20)
 MAIN = (
-    "optimal:1%", "optimal:2x", "optimal:3x", "optimal:4x", "optimal:6x", "optimal:8x",
+    "optimal:1%", "optimal:2x", "optimal:3x", "optimal:4x", "optimal:6x", "optimal:8x", "optimal:9x",
     "balanced", "paper-slow", "paper-fast",
     *(f"{solver}:{number}" for solver in ("steps", "unipc") for number in (20, 12, 8, 6)),
 )  # fmt: skip
