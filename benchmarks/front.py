@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import peers
+import torch
 from diffusers import UniPCMultistepScheduler
 from front_report import ADDED, FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, mask_size, save_plot
 
@@ -143,9 +144,9 @@ def run_cells(
         max_sequence_length=reference.MAX_TEXT_LENGTH,
         inner="inductor" if timed else "eager",
         timed=timed,
-        calibration=file_digest(reference.CALIBRATION),
+        calibration=file_digest(options.calibration),
     )
-    calibration = Calibration.load(reference.CALIBRATION)
+    calibration = Calibration.load(options.calibration)
     print(steps, "steps:", ", ".join(method.name for method in methods[1:]), flush=True)
     with progress_bars() as progress:
         bench_quality(pipe, clips, methods, settings, folder(options.out, steps, timed), progress, calibration)
@@ -282,11 +283,18 @@ def main() -> None:
     parser.add_argument("--fidelity-only", action="store_true", help="no times")
     parser.add_argument("--out", type=Path, default=Path("out/front"), help="where cells are kept")
     parser.add_argument("--extend", action="store_true", help="keep what --result holds already of other clips")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        default=reference.CALIBRATION,
+        help="for optimal schedules; the shipped one's times are of a CPU (hetcache calibrate --device cuda)",
+    )
     parser.add_argument("--result", type=Path, default=RESULTS / "front.json")
     options = parser.parse_args()
     # Quality against ground truth is not asked here, and is slow to measure.
     pipe, clips = (
-        reference.load(),
+        reference.load(device=options.device),
         [replace(clip, truth=None) for clip in reference.held_out(options.first + options.clips)[options.first :]],
     )
     for steps in map(int, options.steps.split(",")):
@@ -298,7 +306,7 @@ def main() -> None:
     result = {
         **provenance(str(pipe.device)),
         "guidance_scale": reference.GUIDANCE_SCALE,
-        "calibration": file_digest(reference.CALIBRATION),
+        "calibration": file_digest(options.calibration),
         "full_over_plain": ratios,
         "steps": {str(steps): collect(options.out, steps, ratios) for steps in measured},
     }
