@@ -141,10 +141,13 @@ def _search(
         first, second = (error, cost) if by_error else (cost, error)
         exact = noise_factor(correlation, counts[:, 1]) == factor
         order = np.lexsort((second, first))
-        for cell in order[(allowed & exact)[order]][:1]:
-            key = float(first[cell]), float(second[cell])
-            if best is None or key < best[0]:
-                best = key, graph.trace(tables, factor, counts, int(cell))
+        # A schedule that is only promising may be good enough to leave others out.
+        for cell in {int(cells[0]) for cells in (order[allowed[order]], order[(allowed & exact)[order]]) if cells.size}:
+            steps, (missed, off) = graph.trace(tables, factor, counts, cell)
+            true = float(missed + noise_factor(correlation, counts[cell, 1]) * off)
+            key = (true, float(cost[cell])) if by_error else (float(cost[cell]), true)
+            if true <= bound and (best is None or key < best[0]):
+                best = key, steps
         if not least:
             least = 2
             counts = _counts_on_the_way(costs, num_steps, best[0][0] if best and not by_error else seconds)
@@ -216,23 +219,23 @@ class _Graph:
         """
         errors = self.errors @ (1.0, factor)
         kept = errors <= most
-        errors, sources = errors[kept], self.sources[kept]
+        errors, sources = errors[kept, None], self.sources[kept]
         begins = np.concatenate([[0], np.cumsum(kept)])[self.begins].tolist()
         before = {kind: _one_fewer(counts, kind) for kind in set(self.kinds)}
         tables = np.full((len(self.states), len(counts)), np.inf)
         tables[0, (counts == (1, 0)).all(axis=1)] = 0.0
         for state, kind in enumerate(self.kinds[1:], start=1):
-            runs = slice(begins[state], begins[state + 1])
-            if runs.start < runs.stop:
-                candidates = tables[sources[runs]]
-                candidates += errors[runs, None]
+            first, end = begins[state], begins[state + 1]
+            if first < end:
+                candidates = tables.take(sources[first:end], axis=0)
+                candidates += errors[first:end]
                 cells, earlier = before[kind]
-                tables[state, cells] = candidates.min(axis=0)[earlier]
+                tables[state][cells] = np.minimum.reduce(candidates).take(earlier)
         return tables
 
-    def trace(self, tables: Array, factor: float, counts: Index, cell: int) -> tuple[StepKind, ...]:
-        """The steps of the best path to the end that has `counts[cell]` FULL and PARTIAL steps."""
-        steps = [StepKind.REUSE] * self.num_steps
+    def trace(self, tables: Array, factor: float, counts: Index, cell: int) -> tuple[tuple[StepKind, ...], Array]:
+        """The best path to the end with `counts[cell]` FULL and PARTIAL steps: its steps, and its errors `[2]`."""
+        steps, total = [StepKind.REUSE] * self.num_steps, np.zeros(2)
         state = len(self.states) - 1
         while state:
             kind = self.kinds[state]
@@ -241,9 +244,9 @@ class _Graph:
             cells, earlier = _one_fewer(counts, kind)
             cell = int(earlier[cells == cell][0])
             runs = slice(self.begins[state], self.begins[state + 1])
-            errors = tables[self.sources[runs], cell] + self.errors[runs] @ (1.0, factor)
-            state = int(self.sources[runs][errors.argmin()])
-        return (StepKind.FULL, *steps[1:])
+            run = runs.start + int((tables[self.sources[runs], cell] + self.errors[runs] @ (1.0, factor)).argmin())
+            state, total = int(self.sources[run]), total + self.errors[run]
+        return (StepKind.FULL, *steps[1:]), total
 
 
 def _one_fewer(counts: Index, kind: StepKind | None) -> tuple[Index, Index]:
