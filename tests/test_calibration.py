@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind, cli, reference
 from hetcache_compile.backend import hetcache_backend
+from hetcache_compile.bench_quality import weights_digest
 from hetcache_compile.calibrate import calibrate, inner_products, kind_masks, measure_clip, recorded
 from hetcache_compile.calibration import Costs, Measured
-from hetcache_compile.demo import moving_mask, save_random_checkpoint
+from hetcache_compile.cli_calibrate import measured_elsewhere
+from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
 from hetcache_compile.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
 from hetcache_compile.media import Clip
 from hetcache_compile.optimal import expect, optimal_schedule
 from hetcache_compile.reference.clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES
+from hetcache_compile.report import processor_name
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 SETTINGS = {
@@ -333,6 +336,45 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert status == 2
         assert message in " ".join(err.split())
         assert "Traceback" not in err
+
+
+def test_a_calibration_of_another_machine_is_told(pipe, calibrated):
+    known, here = (
+        calibrated[0],
+        {"weights": weights_digest(pipe), "dtype": "float32", "processor": processor_name("cpu")},
+    )
+    assert measured_elsewhere(replace(known, settings=here), pipe, "cpu") == []
+    elsewhere = replace(known, settings={**here, "processor": "Z80"})
+    (warning,) = measured_elsewhere(elsewhere, pipe, "cpu")
+    assert "of Z80, not of" in warning
+    assert measured_elsewhere(elsewhere, pipe) == [], "a plan may be made on another machine than it runs on"
+
+
+def test_own_clips_are_calibrated_on_each(checkpoint, tmp_path, monkeypatch, capsys):
+    taken = []
+
+    def calibrate(pipe, edits, *_, **__):
+        taken.extend(edits)
+        raise CalibrationError("enough")
+
+    monkeypatch.setattr("hetcache_compile.calibrate.calibrate", calibrate)
+    mask, videos = tmp_path / "mask.npy", [tmp_path / f"{name}{demo_clip().suffix}" for name in "ab"]
+    np.save(mask, moving_mask(FRAMES, SIZE, SIZE))
+    for video in videos:
+        shutil.copy(demo_clip(), video)
+    each = [("--video", video, "--mask", mask, "--prompt", f"prompt of {video.stem}") for video in videos]
+    size = ("--height", SIZE, "--width", SIZE, "--num-frames", FRAMES)
+    arguments = ("calibrate", "--model", checkpoint, *size, *each[0], *each[1], "-o", tmp_path / "x.hetcal")
+    monkeypatch.setattr(sys, "argv", ["hetcache", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "enough" in capsys.readouterr().err
+    assert [(edit.name, edit.prompt) for edit in taken] == [("a", "prompt of a"), ("b", "prompt of b")]
+
+
+def test_clips_of_one_name_are_refused(pipe, tmp_path):
+    with pytest.raises(CalibrationError, match="names of their own"):
+        calibrate(pipe, [clip(1), clip(1)], tmp_path / "x.hetcal", lambda *_: None, **SETTINGS)
 
 
 def test_a_plan_with_a_calibration_is_searched_by_default(pipe, calibrated):
