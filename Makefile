@@ -26,7 +26,7 @@ check: .venv/ready build/typings   ## style and types
 .PHONY: build/typings
 build/typings:
 	rm -rf $@ && mkdir -p $@/hetcache_compile
-	ln -s $(addprefix $(CURDIR)/,$(wildcard hetcache_compile/*.py) hetcache_compile/reference passes export) $@/hetcache_compile/
+	ln -s $(addprefix $(CURDIR)/,$(wildcard hetcache_compile/*) passes export) $@/hetcache_compile/
 
 bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into README.md
 	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from hetcache_compile import reference
-from hetcache_compile.bench_quality import describe_clip, weights_digest
-from hetcache_compile.editing import EditRequest, make_plan, run_pipeline
+from hetcache_compile.bench.quality import describe_clip, weights_digest
+from hetcache_compile.edit.editing import EditRequest, make_plan, run_pipeline
+from hetcache_compile.edit.media import Clip
+from hetcache_compile.edit.report import provenance
 from hetcache_compile.files import atomically
-from hetcache_compile.media import Clip
-from hetcache_compile.partition import TokenKind, classify
-from hetcache_compile.report import provenance
-from hetcache_compile.schedule import time_distances
+from hetcache_compile.plan.partition import TokenKind, classify
+from hetcache_compile.plan.schedule import time_distances
 
 ROOT = Path(__file__).parent.parent
 RESULT, PARTS = ROOT / "benchmarks" / "results" / "drift.json", ROOT / "out" / "drift"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hetcache_compile.partition import TokenKind
+from hetcache_compile.plan.partition import TokenKind
 
 Floats = NDArray[np.float64]
 Tokens = NDArray[np.int64]

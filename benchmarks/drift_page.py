@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from hetcache_compile import Calibration, reference
 from hetcache_compile.files import atomically
-from hetcache_compile.partition import TokenKind
+from hetcache_compile.plan.partition import TokenKind
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 from hetcache_compile import reference
-from hetcache_compile.editing import EditRequest, make_plan
-from hetcache_compile.export import latency
+from hetcache_compile.edit.editing import EditRequest, make_plan
+from hetcache_compile.engine.manifest import Manifest
+from hetcache_compile.export.check import latency
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.sample_call import CallShape
-from hetcache_compile.export.trt import build_engines
-from hetcache_compile.manifest import Manifest
+from hetcache_compile.export.model.sample_call import CallShape
+from hetcache_compile.export.trt.build import build_engines
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}

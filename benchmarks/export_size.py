@@ -22,8 +22,8 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
+from hetcache_compile.edit.report import processor_name
 from hetcache_compile.export.exporter import ExportOptions, export_model, versions
-from hetcache_compile.report import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 GRID = (9, 30, 52)
@@ -63,7 +63,7 @@ def main() -> None:
 
     finish = []
     if args.trt:
-        from hetcache_compile.export.trt import RTX, build_engines
+        from hetcache_compile.export.trt.build import RTX, build_engines
 
         finish.append(partial(build_engines, kind=RTX, capabilities=["8.9"]))
     manifest = export_model(

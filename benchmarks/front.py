@@ -25,17 +25,17 @@ from diffusers import UniPCMultistepScheduler
 from front_report import ADDED, FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, mask_size, save_plot
 
 from hetcache_compile import reference
-from hetcache_compile.bench_quality import RESULT, Settings, bench_quality, file_digest
-from hetcache_compile.calibration import Calibration
-from hetcache_compile.cli_common import progress_bars
-from hetcache_compile.editing import EditRequest, Progress, Run, run_pipeline
+from hetcache_compile.bench.methods import FULL, Method, parse_methods
+from hetcache_compile.bench.quality import RESULT, Settings, bench_quality, file_digest
+from hetcache_compile.calibration.record import Calibration
+from hetcache_compile.cli.common import progress_bars
+from hetcache_compile.edit.editing import EditRequest, Progress, Run, run_pipeline
+from hetcache_compile.edit.media import Clip
+from hetcache_compile.edit.report import provenance
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.files import atomically
-from hetcache_compile.media import Clip
-from hetcache_compile.methods import FULL, Method, parse_methods
-from hetcache_compile.passes.choose import STRATEGIES
-from hetcache_compile.report import provenance
-from hetcache_compile.schedule import preset_options
+from hetcache_compile.passes.ir.contract import STRATEGIES
+from hetcache_compile.plan.schedule import preset_options
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (50, 20)

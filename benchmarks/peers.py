@@ -22,9 +22,9 @@ import diffusers
 import torch
 
 from hetcache_compile import reference
-from hetcache_compile.editing import EditRequest, Progress, Run, run_pipeline
+from hetcache_compile.bench.methods import Method
+from hetcache_compile.edit.editing import EditRequest, Progress, Run, run_pipeline
 from hetcache_compile.errors import MethodError
-from hetcache_compile.methods import Method
 
 FROZEN_STEPS = 14
 """Enough for every setting below to reuse something: MagCache first computes a fifth of 50 steps."""

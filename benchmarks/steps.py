@@ -21,11 +21,11 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
-from hetcache_compile.backend import hetcache_backend, inner_backend
-from hetcache_compile.forms import buffered
-from hetcache_compile.passes.flops import flop_counter
-from hetcache_compile.report import processor_name
-from hetcache_compile.timing import Stopwatch
+from hetcache_compile.edit.report import processor_name
+from hetcache_compile.passes.analysis.flops import flop_counter
+from hetcache_compile.runtime.backend import hetcache_backend, inner_backend
+from hetcache_compile.runtime.rewrite import buffered
+from hetcache_compile.runtime.timing import Stopwatch
 
 RESULTS = Path(__file__).parent / "results"
 GRID = (9, 16, 16)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cli_common import TokenInput, progress_bars, token_inputs
+from ..cli.common import TokenInput, progress_bars, token_inputs
 from ..errors import ExportError, HetCacheError
 
 if TYPE_CHECKING:
-    from .trt import EngineKind
+    from .trt.build import EngineKind
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -65,11 +65,11 @@ def export(
     OUT gets full.onnx, partial.onnx, reuse.onnx, plain.onnx, weights.bin (shared), manifest.json, plan.hetplan,
     sample_inputs/, triton/ and engines/. It appears when everything has been written and checked.
     """
-    from ..plan import Plan
+    from ..plan.plan import Plan
+    from .check.verify import verify_with_ort
     from .exporter import ExportOptions, export_model
-    from .sample_call import CallShape
-    from .trt import build_engines
-    from .verify import verify_with_ort
+    from .model.sample_call import CallShape
+    from .trt.build import build_engines
 
     known_plan = Plan.load(plan)
     checked = _verifies(verify, dtype)
@@ -101,7 +101,7 @@ def export(
 
 def _engine_kind(trt: str, dtype: str, capabilities: list[str]) -> EngineKind | None:
     """Which engines to build; wrong options and missing packages are found before anything is written."""
-    from .trt import check_capabilities, choose_kind
+    from .trt.build import check_capabilities, choose_kind
 
     if trt == "none":
         if capabilities:

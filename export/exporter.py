@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
-from ..engine import BUDGETS, flat_inputs
+from ..engine.engine import BUDGETS, flat_inputs
+from ..engine.manifest import MANIFEST_FILE, CacheSpec, FormSpec, Manifest, PlanSpec, TensorSpec, WeightsSpec
 from ..errors import (
     ExportError,
     MissingExtraError,
@@ -26,27 +27,18 @@ from ..errors import (
     UnsupportedGraphError,
     is_out_of_memory,
 )
-from ..forms import Forms, rewrite, write_form
-from ..manifest import (
-    MANIFEST_FILE,
-    CacheSpec,
-    FormSpec,
-    Manifest,
-    PlanSpec,
-    TensorSpec,
-    WeightsSpec,
-)
-from ..passes.cache import CacheEntry
-from ..passes.flops import graph_flops
-from ..passes.forms import Form
-from ..passes.inputs import TokenInputs
-from . import dynamic
-from .lower import FIRST_FUSED_OPSET, Lowered, lower
-from .sample_call import REMEDY, CallShape
-from .source import Source, describe_model, load_source
+from ..passes.analysis.flops import graph_flops
+from ..passes.analysis.inputs import TokenInputs
+from ..passes.ir.cache import CacheEntry
+from ..passes.ir.form import Form
+from ..runtime.rewrite import Forms, rewrite, write_form
+from .lowering.lower import FIRST_FUSED_OPSET, Lowered, lower
+from .model.sample_call import REMEDY, CallShape
+from .model.source import Source, describe_model, load_source
+from .onnx import dynamic
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..plan.plan import Plan
 
 PLAN_FILE = "plan.hetplan"
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -161,8 +153,8 @@ def write_onnx(
     folder: Path, source: Source, forms: Forms, options: ExportOptions, progress: Progress = lambda *_: None
 ) -> Manifest:
     """ONNX files, weights, sample inputs, plan and Triton configurations; the manifest is returned, not written."""
-    from .onnx_files import save_forms
-    from .samples import write_samples
+    from .check.samples import write_samples
+    from .onnx.files import save_forms
     from .serving import write_triton
 
     described = describe(source, forms, options)

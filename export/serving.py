@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..manifest import CacheSpec, FormSpec, Manifest, TensorSpec
+from ..engine.manifest import CacheSpec, FormSpec, Manifest, TensorSpec
 
 TRITON_FOLDER = "triton"
 CACHED_FORMS = ("full", "partial", "reuse")

@@ -8,8 +8,7 @@ with hetcache.session(plan) as session:
     frames = pipe(...).frames
 """
 
-from .backend import hetcache_backend
-from .calibration import Calibration
+from .calibration.record import Calibration
 from .errors import (
     CalibrationError,
     GridMismatchError,
@@ -24,13 +23,14 @@ from .errors import (
     SessionError,
     UnsupportedGraphError,
 )
-from .forms import Forms, rewrite
-from .partition import TokenKind
-from .passes.rules import register_attention
-from .plan import Plan
-from .planning import plan_for
-from .schedule import PRESETS, StepKind
-from .session import Session, session
+from .passes.rules.table import register_attention
+from .pipelines.planning import plan_for
+from .plan.partition import TokenKind
+from .plan.plan import Plan
+from .plan.schedule import PRESETS, StepKind
+from .runtime.backend import hetcache_backend
+from .runtime.rewrite import Forms, rewrite
+from .runtime.session import Session, session
 
 __version__ = "0.1.0"
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .passes.analyse import GridMismatchError
-from .passes.refusal import HetCacheError, Refusal, UnsupportedGraphError
+from .passes.ir.refusal import GridMismatchError, HetCacheError, Refusal, UnsupportedGraphError
 
 __all__ = [
     "CalibrationError",

@@ -15,10 +15,11 @@ import torch
 from models import Case
 
 from hetcache_compile import Forms, Plan
-from hetcache_compile.capture import Program, capture
-from hetcache_compile.passes.analyse import Analysis, analyse
-from hetcache_compile.passes.cache import Budgets
-from hetcache_compile.passes.forms import FORMS, Form
+from hetcache_compile.passes.analysis.analyse import Analysis, analyse
+from hetcache_compile.passes.forms.write import FORMS
+from hetcache_compile.passes.ir.contract import Budgets
+from hetcache_compile.passes.ir.form import Form
+from hetcache_compile.runtime.capture import Program, capture
 
 SLOW = ("zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli")
 """The files that take half a minute and more, the slowest first."""
@@ -107,7 +108,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.fixture
 def hetcache_command(run_main: Command) -> Command:
     """Run `hetcache ...`."""
-    from hetcache_compile import cli
+    from hetcache_compile.cli import main as cli
 
     return functools.partial(run_main, cli.main, "hetcache")
 

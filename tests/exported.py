@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from hetcache_compile import Plan
+from hetcache_compile.export.check.verify import verify_with_ort
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.sample_call import CallShape
-from hetcache_compile.export.source import Source, load_source
-from hetcache_compile.export.verify import verify_with_ort
+from hetcache_compile.export.model.sample_call import CallShape
+from hetcache_compile.export.model.source import Source, load_source
 
 ACTIVE = 27
 

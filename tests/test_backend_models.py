@@ -24,7 +24,7 @@ from models import Case, TinyDiT, tiny_call
 
 import hetcache_compile as hetcache
 from hetcache_compile import StepKind
-from hetcache_compile.passes.layout import all_rows
+from hetcache_compile.passes.forms.all_rows import all_rows
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 VACE = Case("vace", batch=2, config=(("vace_layers", (0,)),))

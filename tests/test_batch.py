@@ -21,10 +21,10 @@ from zoo import ENTRIES
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
-from hetcache_compile.capture import capture
-from hetcache_compile.passes.analyse import analyse
-from hetcache_compile.passes.axis import Tokens
-from hetcache_compile.passes.batch import join_samples, take_samples
+from hetcache_compile.passes.analysis.analyse import analyse
+from hetcache_compile.passes.forms.batch import join_samples, take_samples
+from hetcache_compile.passes.ir.axis import Tokens
+from hetcache_compile.runtime.capture import capture
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 STEPS = "FPRPFRP"

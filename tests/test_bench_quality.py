@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hetcache_compile.bench_quality import (
+from hetcache_compile.bench.methods import parse_method, parse_methods
+from hetcache_compile.bench.quality import (
     RESULT,
     Bench,
     Settings,
@@ -23,13 +24,12 @@ from hetcache_compile.bench_quality import (
     open_result,
     save_result,
 )
-from hetcache_compile.demo import demo_clip, save_random_checkpoint
-from hetcache_compile.editing import EditRequest, load_pipeline, run_compiled
+from hetcache_compile.bench.quality_report import HEADER, busiest, summarise, write_report
+from hetcache_compile.edit.editing import EditRequest, load_pipeline, run_compiled
+from hetcache_compile.edit.media import Clip, read_video
+from hetcache_compile.edit.metrics import METRICS, REGIONS, compare
 from hetcache_compile.errors import HetCacheError, InputFileError, MissingExtraError, PlanError
-from hetcache_compile.media import Clip, read_video
-from hetcache_compile.methods import parse_method, parse_methods
-from hetcache_compile.metrics import METRICS, REGIONS, compare
-from hetcache_compile.quality_report import HEADER, busiest, summarise, write_report
+from hetcache_compile.reference.demo import demo_clip, save_random_checkpoint
 
 FRAMES, SIZE = 5, 64
 METHODS = parse_methods("FPRR,F,steps:2")

@@ -13,18 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hetcache_compile as hetcache
-from hetcache_compile import Calibration, CalibrationError, TokenKind, cli, reference
-from hetcache_compile.backend import hetcache_backend
-from hetcache_compile.bench_quality import weights_digest
-from hetcache_compile.calibrate import calibrate, inner_products, kind_masks, measure_clip, recorded
-from hetcache_compile.calibration import Costs, Measured
-from hetcache_compile.cli_calibrate import measured_elsewhere
-from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
-from hetcache_compile.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
-from hetcache_compile.media import Clip
-from hetcache_compile.optimal import expect, optimal_schedule
+from hetcache_compile import Calibration, CalibrationError, TokenKind, reference
+from hetcache_compile.bench.calibrate import calibrate, inner_products, kind_masks, measure_clip, recorded
+from hetcache_compile.bench.quality import weights_digest
+from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
+from hetcache_compile.calibration.record import Costs, Measured
+from hetcache_compile.cli import main as cli
+from hetcache_compile.cli.calibrate import measured_elsewhere
+from hetcache_compile.edit.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
+from hetcache_compile.edit.media import Clip
+from hetcache_compile.edit.report import processor_name
 from hetcache_compile.reference.clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES
-from hetcache_compile.report import processor_name
+from hetcache_compile.reference.demo import demo_clip, moving_mask, save_random_checkpoint
+from hetcache_compile.runtime.backend import hetcache_backend
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 SETTINGS = {
@@ -116,7 +117,7 @@ def test_it_reports_and_leaves_the_pipeline_alone(pipe, calibrated):
 
 def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkeypatch):
     expected, *_ = calibrated
-    monkeypatch.setattr("hetcache_compile.calibrate.measure_costs", lambda *_: expected.costs)
+    monkeypatch.setattr("hetcache_compile.bench.calibrate.measure_costs", lambda *_: expected.costs)
     out = tmp_path / "model.hetcal"
 
     def stop(stage, step, steps):
@@ -143,7 +144,7 @@ def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkey
     ):
         with pytest.raises(CalibrationError, match=message):
             calibrate(pipe, [these], out, stop, **{**SETTINGS, **settings})
-    monkeypatch.setattr("hetcache_compile.calibrate.OFFSETS", (1, 2))
+    monkeypatch.setattr("hetcache_compile.bench.calibrate.OFFSETS", (1, 2))
     with pytest.raises(CalibrationError, match="other offsets"):
         calibrate(pipe, [clip(1)], out, stop, **SETTINGS)
 
@@ -357,7 +358,7 @@ def test_own_clips_are_calibrated_on_each(checkpoint, tmp_path, monkeypatch, cap
         taken.extend(edits)
         raise CalibrationError("enough")
 
-    monkeypatch.setattr("hetcache_compile.calibrate.calibrate", calibrate)
+    monkeypatch.setattr("hetcache_compile.bench.calibrate.calibrate", calibrate)
     mask, videos = tmp_path / "mask.npy", [tmp_path / f"{name}{demo_clip().suffix}" for name in "ab"]
     np.save(mask, moving_mask(FRAMES, SIZE, SIZE))
     for video in videos:

@@ -12,9 +12,9 @@ from PIL import Image
 
 import hetcache_compile as hetcache
 from hetcache_compile import reference
-from hetcache_compile.cli_common import check_size, size_factors
-from hetcache_compile.demo import demo_clip, moving_mask, save_random_checkpoint
-from hetcache_compile.media import Clip, read_video, write_video
+from hetcache_compile.cli.common import check_size, size_factors
+from hetcache_compile.edit.media import Clip, read_video, write_video
+from hetcache_compile.reference.demo import demo_clip, moving_mask, save_random_checkpoint
 
 FRAMES, SIZE = 5, 64
 

@@ -13,19 +13,22 @@ import pytest
 import torch
 
 import hetcache_compile as hetcache
-from hetcache_compile import cli, engine, runners
-from hetcache_compile.demo import save_random_checkpoint
-from hetcache_compile.editing import load_engine_pipeline, load_pipeline
+from hetcache_compile import engine
+from hetcache_compile.cli import main as cli
+from hetcache_compile.edit.editing import load_engine_pipeline, load_pipeline
+from hetcache_compile.edit.media import to_pictures, write_video
+from hetcache_compile.engine import runners
+from hetcache_compile.engine.manifest import Manifest
 from hetcache_compile.errors import ExportError, SessionError
-from hetcache_compile.manifest import Manifest
-from hetcache_compile.media import to_pictures, write_video
+from hetcache_compile.reference.demo import save_random_checkpoint
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export import latency, lower, verify
+from hetcache_compile.export.check import latency, verify
+from hetcache_compile.export.check.verify import verify_with_ort
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.verify import verify_with_ort
+from hetcache_compile.export.lowering import lower
 
 FRAMES, SIZE, STEPS = 5, 64, 20
 

@@ -17,18 +17,18 @@ import torch
 
 import hetcache_compile as hetcache
 from hetcache_compile import engine
-from hetcache_compile.manifest import SCHEMA_FILE, Manifest, sha256_of
-from hetcache_compile.passes.interleave import interleave_writes
-from hetcache_compile.plan import Plan
+from hetcache_compile.engine.manifest import SCHEMA_FILE, Manifest, sha256_of
+from hetcache_compile.export.lowering.interleave import interleave_writes
+from hetcache_compile.plan.plan import Plan
 
 onnx = pytest.importorskip("onnx", reason="needs the extra ort")
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
+from hetcache_compile.export.check.verify import relative_errors  # noqa: E402
 from hetcache_compile.export.exporter import ExportOptions, export_model, new_folder  # noqa: E402
-from hetcache_compile.export.sample_call import CallShape  # noqa: E402
-from hetcache_compile.export.source import load_source  # noqa: E402
-from hetcache_compile.export.verify import relative_errors  # noqa: E402
+from hetcache_compile.export.model.sample_call import CallShape  # noqa: E402
+from hetcache_compile.export.model.source import load_source  # noqa: E402
 
 FORMS = [("fp32", 20, False), ("fp32", 23, True)]
 CHAIN = ("full", "partial", "partial", "reuse")
@@ -193,7 +193,7 @@ def test_shipped_samples_run_in_polygraphy():
 
 def test_polygraphy_compares_torch_with_onnxruntime(tmp_path):
     pytest.importorskip("polygraphy", reason="needs the extra trt-rtx")
-    from hetcache_compile.export.compare import compare
+    from hetcache_compile.export.check.compare import compare
 
     folder = tmp_path / "export"
     shutil.copytree(exported.export("fp32", 20), folder)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from hetcache_compile.engine.manifest import Manifest
 from hetcache_compile.errors import is_out_of_memory
-from hetcache_compile.manifest import Manifest
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")

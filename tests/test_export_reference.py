@@ -7,16 +7,16 @@ import torch
 
 import hetcache_compile as hetcache
 from hetcache_compile import engine, reference
-from hetcache_compile.editing import EditRequest, load_engine_pipeline, make_plan, run_planned
+from hetcache_compile.edit.editing import EditRequest, load_engine_pipeline, make_plan, run_planned
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export import trt
+from hetcache_compile.engine.manifest import Manifest
+from hetcache_compile.export.check.verify import verify_with_ort
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.sample_call import CallShape
-from hetcache_compile.export.verify import verify_with_ort
-from hetcache_compile.manifest import Manifest
+from hetcache_compile.export.model.sample_call import CallShape
+from hetcache_compile.export.trt import build as trt
 
 STEPS = 20
 

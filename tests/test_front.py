@@ -16,13 +16,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from matplotlib.figure import Figure
 
 from hetcache_compile import Plan, reference
-from hetcache_compile.bench_quality import RESULT, Bench, Settings, bench_quality, frames_file, load_frames
-from hetcache_compile.demo import demo_clip, save_random_checkpoint
-from hetcache_compile.editing import load_pipeline, run_pipeline
+from hetcache_compile.bench.methods import FULL, Method
+from hetcache_compile.bench.quality import RESULT, Bench, Settings, bench_quality, frames_file, load_frames
+from hetcache_compile.edit.editing import load_pipeline, run_pipeline
+from hetcache_compile.edit.media import Clip, read_video
 from hetcache_compile.errors import InputFileError
-from hetcache_compile.media import Clip, read_video
-from hetcache_compile.methods import FULL, Method
-from hetcache_compile.schedule import PRESETS, make_schedule
+from hetcache_compile.plan.schedule import PRESETS, make_schedule
+from hetcache_compile.reference.demo import demo_clip, save_random_checkpoint
 
 FRAMES, SIZE = 5, 64
 SETTINGS = Settings("tiny", num_inference_steps=6, max_sequence_length=16, inner="eager", timed=False)

@@ -19,8 +19,8 @@ from conftest import Captured
 from models import NUM_TOKENS, Case, to_tokens
 
 from hetcache_compile import Plan, StepKind
-from hetcache_compile.forms import buffered
-from hetcache_compile.passes.forms import Form
+from hetcache_compile.passes.ir.form import Form
+from hetcache_compile.runtime.rewrite import buffered
 
 N = NUM_TOKENS
 TOLERANCE = 1e-5  # absolute, outputs are of the order of 1 (at most about 6)

@@ -17,8 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 import hetcache_compile as hetcache
-from hetcache_compile.forms import Forms, buffered
-from hetcache_compile.passes.normalise import (
+from hetcache_compile.passes.analysis.normalise import (
     PASSES,
     drop_asserts,
     drop_dead_code,
@@ -27,7 +26,8 @@ from hetcache_compile.passes.normalise import (
     normalise,
     share_subexpressions,
 )
-from hetcache_compile.passes.refusal import module_path, shape_of, source_line
+from hetcache_compile.passes.ir.refusal import module_path, shape_of, source_line
+from hetcache_compile.runtime.rewrite import Forms, buffered
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from models_check import distance, random_plan
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.forms import buffered
+from hetcache_compile.runtime.rewrite import buffered
 
 GRID, N, TEXT, WIDTH = (2, 3, 5), 30, 11, 14
 

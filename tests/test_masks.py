@@ -19,9 +19,9 @@ from scipy.ndimage import label
 
 import hetcache_compile as hetcache
 from hetcache_compile import Forms, Plan, TokenKind
-from hetcache_compile.partition import SELECTIONS
-from hetcache_compile.passes.choose import STRATEGIES
-from hetcache_compile.plan import ARRAYS, OPTIONS
+from hetcache_compile.passes.ir.contract import STRATEGIES
+from hetcache_compile.plan.partition import SELECTIONS
+from hetcache_compile.plan.plan import ARRAYS, OPTIONS
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind
-from hetcache_compile.calibrate import Call, attention_mass
-from hetcache_compile.calibration import Measured
-from hetcache_compile.passes import choose
+from hetcache_compile.bench.calibrate import Call, attention_mass
+from hetcache_compile.calibration.record import Measured
+from hetcache_compile.passes.kernels import token_choice as choose
 
 
 def shares(model: torch.nn.Module, kwargs: dict[str, Any], plan: hetcache.Plan, text: int = 0) -> np.ndarray:

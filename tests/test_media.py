@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hetcache_compile.demo import demo_clip, moving_mask
+from hetcache_compile.edit.media import read_mask, read_video, stack_side_by_side, tint, to_pictures, write_video
+from hetcache_compile.edit.metrics import psnr
 from hetcache_compile.errors import InputFileError
-from hetcache_compile.media import read_mask, read_video, stack_side_by_side, tint, to_pictures, write_video
-from hetcache_compile.metrics import psnr
+from hetcache_compile.reference.demo import demo_clip, moving_mask
 
 
 def test_the_demo_clip_is_real_and_long_enough():

@@ -12,11 +12,11 @@ from models import Case
 
 import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, UnsupportedGraphError
-from hetcache_compile.forms import form_key
-from hetcache_compile.partition import merge_context
-from hetcache_compile.passes import cluster as clustering
-from hetcache_compile.passes import merge
-from hetcache_compile.passes.cluster import EMPTY, ITERATIONS, centroids, nearest_centres
+from hetcache_compile.passes.forms import merge
+from hetcache_compile.passes.kernels import kmeans as clustering
+from hetcache_compile.passes.kernels.kmeans import EMPTY, ITERATIONS, centroids, nearest_centres
+from hetcache_compile.plan.partition import merge_context
+from hetcache_compile.runtime.rewrite import form_key
 
 CASE = Case("vace", config=(("num_layers", 1), ("vace_layers", (0,))))
 N = CASE.num_tokens

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from hetcache_compile.edit.metrics import METRICS, REGIONS, compare, psnr, regions
 from hetcache_compile.errors import InputFileError, MissingExtraError
-from hetcache_compile.metrics import METRICS, REGIONS, compare, psnr, regions
 
 FRAMES, SIZE = 4, 64
 

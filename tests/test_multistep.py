@@ -15,9 +15,9 @@ from test_extrapolate import GRID, N, PolynomialDiT, error, latents
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, PlanError, StepKind
-from hetcache_compile.calibration import Calibration, Measured
-from hetcache_compile.engine import Engine
-from hetcache_compile.multistep import Method, step_lengths, step_weights
+from hetcache_compile.calibration.output_weights import Method, step_lengths, step_weights
+from hetcache_compile.calibration.record import Calibration, Measured
+from hetcache_compile.engine.engine import Engine
 
 STEPS = 12
 TIMES = np.linspace(1000, 40, STEPS)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
-from hetcache_compile.calibration import Calibration, Costs, Measured
-from hetcache_compile.multistep import Method, Outputs
-from hetcache_compile.optimal import expect, optimal_schedule
-from hetcache_compile.planning import choices
-from hetcache_compile.run_errors import RecordedErrors
-from hetcache_compile.shortest import Budget, StepCosts, shortest, total_error
+from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
+from hetcache_compile.calibration.error_model import RecordedErrors
+from hetcache_compile.calibration.output_weights import Method, Outputs
+from hetcache_compile.calibration.record import Calibration, Costs, Measured
+from hetcache_compile.calibration.schedule_search import Budget, StepCosts, shortest, total_error
+from hetcache_compile.pipelines.planning import choices
 
 F, P, R = StepKind
 STEPS = 12

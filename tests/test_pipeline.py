@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import hetcache_compile as hetcache
-from hetcache_compile.demo import save_random_checkpoint
-from hetcache_compile.editing import EditRequest, Run, load_pipeline, make_plan, run_compiled, run_hetcache
-from hetcache_compile.media import to_pictures
-from hetcache_compile.session import Stats
+from hetcache_compile.edit.editing import EditRequest, Run, load_pipeline, make_plan, run_compiled, run_hetcache
+from hetcache_compile.edit.media import to_pictures
+from hetcache_compile.reference.demo import save_random_checkpoint
+from hetcache_compile.runtime.session import Stats
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 

@@ -12,8 +12,8 @@ from models import wan
 from safetensors.torch import load_file, save_file
 
 from hetcache_compile import PRESETS, MaskError, Plan, PlanError, PlanFileError, StepKind, TokenKind
-from hetcache_compile.partition import choose_active, choose_context, classify, to_token_grid
-from hetcache_compile.schedule import make_schedule, threshold_schedule, time_distances
+from hetcache_compile.plan.partition import choose_active, choose_context, classify, to_token_grid
+from hetcache_compile.plan.schedule import make_schedule, threshold_schedule, time_distances
 
 GRID = (3, 5, 7)
 RANDOM = np.random.default_rng(0)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from hetcache_compile import reference
-from hetcache_compile.editing import EditRequest, run_pipeline
+from hetcache_compile.edit.editing import EditRequest, run_pipeline
+from hetcache_compile.edit.metrics import psnr
 from hetcache_compile.errors import InputFileError
-from hetcache_compile.metrics import psnr
 from hetcache_compile.reference.clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, render_batch
 from hetcache_compile.reference.codec import BlockTransformCodec
 

@@ -8,8 +8,8 @@ from math import prod
 import pytest
 import torch
 
-from hetcache_compile.passes.axis import Place
-from hetcache_compile.passes.reshape import merge, move, split
+from hetcache_compile.passes.ir.axis import Place
+from hetcache_compile.passes.rules.reshape import merge, move, split
 
 CASES: dict[str, tuple[Place, tuple[int, ...], tuple[int, ...], Place | None]] = {
     "stays": (Place(1), (2, 7, 5), (2, 7, 5), Place(1)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetcache_compile.passes.axis import FREE, Grid, Place, Tokens
-from hetcache_compile.passes.oracle import SIZES, Call, S, Sizes, T, call, check_rows
-from hetcache_compile.passes.rules import RULES
-from hetcache_compile.passes.samples import ACCEPTED, FRAMES
+from hetcache_compile.passes.ir.axis import FREE, Grid, Place, Tokens
+from hetcache_compile.passes.rules.table import RULES
+from hetcache_compile.passes.testing.oracle import SIZES, Call, S, Sizes, T, call, check_rows
+from hetcache_compile.passes.testing.samples import ACCEPTED, FRAMES
 
 aten = torch.ops.aten
 

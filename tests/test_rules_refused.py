@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from hetcache_compile.passes.axis import Tokens
-from hetcache_compile.passes.oracle import (
+from hetcache_compile.passes.ir.axis import Tokens
+from hetcache_compile.passes.rules.rule import Rule
+from hetcache_compile.passes.rules.table import elementwise, fresh, like_first
+from hetcache_compile.passes.testing.oracle import (
     SIZES,
     Call,
     RefusedError,
@@ -24,9 +26,7 @@ from hetcache_compile.passes.oracle import (
     resolve,
     sample,
 )
-from hetcache_compile.passes.query import Rule
-from hetcache_compile.passes.rules import elementwise, fresh, like_first
-from hetcache_compile.passes.samples import END, attention, index_below
+from hetcache_compile.passes.testing.samples import END, attention, index_below
 
 aten = torch.ops.aten
 

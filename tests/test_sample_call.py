@@ -12,8 +12,8 @@ from zoo.entry import Entry
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, engine
-from hetcache_compile.export.sample_call import CallShape, read_call, sample_call
-from hetcache_compile.manifest import Manifest
+from hetcache_compile.engine.manifest import Manifest
+from hetcache_compile.export.model.sample_call import CallShape, read_call, sample_call
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")

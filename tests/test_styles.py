@@ -18,7 +18,7 @@ from models_check import distance
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.passes.rules import RULES
+from hetcache_compile.passes.rules.table import RULES
 
 aten = torch.ops.aten
 T, H, W = GRID = (3, 5, 7)

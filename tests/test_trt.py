@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 import hetcache_compile as hetcache
-from hetcache_compile.manifest import Manifest
+from hetcache_compile.engine.manifest import Manifest
 
 onnx = pytest.importorskip("onnx", reason="needs the extra ort")
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("polygraphy", reason="needs the extra trt-rtx")
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
 
-from hetcache_compile.export import trt  # noqa: E402
+from hetcache_compile.export.check.verify import verify_with_ort  # noqa: E402
 from hetcache_compile.export.exporter import ExportOptions, export_model  # noqa: E402
-from hetcache_compile.export.verify import verify_with_ort  # noqa: E402
+from hetcache_compile.export.trt import build as trt  # noqa: E402
 
 
 def build(source, tmp_path, *capabilities):
@@ -108,8 +108,8 @@ import resource, sys
 from pathlib import Path
 import tensorrt_rtx
 from hetcache_compile.errors import is_out_of_memory
-from hetcache_compile.export import trt
-from hetcache_compile.manifest import FormSpec, Manifest, TensorSpec
+from hetcache_compile.export.trt import build as trt
+from hetcache_compile.engine.manifest import FormSpec, Manifest, TensorSpec
 
 folder = Path(sys.argv[1])
 trt.polygraphy_for(trt.RTX)
@@ -141,7 +141,7 @@ def test_memory_that_runs_out_in_tensorrt_is_known_as_that(tmp_path):
 
 
 def test_missing_packages_name_the_extra(monkeypatch):
-    import hetcache_compile.runners as runners
+    import hetcache_compile.engine.runners as runners
 
     with pytest.raises(hetcache.HetCacheError, match=r"pip install 'hetcache-compile\[trt\]'"):
         runners.import_tensorrt("tensorrt_of_another_world", "trt")

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from hetcache_compile import reference
-from hetcache_compile.editing import EditRequest, compiled, run_pipeline
+from hetcache_compile.edit.editing import EditRequest, compiled, run_pipeline
+from hetcache_compile.edit.media import Clip, Frames, stack_side_by_side, write_video
+from hetcache_compile.edit.metrics import psnr
+from hetcache_compile.edit.report import provenance
 from hetcache_compile.files import atomically
-from hetcache_compile.media import Clip, Frames, stack_side_by_side, write_video
-from hetcache_compile.metrics import psnr
-from hetcache_compile.report import provenance
 
 RESULT = Path(__file__).parents[1] / "results" / "reference.json"
 

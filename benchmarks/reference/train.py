@@ -154,8 +154,8 @@ class RealClips:
 
 def save_real_frames(file: Path) -> None:
     """The training clips as pictures of at most 192 rows, in one file that can be carried to another machine."""
-    from hetcache_compile.demo import demo_clip
-    from hetcache_compile.media import read_video
+    from hetcache_compile.edit.media import read_video
+    from hetcache_compile.reference.demo import demo_clip
 
     sizes = {"bigbuckbunny.mp4": (132, 192, 336), "carphone_pristine.mp4": (120, 144, 176)}
     folder = demo_clip().parent

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..edit.media import GREY, Clip, read_video
 from ..errors import InputFileError
-from ..media import GREY, Clip, read_video
 from .clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, Batch, render_batch
 from .codec import BlockTransformCodec  # noqa: F401  diffusers loads it only where it was imported before
 
@@ -34,7 +34,7 @@ MASK_SHARES = (0.05, 0.2, 0.5)
 
 def load(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The reference model in diffusers' `WanVACEPipeline`."""
-    from ..editing import load_pipeline
+    from ..edit.editing import load_pipeline
 
     return load_pipeline(FOLDER, dtype, device)
 
@@ -77,8 +77,8 @@ def _calibration_clip(number: int, frames: int, size: int) -> Clip:
 
 def real_clip() -> Clip:
     """A real street scene that was kept out of training, with a moving mask. It comes with the extra `demo`."""
-    from ..demo import demo_clip as sample_clip
-    from ..demo import moving_mask
+    from .demo import demo_clip as sample_clip
+    from .demo import moving_mask
 
     video = read_video(sample_clip(), NUM_FRAMES, SIZE, SIZE, REAL_START)
     return masked_clip("bikes", video, moving_mask(NUM_FRAMES, SIZE, SIZE), "real video")

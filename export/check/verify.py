@@ -1,0 +1,103 @@
+"""Does an exported folder compute what torch computes? Every form, every output, every cache tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ...engine.engine import Engine
+from ...engine.manifest import Manifest
+from ...engine.runners import OrtRunner
+from ...errors import ExportError
+from ...passes.forms.merge import LOG_SIZE
+from ...plan.schedule import StepKind
+from ...runtime.rewrite import Forms
+from ..exporter import sample_tensors
+from ..model.source import Source
+from .samples import write_samples
+
+TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest difference to torch, relative to the largest value of a tensor. Half precision differs by rounding order."""
+
+AGREEING = {"fp32": 1.0, "fp16": 0.95, "bf16": 0.95}
+"""The share of the centroids of K-means that must agree. In fp16, up to 2 % of the reference model's do not."""
+CENTROID_DIMS = {"key": -2, "value": -2, LOG_SIZE: -1}
+"""Which dim counts centroids, in the entries of an attention that draws its own clusters."""
+
+CHAIN = (StepKind.FULL, StepKind.PARTIAL, StepKind.PARTIAL, StepKind.REUSE)
+"""Two PARTIAL steps, so that one of them reads what the other wrote."""
+
+
+def verify_with_ort(
+    folder: Path,
+    manifest: Manifest,
+    source: Source,
+    forms: Forms,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Manifest:
+    """Run every form on onnxruntime's CPU and in torch, on the same inputs and caches; keep the caches as samples.
+
+    Raises:
+        ExportError: a tensor differs by more than the type's tolerance.
+        EngineError: onnxruntime cannot run a form (its CPU provider has no bf16).
+    """
+    engine = Engine(manifest, OrtRunner(folder, manifest, "ort-cpu"), forms.plan)
+    tensors = sample_tensors(forms, source.kwargs)
+    indices = {name: tensors[name] for name in engine.indices}
+    inputs = {name: tensor for name, tensor in tensors.items() if name not in indices}
+    errors: dict[str, float] = {}
+    expected: dict[str, torch.Tensor] = {}
+    cache = engine.begin(indices)
+    for number, kind in enumerate(CHAIN):
+        progress("checking with onnxruntime", number, len(CHAIN) + 1)
+        with torch.no_grad():
+            output, expected = forms.run(kind.form, expected, (), source.kwargs)
+        write_samples(folder, kind.form, manifest.forms[kind.form], {**tensors, **expected})
+        outputs, written = engine.run_form(kind.form, inputs, indices, cache)
+        cache.update(written)
+        wanted = dict(zip(outputs, pytree.tree_leaves(output), strict=True))
+        agreeing = AGREEING[manifest.dtype]
+        error = max(relative_errors({**outputs, **written}, {**wanted, **expected}, agreeing).values())
+        if agreeing < 1 and any(name.endswith(f".{LOG_SIZE}") for name in written):
+            expected.update(written)  # other centroids, other outputs: both sides go on from one cache
+        errors[kind.form] = max(error, errors.get(kind.form, 0.0))
+    if "plain" in manifest.forms:
+        with torch.no_grad():
+            output = source.model(**source.kwargs)
+        outputs, _ = engine.run_form("plain", inputs, indices, {})
+        wanted = dict(zip(outputs, pytree.tree_leaves(output), strict=True))
+        errors["plain"] = max(relative_errors(outputs, wanted).values())
+    progress("checking with onnxruntime", len(CHAIN) + 1, len(CHAIN) + 1)
+    for kind_name, error in errors.items():
+        if not error <= TOLERANCES[manifest.dtype]:
+            raise ExportError(
+                f"{kind_name}.onnx differs from torch by {error:.1e} relative, more than {TOLERANCES[manifest.dtype]}: "
+                "this is a bug of the exporter, or the model overflows in this type"
+            )
+    return replace(manifest, verified={**manifest.verified, "ort-cpu": errors})
+
+
+def relative_errors(
+    actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], agreeing: float = 1.0
+) -> dict[str, float]:
+    """Largest difference of each tensor of `actual`, relative to the largest value that was expected.
+
+    Of the centroids of K-means, what a share `agreeing` of them keeps within: in half precision, rounding decides where
+    a key goes that lies between two.
+    """
+    errors = {}
+    for name, tensor in actual.items():
+        wanted = expected[name].to(torch.float32).cpu()
+        difference = (tensor.to(torch.float32).cpu() - wanted).abs()
+        prefix, _, role = name.rpartition(".")
+        if f"{prefix}.{LOG_SIZE}" in actual and role in CENTROID_DIMS:
+            centroids = difference.movedim(CENTROID_DIMS[role], 0).flatten(1).amax(1)
+            largest = centroids.quantile(agreeing, interpolation="lower")
+        else:
+            largest = difference.max()
+        errors[name] = float(largest / wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+    return errors

@@ -1,0 +1,110 @@
+"""The methods that `hetcache bench quality` compares, and how they are written.
+
+full                       the plain compiled model: the uncached result
+steps:20                   the plain model with fewer steps
+balanced                   any schedule: a preset, FRRP, teacache:0.1, optimal:3x
+balanced+o0+margin=1       a schedule with options of `plan_for`; +o0 is short for +extrapolation=0
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..calibration.schedule_search import Budget
+from ..edit.editing import EditRequest, Progress, Run
+from ..errors import PlanError
+from ..pipelines.planning import check_options
+from ..plan.schedule import StepKind, make_schedule
+
+FULL = "full"
+
+Runner = Callable[[Any, EditRequest, Progress], tuple[Run, dict[str, Any]]]
+"""Another library's cache or solver: edits with a pipeline that it leaves as it was; says what else to record of it.
+
+It warms up by itself. It raises `MethodError` where it cannot run; the cell then holds the reason.
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of running an edit.
+
+    Attributes:
+        name: as it was written.
+        schedule: how `plan_for` is asked for the plan, or None without one.
+        options: of `plan_for`.
+        steps: how many steps the plain model takes; None: as many as the rest.
+        runner: in place of a plan. With `steps` it runs the plain model, so that its calls are plain ones.
+    """
+
+    name: str
+    schedule: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    runner: Runner | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the schedule is searched for."""
+        return self.schedule is not None and self.schedule.startswith("optimal:")
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """The methods of a comma-separated list; see the module. `full` always comes first.
+
+    Raises:
+        PlanError: no schedule, no `steps:N`, or an option that `plan_for` does not have.
+    """
+    names = [FULL, *(name.strip() for name in text.split(",") if name.strip())]
+    return tuple(parse_method(name) for name in dict.fromkeys(names))
+
+
+def parse_method(name: str) -> Method:
+    """One method of `parse_methods`."""
+    if name == FULL:
+        return Method(name)
+    kind, _, argument = name.partition(":")
+    if kind == "steps":
+        if not re.fullmatch("[1-9][0-9]*", argument):
+            raise PlanError(f"steps needs a number of steps, as in steps:20, got {name!r}")
+        return Method(name, steps=int(argument))
+    schedule, *parts = name.split("+")
+    make_schedule(schedule, 2, np.zeros(2), _no_search)
+    try:
+        options = dict(_short_option(part) or parse_option(part) for part in parts)
+    except PlanError as error:
+        raise PlanError(f"{error}; {name!r} is not written as in FRRP+margin=1 or FRRP+o0") from error
+    check_options(options)
+    return Method(name, schedule, options)
+
+
+def _short_option(text: str) -> tuple[str, Any] | None:
+    return ("extrapolation", int(text[1:])) if re.fullmatch("o[0-9]+", text) else None
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """An option of a plan, from `name=value`: a number where it is one.
+
+    Raises:
+        PlanError: it is written otherwise.
+    """
+    option, equals, value = text.partition("=")
+    if not (option and equals and value):
+        raise PlanError(f"an option is written as name=value, got {text!r}")
+    for number in (int, float):
+        try:
+            return option, number(value)
+        except ValueError:
+            continue
+    return option, value
+
+
+def _no_search(budget: str) -> tuple[StepKind, ...]:
+    """Stands in for the search while there is no edit: only the budget is read."""
+    Budget.parse(budget)
+    return StepKind.FULL, StepKind.FULL

@@ -1,0 +1,100 @@
+"""The best schedule for an edit under a budget, and what a calibration expects of any schedule.
+
+`run_errors` says what a schedule leaves wrong, `step_costs` what it takes; `shortest` searches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import CalibrationError
+from ..plan.schedule import StepKind
+from .error_model import RecordedErrors
+from .output_weights import Method
+from .record import Array, Calibration
+from .schedule_search import Budget, StepCosts, shortest, total_error
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a calibration expects of a schedule.
+
+    Attributes:
+        steps: the schedule.
+        error: of the last latents, over what the whole path moves them; infinite where it was not measured.
+        seconds: in the model, of one branch of guidance, at the size that the calibration timed.
+        full_seconds: of as many FULL steps.
+    """
+
+    steps: tuple[StepKind, ...]
+    error: float
+    seconds: float
+    full_seconds: float
+
+    @property
+    def time_factor(self) -> float:
+        """How much less time than FULL steps only."""
+        return self.full_seconds / self.seconds
+
+    def describe(self) -> str:
+        """One line."""
+        counts = ", ".join(f"{self.steps.count(kind)} {kind.name}" for kind in StepKind)
+        error = f"{self.error:.2%}" if np.isfinite(self.error) else "unknown, as a FULL step is too long ago,"
+        return (
+            f"{counts}: {self.time_factor:.2f}x less time in the model than {len(self.steps)} FULL steps, "
+            f"error of the result {error} expected"
+        )
+
+
+def expect(
+    calibration: Calibration,
+    steps: Sequence[StepKind],
+    timesteps: Array,
+    share: float,
+    method: Method | None = None,
+    lengths: Array | None = None,
+) -> Expectation:
+    """What the calibration expects of any schedule, at M / N = `share`; see `optimal_schedule`."""
+    costs, method = step_costs(calibration, share), method or Method()
+    error = total_error(RecordedErrors(calibration, timesteps, method, lengths), steps, method.order)
+    counts = (steps.count(StepKind.FULL), steps.count(StepKind.PARTIAL))
+    return Expectation(tuple(steps), float(np.sqrt(error)), costs.of(*counts, len(steps)), costs.full * len(steps))
+
+
+def optimal_schedule(
+    calibration: Calibration,
+    budget: Budget | str,
+    timesteps: Array,
+    share: float,
+    method: Method | None = None,
+    lengths: Array | None = None,
+) -> tuple[StepKind, ...]:
+    """The best schedule for an edit.
+
+    Args:
+        calibration: of its model and machine.
+        budget: see `Budget.parse`.
+        timesteps: `[S]` of the edit, decreasing.
+        share: M / N of its plan.
+        method: how outputs are predicted and corrected.
+        lengths: `[S]` of its solver, see `multistep.step_lengths`.
+
+    Raises:
+        PlanError: the budget cannot be kept.
+        CalibrationError: the calibration is not finished.
+    """
+    budget = Budget.parse(budget) if isinstance(budget, str) else budget
+    method = method or Method()
+    errors = RecordedErrors(calibration, timesteps, method, lengths)
+    return shortest(errors, step_costs(calibration, share), len(timesteps), budget, order=method.order)
+
+
+def step_costs(calibration: Calibration, share: float) -> StepCosts:
+    """Seconds of a call by step kind at M / N = `share`."""
+    costs = calibration.costs
+    if costs is None:
+        raise CalibrationError("the calibration holds no step costs yet: run hetcache calibrate again")
+    return StepCosts(costs.full, costs.partial_at(share), costs.reuse)

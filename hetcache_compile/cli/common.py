@@ -1,0 +1,161 @@
+"""What the commands share: options, the progress bar, checks of sizes and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..bench.methods import parse_option
+from ..errors import PlanError
+from ..pipelines.planning import check_options
+from ..plan.schedule import preset_options
+
+console = Console(stderr=True)
+
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="full, quality, balanced, fast, paper-slow, paper-fast, teacache:THRESHOLD, optimal:BUDGET "
+        "(with a calibration), or a cycle of F, P and R such as FRRP. "
+        "[default: balanced; with a calibration optimal:1%]"
+    ),
+]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Reach of the margin around the mask, in tokens. [default: 2, or what an optimal schedule finds best]"
+    ),
+]
+ContextRatio = Annotated[
+    float, typer.Option(help="Share of context tokens that PARTIAL steps compute.", min=0.0, max=1.0)
+]
+Extrapolation = Annotated[
+    int | None,
+    typer.Option(
+        help="Order at which outputs that a step does not compute are predicted; 0 repeats. "
+        "[default: 1, or 0 for a model without a timestep]",
+        min=0,
+        max=2,
+    ),
+]
+More = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another option of a plan: selection=hetcache, merged_ratio=0.25, ... Repeatable."),
+]
+Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
+Frames = Annotated[
+    int, typer.Option(help="Frames to edit: one more than a multiple of what the VAE takes together (Wan: 4).", min=1)
+]
+Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
+Width = Annotated[int, typer.Option(help="Width in pixels.", min=1)]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance; 1 turns it off. [default: 5; reference model: 2]")
+]
+TextTokens = Annotated[int | None, typer.Option(help="Text tokens. [default: 512; reference model: 16]", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.")]
+TokenInput = Annotated[
+    list[str] | None,
+    typer.Option(help="An input that holds packed tokens and their dim, such as hidden_states=1. Repeatable."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A progress bar for each stage: a function of stage, what is done, and how much there is."""
+    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, step: int, steps: int) -> None:
+            if stage not in tasks:
+                for task in bars.tasks:  # a stage is done when the next one begins
+                    bars.update(task.id, completed=task.total)
+                tasks[stage] = bars.add_task(stage, total=steps)
+            bars.update(tasks[stage], completed=step)
+
+        yield update
+        for task in bars.tasks:
+            bars.update(task.id, completed=task.total)
+
+
+def chosen(
+    context: typer.Context, schedule: str | None, more: list[str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Options of a plan, but for those that the user did not give and that a preset or a model decides.
+
+    Raises:
+        PlanError: one of `more` is not written as NAME=VALUE, or is no option of a plan.
+    """
+    given_by_name = dict(parse_option(text) for text in more or ())
+    check_options(given_by_name)
+    own = preset_options(schedule)
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+    kept = {name: value for name, value in options.items() if value is not None and (name not in own or given(name))}
+    return kept | given_by_name
+
+
+def check_size(height: int, width: int, num_frames: int, pipe: Any = None) -> None:
+    """Raise `PlanError` for a video that the VAE and the patches cannot cut up: the pipeline's own, or else Wan's."""
+    frames, rows, columns = WAN_FACTORS if pipe is None else size_factors(pipe)
+    for name, value, factor in (("height", height, rows), ("width", width, columns)):
+        if value % factor:
+            raise PlanError(f"{name} must be a multiple of {factor}, got {value}")
+    if num_frames % frames != 1 % frames:
+        raise PlanError(f"the number of frames must be one more than a multiple of {frames}, got {num_frames}")
+
+
+def size_factors(pipe: Any) -> tuple[int, int, int]:
+    """Frames to a latent frame, and the pixels of a token: its height and its width.
+
+    Raises:
+        PlanError: the pipeline lacks a part that says so.
+    """
+    try:
+        model = next(m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m is not None)
+        _, rows, columns = model.config.patch_size
+        spatial = pipe.vae_scale_factor_spatial
+        return pipe.vae_scale_factor_temporal, spatial * rows, spatial * columns
+    except (AttributeError, TypeError, StopIteration) as error:
+        raise PlanError(f"{type(pipe).__name__} does not say into what it cuts a video: {error}") from error
+
+
+def token_inputs(given: list[str] | None) -> dict[str, int] | None:
+    """What `--token-input NAME=DIM` says, once or more."""
+    parsed = {}
+    for text in given or []:
+        name, _, dim = text.partition("=")
+        if not dim.lstrip("-").isdigit():
+            raise PlanError(f"--token-input takes NAME=DIM, got {text}")
+        parsed[name] = int(dim)
+    return parsed or None
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch type of that name."""
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise PlanError(f"dtype must be float32, bfloat16 or float16, got {name}")
+    return getattr(torch, name)
+
+
+def torch_device(name: str) -> str:
+    """The device meant by `auto`."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+WAN_FACTORS = (4, 16, 16)
+"""`size_factors` of Wan, for plans made without a model."""

@@ -1,0 +1,69 @@
+"""One call of a model to look at: from a pipeline, stopped at its first model call, or from a Python function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import InputFileError
+from ..plan.partition import Grid
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """A model, the arguments of a call of it, and the token grid (T', H', W') of that call."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    grid: Grid
+
+
+class _FirstCallError(Exception):
+    """Carries the arguments of a pipeline's first model call out of the pipeline."""
+
+
+def call_of_function(name: str) -> ModelCall:
+    """The call that `package.module:function` returns as `(model, kwargs, grid)`.
+
+    Raises:
+        InputFileError: there is no such function, or it returns something else.
+    """
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputFileError(f"{name} is no function to call: {error}") from error
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):
+        raise InputFileError(f"{name} must return (model, kwargs, grid), a module, a dict and three sizes")
+    model, kwargs, grid = made
+    return ModelCall(model.eval(), (), kwargs, tuple(grid))
+
+
+def call_of_pipeline(pipe: Any, height: int, width: int, num_frames: int) -> ModelCall:
+    """The first model call of a pipeline that edits masked video, on an empty video that is all mask."""
+    from .editing import EditRequest, make_plan, run_eager
+
+    request = EditRequest(
+        video=np.zeros((num_frames, height, width, 3), dtype=np.uint8),
+        mask=np.ones((num_frames, height, width), dtype=bool),
+        prompt="",
+        num_inference_steps=1,
+    )
+
+    def stop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstCallError(args, kwargs)
+
+    handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run_eager(pipe, request, lambda *_: None)
+    except _FirstCallError as first:
+        args, kwargs = first.args
+    finally:
+        handle.remove()
+    return ModelCall(pipe.transformer.eval(), args, kwargs, make_plan(pipe, request, "full").grid)

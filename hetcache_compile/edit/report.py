@@ -1,0 +1,193 @@
+"""What an edit leaves behind: `report.json`, `report.html`, `plan.png`, and the videos side by side."""
+
+from __future__ import annotations
+
+import html
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import atomically
+from ..plan.plan import Plan
+from ..plan.preview import save_preview
+from ..plan.schedule import StepKind
+from .editing import EditRequest, Run
+from .media import stack_side_by_side, tint, write_video
+from .metrics import psnr
+
+BUSY = 1.2
+"""FULL and uncached calls that differ by more than this factor were not measured under the same conditions."""
+
+
+def processor_name(device: str) -> str:
+    """The name of the GPU, or of the CPU, that a run used."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """The command, the versions and the processor that a result belongs to."""
+    import diffusers
+
+    import hetcache_compile
+
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {
+            "hetcache-compile": hetcache_compile.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "processor": processor_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def make_report(
+    request: EditRequest, plan: Plan, cached: Run, uncached: Run | None, eager: Run | None, device: str
+) -> dict[str, Any]:
+    """The figures of an edit. Times are of the transformers only, by medians; speed-ups are ratios of one run.
+
+    PSNR is to the uncached result, None where the two are identical.
+    """
+    assert cached.stats is not None
+    report: dict[str, Any] = {
+        **provenance(device),
+        "speedup_vs_compiled": None,
+        "speedup_vs_eager": None,
+        "psnr_overall_db": None,
+        "psnr_generative_db": None,
+        "psnr_context_db": None,
+        "identical": None,
+        "steps": cached.stats.steps,
+        "seconds": cached.median_seconds,
+        "total_seconds": {"hetcache": cached.total_seconds},
+        "full_over_compiled": None,
+        "compile_seconds": cached.stats.compile_seconds,
+        "cache_bytes": cached.stats.cache_bytes,
+        "plan": {
+            "grid": list(plan.grid),
+            "num_tokens": plan.num_tokens,
+            "num_active": plan.num_active,
+            "num_context": plan.num_context,
+            "schedule": plan.schedule,
+            "steps": "".join(kind.letter for kind in plan.steps),
+        },
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+    }
+    if uncached is not None:
+        assert uncached.frames is not None
+        assert cached.frames is not None
+        report["speedup_vs_compiled"] = uncached.total_seconds / cached.total_seconds
+        report["total_seconds"]["compiled"] = uncached.total_seconds
+        report["full_over_compiled"] = cached.median_seconds["FULL"] / uncached.median_seconds["FULL"]
+        report["identical"] = bool((uncached.frames == cached.frames).all())
+        for name, region in (("overall", None), ("generative", request.mask), ("context", ~request.mask)):
+            report[f"psnr_{name}_db"] = psnr(cached.frames, uncached.frames, region)
+    if eager is not None:
+        report["speedup_vs_eager"] = eager.total_seconds / cached.total_seconds
+        report["total_seconds"]["eager"] = eager.total_seconds
+    return report
+
+
+def write_report(
+    folder: Path, report: dict[str, Any], request: EditRequest, plan: Plan, cached: Run, uncached: Run | None
+) -> None:
+    """Write every file of an edit into `folder`."""
+    assert cached.frames is not None
+    videos, titles = [tint(request.video, request.mask)], ["input, mask in red"]
+    if uncached is not None and uncached.frames is not None:
+        videos.append(uncached.frames)
+        titles.append("uncached")
+    videos.append(cached.frames)
+    speedup = report["speedup_vs_compiled"]
+    titles.append("hetcache" + (f", {speedup:.2f}x" if speedup else ""))
+    write_video(folder / "edit.mp4", cached.frames)
+    write_video(folder / "side_by_side.mp4", stack_side_by_side(videos, titles))
+    save_preview(plan, folder / "plan.png")
+    plan.save(folder / "edit.hetplan")
+    text = json.dumps(report, indent=2) + "\n"
+    atomically(folder / "report.json", lambda temporary: Path(temporary).write_text(text))
+    page = render_html(report)
+    atomically(folder / "report.html", lambda temporary: Path(temporary).write_text(page))
+
+
+def busy_machine_warning(report: dict[str, Any]) -> str | None:
+    """A line to show when the runs cannot be compared: a FULL call does what an uncached call does."""
+    ratio = report["full_over_compiled"]
+    if ratio is None or 1 / BUSY <= ratio <= BUSY:
+        return None
+    return (
+        f"the machine was busy: FULL calls took {ratio:.2f}x the time of uncached calls, and should take the "
+        "same; repeat the run before you trust its speed-ups"
+    )
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures in words, for the terminal and the page."""
+
+    def decibel(name: str) -> str:
+        if report["identical"] is None:
+            return "not compared"
+        value = report[f"psnr_{name}_db"]
+        return "identical" if value is None else f"{value:.1f} dB"
+
+    def times(name: str) -> str:
+        return "not measured" if report[name] is None else f"{report[name]:.2f}x"
+
+    steps = [
+        (f"{kind.name} calls", f"{report['steps'][kind.name]} of {report['seconds'][kind.name]:.4f} s (median)")
+        for kind in StepKind
+        if report["steps"][kind.name]
+    ]
+    return [
+        ("speed-up over the compiled model", times("speedup_vs_compiled")),
+        ("speed-up over eager", times("speedup_vs_eager")),
+        *steps,
+        ("PSNR to the uncached result, masked region", decibel("generative")),
+        ("PSNR to the uncached result, context", decibel("context")),
+        ("PSNR to the uncached result, overall", decibel("overall")),
+        ("cache", f"{report['cache_bytes'] / 2**20:.1f} MiB"),
+        ("compilation", f"{report['compile_seconds']:.1f} s (once)"),
+    ]
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """A page with the picture, the video and the table."""
+    rows = "\n".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in table_rows(report)
+    )
+    machine = f"{report['processor']}, {report['threads']} threads, torch {report['versions']['torch']}"
+    busy = busy_machine_warning(report)
+    warning = f"<p><strong>{html.escape(busy)}</strong></p>" if busy else ""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>hetcache report</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+img, video {{ max-width: 100%; }}
+td {{ padding: .2rem 1.5rem .2rem 0; border-bottom: 1px solid #ddd; }}
+code {{ background: #f3f3f3; padding: .1rem .3rem; }}
+</style>
+<h1>hetcache report</h1>
+<video src="side_by_side.mp4" controls loop muted autoplay></video>
+<table>
+{rows}
+</table>
+{warning}
+<h2>Plan</h2>
+<p><img src="plan.png" alt="token partition over the frames and step kinds over time"></p>
+<p>Made by <code>{html.escape(report["command"])}</code> on {html.escape(machine)}.</p>
+</html>
+"""

@@ -1,0 +1,396 @@
+"""The plan: partition, budgets and step schedule, made before the first step and saved as one file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..calibration.best_schedule import optimal_schedule
+from ..calibration.error_model import flow_lengths
+from ..calibration.output_weights import Method, step_weights
+from ..errors import MaskError, PlanError, PlanFileError
+from ..files import ArrayFile
+from ..passes.ir.contract import ALWAYS, CANDIDATE, MAX_ORDER, NEVER, NUM_QUERIES, STRATEGIES, Budgets
+from .partition import (
+    MERGINGS,
+    SELECTIONS,
+    Grid,
+    TokenKind,
+    check_grid,
+    choose_active,
+    choose_context,
+    classify,
+    merge_context,
+    to_token_grid,
+)
+from .schedule import Schedule, StepKind, make_schedule
+
+if TYPE_CHECKING:
+    from ..calibration.record import Calibration
+
+FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
+ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster", "weights")
+OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging")
+"""What the file's header holds beside the grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What every step of an edit computes.
+
+    Attributes:
+        grid: token grid (T', H', W'); N = T'·H'·W'.
+        active_index: int64 `[M]`, sorted; the tokens a PARTIAL step computes.
+        context_index: int64 `[C]`, sorted; the tokens whose cached K/V it reads. Disjoint from `active_index`.
+        token_kind: uint8 `[N]` of `TokenKind`.
+        steps: one `StepKind` for each model step.
+        timesteps: float64 `[S]`, the scheduler's, or empty if the plan was made without one.
+        distances: float64 `[S]` of `time_distances`, or empty.
+        schedule: how `steps` was asked for.
+        extrapolation: order at which outputs that a step does not compute are predicted (see `passes.extrapolate`).
+        context_extrapolation: 1 where cached K/V are predicted from two FULL steps, which takes their memory twice (see
+            `passes.predict`); 0 where they are read as they are.
+        selection: how the context among the active tokens is chosen (see `partition.SELECTIONS`). Where full steps
+            choose it (`passes.select`), `active_index` is what they start from.
+        context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.merge`), or empty
+            where none are merged.
+        weights: float32 `[S, 2, extrapolation + 2]` of every step's outputs (see `multistep.step_weights`), or empty
+            where steps go by their times.
+        merging: how cached tokens are merged (see `partition.MERGINGS`). Where full steps cluster the keys of each
+            attention (`passes.cluster`), they start from `context_cluster`.
+    """
+
+    grid: Grid
+    active_index: NDArray[np.int64]
+    context_index: NDArray[np.int64]
+    token_kind: NDArray[np.uint8]
+    steps: tuple[StepKind, ...]
+    timesteps: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    distances: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    schedule: str = "list"
+    extrapolation: int = 0
+    context_extrapolation: int = 0
+    selection: str = "uniform"
+    context_cluster: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    merging: str = "boxes"
+
+    def __post_init__(self) -> None:
+        check_grid(self.grid)
+        active, context = self.active_index, self.context_index
+        if any(index.dtype != np.int64 or index.ndim != 1 for index in (active, context)):
+            raise PlanError("token indices must be int64 vectors")
+        both = np.concatenate([active, context])
+        if active.size < 1:
+            raise PlanError("a plan needs at least one active token")
+        if both.min() < 0 or both.max() >= self.num_tokens or np.unique(both).size != both.size:
+            raise PlanError(f"token indices must be distinct and lie between 0 and {self.num_tokens - 1}")
+        if (np.diff(active) < 0).any() or (np.diff(context) < 0).any():
+            raise PlanError("token indices must be sorted")
+        if self.token_kind.shape != (self.num_tokens,) or self.token_kind.max() > max(TokenKind):
+            raise PlanError(f"token_kind must hold a kind for each of the {self.num_tokens} tokens")
+        if self.extrapolation not in range(MAX_ORDER + 1):
+            raise PlanError(f"extrapolation must be 0 to {MAX_ORDER}, got {self.extrapolation}")
+        if self.context_extrapolation not in (0, 1):
+            raise PlanError(f"context_extrapolation must be 0 or 1, got {self.context_extrapolation}")
+        if self.selection not in SELECTIONS:
+            raise PlanError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+        if self.selects_at_run_time and both.size < self.num_tokens:
+            raise PlanError(f"selection {self.selection!r} needs every token active or cached: use cached_ratio 1")
+        self._check_clusters()
+        if not self.steps or self.steps[0] is not StepKind.FULL:
+            raise PlanError("a plan needs at least one step, and its first step must be FULL")
+        self._check_weights()
+        if any(array.shape not in ((0,), (len(self.steps),)) for array in (self.timesteps, self.distances)):
+            raise PlanError(
+                f"timesteps and distances must be empty or hold one value for each of {len(self.steps)} steps"
+            )
+
+    def _check_clusters(self) -> None:
+        cluster = self.context_cluster
+        if self.merging not in MERGINGS:
+            raise PlanError(f"merging must be one of {', '.join(MERGINGS)}, got {self.merging!r}")
+        if not cluster.size:
+            return
+        if cluster.dtype != np.int64 or cluster.shape != self.context_index.shape:
+            raise PlanError(f"context_cluster must be int64 [{self.num_context}], got {cluster.dtype} {cluster.shape}")
+        if np.unique(cluster).tolist() != list(range(self.num_merged)):
+            raise PlanError("the clusters of context_cluster must be numbered from 0, and none may be empty")
+        if self.selects_at_run_time:
+            raise PlanError(f"selection {self.selection!r} changes the context while it runs: it cannot be merged")
+        if self.merging == "kmeans" and self.context_extrapolation:
+            raise PlanError("merging 'kmeans' draws new clusters in full steps, which context_extrapolation needs kept")
+
+    def _check_weights(self) -> None:
+        if not self.weights.size:
+            return
+        shape = (len(self.steps), 2, self.extrapolation + 2)
+        if self.weights.dtype != np.float32 or self.weights.shape != shape or not np.isfinite(self.weights).all():
+            raise PlanError(f"weights must be finite float32 {shape}, got {self.weights.dtype} {self.weights.shape}")
+        if not self.extrapolation or self.selects_at_run_time:
+            raise PlanError("weights need an extrapolation of at least 1, and a selection that full steps do not make")
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return prod(self.grid)
+
+    @property
+    def num_active(self) -> int:
+        """M."""
+        return int(self.active_index.size)
+
+    @property
+    def num_context(self) -> int:
+        """C."""
+        return int(self.context_index.size)
+
+    @property
+    def num_merged(self) -> int:
+        """C': keys and values that stand for the C cached tokens."""
+        return int(self.context_cluster.max()) + 1 if self.context_cluster.size else self.num_context
+
+    @property
+    def context_log_size(self) -> NDArray[np.float32]:
+        """Float32 `[C']`: the log of how many tokens a centroid stands for."""
+        return np.log(np.bincount(self.context_cluster)).astype(np.float32)
+
+    @property
+    def budgets(self) -> Budgets:
+        """M and C: plans that share them share their compiled forms."""
+        return Budgets(self.num_active, self.num_context)
+
+    @property
+    def selects_at_run_time(self) -> bool:
+        """Whether FULL steps choose the active tokens."""
+        return self.selection in STRATEGIES
+
+    @property
+    def token_standing(self) -> NDArray[np.int64]:
+        """Int64 `[N]`: whether FULL steps may choose a token (see `passes.choose`): context only."""
+        active = np.zeros(self.num_tokens, dtype=np.bool_)
+        active[self.active_index] = True
+        kept = np.where(active, ALWAYS, NEVER)
+        return np.where(self.token_kind == TokenKind.CONTEXT, CANDIDATE, kept).astype(np.int64)
+
+    @property
+    def query_index(self) -> NDArray[np.int64]:
+        """Int64 `[NUM_QUERIES]`: generative tokens, spread evenly, that measure how relevant the others are."""
+        generative = np.flatnonzero(self.token_kind == TokenKind.GENERATIVE)
+        return generative[(np.arange(NUM_QUERIES) * generative.size) // NUM_QUERIES]
+
+    @property
+    def method(self) -> Method:
+        """How outputs are predicted and corrected."""
+        fresh = self.weights[..., 0] if self.weights.size else self.weights
+        return Method(
+            self.extrapolation, bool(self.weights.size), corrects=bool(np.isin(fresh, (0, 1), invert=True).any())
+        )
+
+    @property
+    def step_weights(self) -> NDArray[np.float32]:
+        """Float32 `[2, extrapolation + 2]`: those of a step outside the plan, which goes by its time."""
+        return np.zeros((2, self.extrapolation + 2), dtype=np.float32)
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Any,
+        grid: tuple[int, int, int],
+        *,
+        num_inference_steps: int = 50,
+        schedule: Schedule = "balanced",
+        margin: float = 2.0,
+        margin_ratio: float = 1.0,
+        context_ratio: float = 0.05,
+        cached_ratio: float = 1.0,
+        multiple: int = 32,
+        temporal_factor: int = 4,
+        temporal_patch: int = 1,
+        reference_frames: int = 0,
+        extrapolation: int = 0,
+        context_extrapolation: int = 0,
+        selection: str = "uniform",
+        merged_ratio: float = 1.0,
+        multistep: int = 1,
+        merging: str = "boxes",
+        calibration: Calibration | None = None,
+    ) -> Plan:
+        """A plan from a mask in pixels or on the token grid.
+
+        Args:
+            mask: bool or float `[T, H, W]`; see `partition.to_token_grid` for the layout of frames.
+            grid: token grid (T', H', W'), with reference frames in front.
+            num_inference_steps: number of model steps.
+            schedule: see `schedule.make_schedule`.
+            margin: how far from the mask the margin reaches, in tokens.
+            margin_ratio: share of the margin that PARTIAL steps compute, nearest first.
+            context_ratio: share of the context that they compute too, spread evenly.
+            cached_ratio: share of the remaining tokens whose K/V they read, nearest first. 1 is exact.
+            multiple: M is rounded up to a multiple of it (GPUs like full tiles; equal M shares compiled forms).
+            temporal_factor: pixel frames per latent frame after the first.
+            temporal_patch: latent frames per token frame.
+            reference_frames: latent frames of reference images, in front.
+            extrapolation: order at which outputs that a step does not compute are predicted.
+            context_extrapolation: 1 to predict cached K/V too.
+            selection: how the context among the active tokens is chosen, see `partition.SELECTIONS`.
+            merged_ratio: C' / C: how many keys and values stand for the cached tokens. 1 merges none.
+            multistep: 1 to weigh outputs as the calibration's regression says; 0 to go by the times. Without a
+                calibration, or where full steps choose the active tokens, it is 0.
+            calibration: of the model, for an `"optimal:..."` schedule and for `multistep`; its noise schedule and its
+                solver are taken for the edit's.
+            merging: how cached tokens are merged, see `partition.MERGINGS`.
+
+        Raises:
+            MaskError: the mask is empty or does not fit the grid.
+            PlanError: an argument is out of range.
+        """
+        grid = check_grid(grid)
+        generative = to_token_grid(
+            mask,
+            grid,
+            temporal_factor=temporal_factor,
+            temporal_patch=temporal_patch,
+            reference_frames=reference_frames,
+        )
+        kind, distance = classify(generative, margin)
+        active = choose_active(
+            kind, distance, margin_ratio=margin_ratio, context_ratio=context_ratio, multiple=multiple,
+            selection=selection,
+        )  # fmt: skip
+        context = choose_context(active, distance, cached_ratio=cached_ratio)
+        plan = cls(
+            grid, active, context, kind, make_schedule("full", num_inference_steps), extrapolation=extrapolation,
+            context_extrapolation=context_extrapolation, selection=selection,
+            context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio), merging=merging,
+        )  # fmt: skip
+        if calibration is not None:
+            calibration = calibration.like({"margin": float(margin), "context_extrapolation": context_extrapolation})
+        timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
+        lengths = flow_lengths(timesteps) if calibration and calibration.one_step else None
+        return plan.scheduled(schedule, calibration, timesteps=timesteps, lengths=lengths, multistep=bool(multistep))
+
+    def scheduled(
+        self,
+        schedule: Schedule,
+        calibration: Calibration | None,
+        *,
+        timesteps: NDArray[np.float64],
+        lengths: NDArray[np.float64] | None,
+        multistep: bool = True,
+        distances: NDArray[np.float64] | None = None,
+    ) -> Plan:
+        """The same partition with the steps of a schedule, and the weights that a calibration gives them.
+
+        Args:
+            schedule: see `schedule.make_schedule`.
+            calibration: of the model, or None.
+            timesteps: `[S]` of the edit; not needed without a calibration.
+            lengths: `[S]` of its solver (see `multistep.step_lengths`); None if that cannot be corrected.
+            multistep: whether outputs get fitted weights where they can.
+            distances: `[S]`, see `schedule.time_distances`.
+        """
+        if calibration is None:
+            steps = make_schedule(schedule, len(self.steps), distances)
+            return replace(self, steps=steps, schedule=schedule_name(schedule), weights=self.weights[:0])
+        known, share = calibration, self.num_active / self.num_tokens
+        fitted = multistep and self.extrapolation > 0 and not self.selects_at_run_time
+        method = Method(self.extrapolation, fitted, corrects=fitted and lengths is not None)
+        moves = flow_lengths(timesteps) if lengths is None else lengths
+
+        def search(budget: str) -> tuple[StepKind, ...]:
+            return optimal_schedule(known, budget, timesteps, share, method, moves)
+
+        steps = make_schedule(schedule, len(self.steps), distances, search)
+        weights = step_weights(known, steps, timesteps, moves, method) if fitted else self.weights[:0]
+        return replace(self, steps=steps, schedule=schedule_name(schedule), weights=weights)
+
+    @classmethod
+    def from_token_mask(
+        cls,
+        active: Any,
+        grid: tuple[int, int, int],
+        *,
+        num_inference_steps: int = 50,
+        schedule: Schedule = "balanced",
+        extrapolation: int = 0,
+        context_extrapolation: int = 0,
+    ) -> Plan:
+        """A plan in which exactly the tokens `active` (bool `[N]`) are active and all others are context.
+
+        For tests and research. Active tokens count as generative.
+
+        Raises:
+            MaskError: another shape or type, or no token is active.
+        """
+        grid = check_grid(grid)
+        array = np.asarray(active)
+        if array.shape != (prod(grid),) or array.dtype != np.bool_:
+            raise MaskError(f"active must be bool [{prod(grid)}], got {array.dtype} {array.shape}")
+        if not array.any():
+            raise MaskError("the mask is empty: there is nothing to generate")
+        kind = np.where(array, TokenKind.GENERATIVE, TokenKind.CONTEXT).astype(np.uint8)
+        steps = make_schedule(schedule, num_inference_steps)
+        indices = np.flatnonzero(array), np.flatnonzero(~array)
+        return cls(
+            grid, *indices, kind, steps, schedule=schedule_name(schedule), extrapolation=extrapolation,
+            context_extrapolation=context_extrapolation,
+        )  # fmt: skip
+
+    def with_schedule(self, schedule: Schedule) -> Plan:
+        """The same partition with other step kinds."""
+        steps = make_schedule(schedule, len(self.steps), self.distances if self.distances.size else None)
+        return replace(self, steps=steps, schedule=schedule_name(schedule), weights=self.weights[:0])
+
+    def tokens_of(self, kind: TokenKind) -> NDArray[np.bool_]:
+        """Bool `[T', H', W']`: the tokens of one kind."""
+        return np.asarray(self.token_kind == kind).reshape(self.grid)
+
+    def describe(self) -> str:
+        """The plan in two lines."""
+        counts = {kind: int((self.token_kind == kind).sum()) for kind in TokenKind}
+        merged = f" in {self.num_merged} centroids ({self.merging})" if self.num_merged < self.num_context else ""
+        tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
+        share = self.num_active / self.num_tokens
+        selection = "" if self.selection == "uniform" else f", selection {self.selection}"
+        predicted = ", cached K/V predicted" if self.context_extrapolation else ""
+        outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
+        return (
+            f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
+            f"C = {self.num_context} cached{merged}{predicted}{selection}\n"
+            f"{len(self.steps)} steps ({self.schedule}, {outputs}): "
+            f"{''.join(kind.letter for kind in self.steps)}"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as one safetensors file with a JSON header, atomically."""
+        header = {"grid": list(self.grid), **{name: getattr(self, name) for name in OPTIONS}}
+        steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
+        FILE.save(path, {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanFileError: the file is missing, cut short, no plan, or of another schema version.
+        """
+
+        def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Plan:
+            fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
+            fields |= {name: header[name] for name in OPTIONS if name in header}
+            return cls(
+                grid=tuple(header["grid"]), steps=tuple(StepKind(int(step)) for step in arrays["steps"]), **fields
+            )
+
+        return FILE.load(path, decode)
+
+
+def schedule_name(schedule: Schedule) -> str:
+    """What a plan's file calls a schedule."""
+    return schedule if isinstance(schedule, str) else "list"

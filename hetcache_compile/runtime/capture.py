@@ -1,0 +1,192 @@
+"""From a model, or a graph that Dynamo captured, to one functional ATen graph with explicit inputs.
+
+Composite operators (linear, norms, attention) stay whole: the passes read a graph of a model, not of kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from ..errors import SessionError
+from ..passes.analysis.normalise import normalise
+from ..passes.ir.refusal import Refusal, UnsupportedGraphError, module_path, source_line
+from .assumed_values import know
+
+
+@dataclass(frozen=True)
+class Program:
+    """A normalised graph and what its placeholders stand for.
+
+    Attributes:
+        module: takes one value for each placeholder, returns a flat tuple.
+        state: parameter, buffer or constant behind a placeholder, by placeholder name.
+        targets: where the model holds it (`blocks.0.attn1.to_q.weight`), by placeholder name.
+        inputs: names of the other placeholders, in the order of the flattened `(args, kwargs)`.
+        in_spec: tree of `(args, kwargs)`.
+        out_spec: tree of the model's own output.
+        assumed: inputs that the graph is right for only if they have these values (see `known`).
+    """
+
+    module: GraphModule
+    state: Mapping[str, torch.Tensor]
+    targets: Mapping[str, str]
+    inputs: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    assumed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def flat_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """One value for each placeholder, in order.
+
+        Raises:
+            TypeError: the call has other arguments than the captured one.
+            SessionError: an input on which the shape of the graph depends has another value.
+        """
+        # The order of keywords does not matter in Python; it does in a tree.
+        order = self.in_spec.child(1).context
+        if set(kwargs) == set(order):
+            kwargs = {name: kwargs[name] for name in order}
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if spec != self.in_spec:
+            raise TypeError(f"the forms were made for arguments {self.in_spec}, but were called with {spec}")
+        by_name = dict(zip(self.inputs, leaves, strict=True))
+        for name, value in self.assumed.items():
+            if not torch.equal(by_name[name], value):
+                raise SessionError(
+                    f"the graph was captured for another value of {name}, on which it depends: rewrite for this call"
+                )
+        names = (node.name for node in self.module.graph.nodes if node.op == "placeholder")
+        return [self.state[name] if name in self.state else by_name[name] for name in names]
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+    """Capture one call of `model` with static shapes.
+
+    Raises:
+        UnsupportedGraphError: the call cannot be captured, or it changes a buffer.
+    """
+    assumed: set[int] = set()
+    try:
+        exported = _export(_sharing_weights(model), args, kwargs)
+    except UnsupportedGraphError:
+        knowing = _sharing_weights(model)
+        if knowing is model:
+            raise
+        assumed = know(knowing, args, kwargs)
+        exported = _export(knowing, args, kwargs)
+    signature = exported.graph_signature
+    changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    if changed:
+        raise UnsupportedGraphError([Refusal(f"the call changes its own state: {', '.join(map(str, changed))}")])
+    state: dict[str, torch.Tensor] = {}
+    targets: dict[str, str] = {}
+    inputs: list[str] = []
+    for spec in signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(spec.arg.name)
+            continue
+        assert spec.target is not None
+        targets[spec.arg.name] = spec.target
+        tensors = exported.state_dict if spec.target in exported.state_dict else exported.constants
+        state[spec.arg.name] = tensors[spec.target]
+    assert exported.call_spec.out_spec is not None
+    assert exported.call_spec.in_spec is not None
+    return Program(
+        normalise(exported.graph_module),
+        state,
+        targets,
+        tuple(inputs),
+        exported.call_spec.in_spec,
+        exported.call_spec.out_spec,
+        _assumed_values(assumed, inputs, args, kwargs),
+    )
+
+
+def _assumed_values(
+    assumed: set[int], inputs: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    return {
+        name: leaf.clone() for number, (name, leaf) in enumerate(zip(inputs, leaves, strict=True)) if number in assumed
+    }
+
+
+def _export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    """A functional graph with static sizes.
+
+    Raises:
+        UnsupportedGraphError: there is none.
+    """
+    try:
+        with torch.no_grad():
+            exported: ExportedProgram = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            exported = exported.run_decompositions({})
+    except Exception as error:
+        reason = f"torch.export cannot capture it: {type(error).__name__}: {first_line(error)}"
+        raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
+    _check_sizes(exported.graph_module)
+    return exported
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; errors of `torch.export` go on with the whole graph."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def with_input_names(program: Program, names: Sequence[str]) -> Program:
+    """The program with its inputs named as in the graph it was captured from."""
+    by_name = {node.name: node for node in program.module.graph.nodes if node.op == "placeholder"}
+    for old, new in zip(program.inputs, names, strict=True):
+        by_name[old]._rename(new)
+        by_name[old].target = by_name[old].name
+    program.module.recompile()
+    return replace(program, inputs=tuple(by_name[old].name for old in program.inputs))
+
+
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of `model` with the same weights, or itself where it cannot be copied.
+
+    A model may keep tables from its first call, in an attribute or in a `functools.lru_cache`. Those of a captured
+    call hold no data, and would spoil later calls of the model itself.
+    """
+    if isinstance(model, GraphModule):  # keeps nothing
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, shared)
+    except (TypeError, RuntimeError):
+        return model
+
+
+def _check_sizes(module: GraphModule) -> None:
+    """Raise `UnsupportedGraphError` for every operator whose result has a size that only the data knows."""
+    refusals = [
+        Refusal(
+            "the size of its result depends on the data",
+            op=str(node.target),
+            module=module_path(node),
+            source=source_line(node),
+            help="pass inputs that need no such choice, such as a mask of ones or none",
+        )
+        for node in module.graph.nodes
+        if _has_symbol(node) and not any(map(_has_symbol, node.all_input_nodes))
+    ]
+    if refusals:
+        raise UnsupportedGraphError(refusals)
+
+
+def _has_symbol(node: Node) -> bool:
+    """Whether a size, or the value itself, is a symbol; a graph with static inputs has no other symbols."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    sizes = [size for leaf in leaves for size in (leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,))]
+    return any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes)

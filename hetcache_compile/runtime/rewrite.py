@@ -1,0 +1,196 @@
+"""`rewrite`: the functional heart. A model and a plan in, forms with an explicit cache out, no hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import SessionError
+from ..passes.analysis.analyse import Analysis, analyse
+from ..passes.analysis.inputs import TokenInputs
+from ..passes.forms.all_rows import keep_all_rows
+from ..passes.forms.buffers import write_in_place
+from ..passes.forms.extrapolate import extrapolate
+from ..passes.forms.merge import merge_context
+from ..passes.forms.predict import predict_context
+from ..passes.forms.select import Selection, select_active
+from ..passes.forms.write import FORMS
+from ..passes.ir.cache import CacheEntry
+from ..passes.ir.contract import STEP_WEIGHTS, Budgets
+from ..passes.ir.form import Form
+from ..passes.ir.refusal import Refusal, UnsupportedGraphError
+from ..plan.partition import Grid
+from ..plan.plan import Plan
+from .capture import Program, capture
+
+Cache = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of one model for one plan. Call `full`, `partial` and `reuse` like the model.
+
+    `full(*args, **kwargs)` returns `(output, cache)`; the others take the cache first and return the next one. `full`
+    begins an edit; `run("full", cache, args, kwargs)` goes on with one, so that later predictions can start from what
+    was computed before. A cache is a dict from `CacheEntry.input_name` to tensor; forms never change one in place.
+    Other plans with
+    the same budgets can use the same forms: pass their indices with `for_plan`.
+    """
+
+    program: Program
+    analysis: Analysis
+    plan: Plan
+    by_kind: Mapping[str, Form]
+
+    @property
+    def cache_entries(self) -> tuple[CacheEntry, ...]:
+        """What the cache holds, in order."""
+        return self.by_kind["full"].writes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of one cache: one branch of guidance, all layers."""
+        return sum(entry.num_bytes for entry in self.cache_entries)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of the buffers that a session keeps for one branch (see `passes.layout`)."""
+        return sum(entry.num_bytes for entry in buffered(self.by_kind["full"], self.plan).reads)
+
+    def for_plan(self, plan: Plan) -> Forms:
+        """The same forms for another mask with the same grid and budgets."""
+        if different := form_key(self.plan).differences(form_key(plan)):
+            raise SessionError(f"these forms are for a plan with another {different}: rewrite the model for this one")
+        for form in self.by_kind.values():
+            check_weights(form, plan)
+        return Forms(self.program, self.analysis, plan, self.by_kind)
+
+    def full(self, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
+        """The plain model, and a fresh cache."""
+        return self.run("full", {}, args, kwargs)
+
+    def partial(self, cache: Cache, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
+        """Compute the active tokens only; the rest comes from `cache`."""
+        return self.run("partial", cache, args, kwargs)
+
+    def reuse(self, cache: Cache, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
+        """Compute no token: the output of the last computed step."""
+        return self.run("reuse", cache, args, kwargs)
+
+    def run(
+        self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any], step: int | None = None
+    ) -> tuple[Any, Cache]:
+        """Run the form `kind`; with `step`, the number of a step, as the plan's weights say (see `passes.blend`)."""
+        form = self.by_kind[kind]
+        inputs = self.program.flat_inputs(args, kwargs)
+        device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+        values = {name: getattr(self.plan, name) for name in form.indices}
+        if step is not None and self.plan.weights.size:
+            values[STEP_WEIGHTS] = self.plan.weights[step]
+        indices = [torch.as_tensor(values[name], device=device) for name in form.indices]
+        if kind == "full":
+            cache = {e.input_name: e.empty(device) for e in form.reads} | cache
+        missing = [entry.input_name for entry in form.reads if entry.input_name not in cache]
+        if missing:
+            raise SessionError(f"the cache lacks {', '.join(missing)}: pass what a full step returned")
+        results = form.module(*inputs, *indices, *(cache[entry.input_name] for entry in form.reads))
+        num_outputs = len(results) - len(form.writes)
+        written = {e.input_name: t for e, t in zip(form.writes, results[num_outputs:], strict=True)}
+        return pytree.tree_unflatten(results[:num_outputs], self.program.out_spec), {**cache, **written}
+
+
+class FormKey(NamedTuple):
+    """All that the forms know of a plan: plans that agree in it share their forms."""
+
+    grid: Grid
+    num_active: int
+    num_context: int
+    num_merged: int
+    merging: str
+    extrapolation: int
+    context_extrapolation: int
+    selection: str
+
+    def differences(self, other: FormKey) -> str:
+        """What the other has otherwise, such as `num_active (35, 40)`; empty where they agree."""
+        pairs = zip(self._fields, self, other, strict=True)
+        return ", ".join(f"{name} ({ours}, {theirs})" for name, ours, theirs in pairs if ours != theirs)
+
+
+def form_key(plan: Plan) -> FormKey:
+    """The key of a plan's forms. How a fixed selection was made is nothing to them, nor how nothing is merged."""
+    selection = plan.selection if plan.selects_at_run_time else "fixed"
+    merging = plan.merging if plan.num_merged < plan.num_context else "boxes"
+    return FormKey(
+        plan.grid, plan.num_active, plan.num_context, plan.num_merged, merging, plan.extrapolation,
+        plan.context_extrapolation, selection,
+    )  # fmt: skip
+
+
+def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets, plan: Plan) -> Form:
+    """One form of a program at these budgets, functional: every pass that makes it, in order."""
+    form = FORMS[kind](program.module, analysis, budgets)
+    if plan.selects_at_run_time:
+        form = keep_all_rows(form, plan.num_tokens)
+        form = select_active(form, Selection(plan.selection, plan.num_tokens, budgets.num_active))
+    if plan.num_merged < plan.num_context:
+        form = merge_context(form, plan.num_context, plan.num_merged, plan.merging)
+    if plan.context_extrapolation:
+        form = predict_context(form)
+    form = extrapolate(
+        form, plan.extrapolation, plan.num_tokens, budgets.num_active, weighted=not plan.selects_at_run_time
+    )
+    check_weights(form, plan)
+    return form
+
+
+def check_weights(form: Form, plan: Plan) -> None:
+    """Raise `UnsupportedGraphError` if the plan has weights that the form cannot take. Plans share forms whether they
+    have weights or not, so forms that were made for another plan have to be checked too."""
+    if plan.weights.size and STEP_WEIGHTS not in form.indices:
+        reason = "something other than moves comes after the last token, where a step's weights cannot reach it"
+        raise UnsupportedGraphError([Refusal(reason, help="make the plan with multistep=0")])
+
+
+def buffered(form: Form, plan: Plan) -> Form:
+    """A functional form as it runs in a process: on buffers, with all rows where every inactive token is cached."""
+    if plan.num_active + plan.num_merged == plan.num_tokens:
+        form = keep_all_rows(form, plan.num_tokens)
+    return write_in_place(form)
+
+
+def rewrite(
+    model: nn.Module,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    token_inputs: TokenInputs | None = None,
+) -> Forms:
+    """Rewrite one call of `model` into its full, partial and reuse forms.
+
+    Args:
+        model: any module; it is not changed, and the forms share its weights.
+        plan: grid, indices and budgets.
+        args: positional arguments of a sample call; shapes and Python values become static.
+        kwargs: keyword arguments of it.
+        token_inputs: tensor inputs that hold packed tokens already, with the dim of their token axis, or
+            `(dim, first token row)` where the dim holds other rows too. Found by itself where it is clear.
+
+    Raises:
+        UnsupportedGraphError: with every reason why the graph cannot be rewritten.
+        GridMismatchError: the plan is for another grid.
+    """
+    program = capture(getattr(model, "_orig_mod", model), args, kwargs or {})
+    return write_forms(program, analyse(program.module, plan.grid, token_inputs), plan)
+
+
+def write_forms(program: Program, analysis: Analysis, plan: Plan) -> Forms:
+    """Every form of a program that was captured and analysed, for any plan on its grid."""
+    by_kind = {kind: write_form(kind, program, analysis, plan.budgets, plan) for kind in FORMS}
+    return Forms(program, analysis, plan, by_kind)

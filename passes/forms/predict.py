@@ -1,0 +1,102 @@
+"""Let attention read cached keys and values as they should be now, instead of as they were in the last FULL step.
+
+Keys and values of known context do not stand still: they move nearly as fast as those of generated tokens, but along
+a nearly straight line in the time of the flow (docs/drift.md). Each cached tensor keeps the value of the FULL step
+before beside the latest one, and a partial step reads the line through both at the present time.
+
+=========  ==========================================================================
+form       after the pass
+=========  ==========================================================================
+full       what the cache held becomes the older value, unless it is of the same time
+partial    reads `latest + (latest - older) * (now - t0) / (t0 - t1)`
+reuse      as before
+=========  ==========================================================================
+
+Until two FULL steps at different times were taken, the latest value is read as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from ..ir.axis import Tokens
+from ..ir.cache import CacheEntry
+from ..ir.form import Form
+from .state import NEVER, Call, StateInputs, arithmetic_of, caller, latest_time, time_of
+
+aten = torch.ops.aten
+
+
+def predict_context(form: Form, time_input: str | None = None) -> Form:
+    """The form with cached keys and values predicted along a straight line in time.
+
+    Args:
+        form: functional, as `forms` writes it.
+        time_input: the placeholder that holds the time of the step; by default the one called like `timestep`.
+
+    Raises:
+        UnsupportedGraphError: no input is the time.
+    """
+    entries = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "key_values"]
+    if not entries:
+        return form
+    graph = copy.deepcopy(form.module.graph)
+    inputs = StateInputs(graph, form)
+    time = time_of(graph, form, time_input)
+    call = caller(graph, "predict")
+    times_entry = times_of(entries[0])
+    now = latest_time(call, time, times_entry.dtype)
+    times = inputs.read(times_entry)
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    writes = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
+    if form.kind == "partial":
+        line = _Line(call, times, now)
+        for entry in entries:
+            line.read(inputs.read(entry), inputs.read(older(entry)))
+        # What the last full step computed stays as it is: predictions start from it.
+        return inputs.finish({entry: value for entry, value in writes.items() if entry not in entries})
+    # A step at the time of the last one (a second-order solver) replaces it. Nor may this be a plain copy: compilers
+    # write buffers in the order of arguments, where the latest value, which is overwritten too, comes first.
+    moves = call(aten.ne.Tensor, now, call(aten.select.int, times, 0, 0))
+    before = {
+        older(entry): call(aten.where.self, moves, inputs.read(entry), inputs.read(older(entry))) for entry in entries
+    }
+    moved = call(aten.cat.default, [call(aten.view.default, now, [1]), call(aten.slice.Tensor, times, 0, 0, 1)])
+    return inputs.finish({**before, times_entry: call(aten.where.self, moves, moved, times), **writes})
+
+
+def older(entry: CacheEntry) -> CacheEntry:
+    """The value one FULL step earlier."""
+    return replace(entry, name=f"{entry.name}.1")
+
+
+def times_of(entry: CacheEntry) -> CacheEntry:
+    """`[2]`: when the last two FULL steps were, latest first; `NEVER` where there was none."""
+    dtype = arithmetic_of(entry)
+    return replace(entry, name="times", rows="none", dim=0, shape=(2,), dtype=dtype, tokens=Tokens(0), initial=NEVER)
+
+
+class _Line:
+    """How far the line goes beyond the latest value, in units of the last interval; whether there is no interval."""
+
+    def __init__(self, call: Call, times: Node, now: Node) -> None:
+        self.call = call
+        latest, before = (call(aten.select.int, times, 0, i) for i in range(2))
+        apart = call(aten.sub.Tensor, latest, before)
+        never = call(aten.lt.Scalar, before, 0.5 * NEVER)
+        self.missing = call(aten.logical_or.default, never, call(aten.eq.Scalar, apart, 0))
+        self.weight = call(aten.div.Tensor, call(aten.sub.Tensor, now, latest), apart)
+
+    def read(self, latest: Node, before: Node) -> None:
+        """Every reader of the latest value gets the line's."""
+        call, readers = self.call, list(latest.users)
+        weight = call(aten._to_copy.default, self.weight, dtype=latest.meta["val"].dtype)
+        step = call(aten.mul.Tensor, call(aten.sub.Tensor, latest, before), weight)
+        # Memory that was never written may hold NaN, which no weight takes away.
+        prediction = call(aten.add.Tensor, latest, call(aten.masked_fill.Scalar, step, self.missing, 0))
+        for reader in readers:
+            reader.replace_input_with(latest, prediction)
