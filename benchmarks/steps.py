@@ -23,8 +23,8 @@ from diffusers import WanVACETransformer3DModel
 import hetcache_compile as hetcache
 from hetcache_compile.edit.report import processor_name
 from hetcache_compile.passes.analysis.flops import flop_counter
+from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.runtime.backend import hetcache_backend, inner_backend
-from hetcache_compile.runtime.rewrite import buffered
 from hetcache_compile.runtime.timing import Stopwatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +60,7 @@ def build(width: int, layers: int, control_layers: int, device: str, dtype: torc
 
 def prepare(forms, kind: str, kwargs: dict, inner):
     """A compiled form with its cache in place, as the backend runs it, and its FLOPs by torch's counter."""
-    form = buffered(forms.by_kind[kind], forms.plan)
+    form = in_process(forms.by_kind[kind], forms.plan.form_options)
     inputs = forms.program.flat_inputs((), kwargs)
     device = kwargs["hidden_states"].device
     indices = [torch.as_tensor(getattr(forms.plan, name), device=device) for name in form.indices]

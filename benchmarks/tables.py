@@ -11,9 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from front_report import front_table
+from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
 
 ROOT = Path(__file__).parent.parent
+SHORT_STEPS, SHORT_SIZE, SHORT_SPEEDS = "50", "20", (2.5, 4.0, 6.0)
+"""What the README's small table shows of the front: number of steps, mask size, least speed-ups."""
 
 
 def steps_table(result: dict) -> str:
@@ -88,31 +90,86 @@ def export_size_table(result: dict) -> str:
     )
 
 
-PAGES = {
-    "engine": (engine_table, "README.md"),
-    "export_size": (export_size_table, "README.md"),
-    "front": (front_table, "README.md"),
-    "steps": (steps_table, "README.md"),
-    "reference": (reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
-}
+def short_table(result: dict) -> str:
+    """The README's part of the front. Methods with options of their own are left out: the best of many would flatter."""
+    shown = {OURS: "this package", THE_PAPER: THE_PAPER, FEWER_STEPS: FEWER_STEPS, "": "caches of diffusers, cache-dit"}
+    found = [point for point in points(result, SHORT_STEPS, SHORT_SIZE) if "+" not in point["method"]]
+    rows = ["| | " + " | ".join(f"at least {speed:g}x" for speed in SHORT_SPEEDS) + " |"]
+    rows.append("| --- |" + " --- |" * len(SHORT_SPEEDS))
+    for family, label in shown.items():
+        prefixes = (family,) if family else LIBRARIES
+        measured = [point for point in found if point["family"].startswith(prefixes)]
+        rows.append(f"| {label} | " + " | ".join(best_cell(measured, speed) for speed in SHORT_SPEEDS) + " |")
+    clips = sum(mask_size(clip) == SHORT_SIZE for clip in result["steps"][SHORT_STEPS]["masked"])
+    rows += ["", short_caption(result, clips)]
+    return "\n".join(rows)
+
+
+def best_cell(measured: list[dict], speed: float) -> str:
+    """The best of the points that are fast enough, in words."""
+    fast = [point for point in measured if point["speedup"] >= speed]
+    best = max(fast, key=lambda point: point["psnr_db"], default=None)
+    return f"{best['psnr_db']:.1f} dB, {best['speedup']:.1f}x: `{best['method']}`" if best else "none is as fast"
+
+
+def short_caption(result: dict, clips: int) -> str:
+    return (
+        f"Reference model, {SHORT_STEPS} steps, {clips} held-out clips with masks of {SHORT_SIZE} % of the pixels; "
+        "median PSNR to the uncached result inside the mask; speed-up in transformer time over the same model compiled "
+        f"without this package, on one clip. {result['processor']} (a CPU), {result['threads']} threads, torch "
+        f"{result['versions']['torch']}."
+    )
+
+
+def picture_caption(result: dict) -> str:
+    steps = ", ".join(f"{count} {kind}" for kind, count in result["steps"].items())
+    return (
+        f"Frame {result['frame']} of the demo. Tokens: red is generated, yellow is its margin, grey is known. The cached "
+        f"run made {sum(result['steps'].values())} model calls: {steps} (plan `{result['schedule']}`). It is "
+        f"{result['psnr_generative_db']:.1f} dB from the uncached result inside the mask: "
+        "`python benchmarks/readme_picture.py`."
+    )
+
+
+BENCHMARKS = "docs/benchmarks.md"
+TABLES = (
+    ("picture", "picture", picture_caption, "README.md"),
+    ("short", "front", short_table, "README.md"),
+    ("engine", "engine", engine_table, BENCHMARKS),
+    ("export_size", "export_size", export_size_table, BENCHMARKS),
+    ("front", "front", front_table, BENCHMARKS),
+    ("steps", "steps", steps_table, BENCHMARKS),
+    ("reference", "reference", reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
+)
+"""Marker, result, what makes text of it, page. Links in the text start at the root of the repository."""
+
+
+def from_page(text: str, page: str) -> str:
+    """The text with its links as `page` needs them."""
+    return text.replace("](benchmarks/", "](" + "../" * page.count("/") + "benchmarks/")
+
+
+def updated(text: str, marker: str, table: str, page: str) -> str:
+    """The page's text with a new table between its markers."""
+    found = re.search(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", text, re.DOTALL)
+    assert found, f"{page} has no markers for {marker}"
+    return text[: found.start()] + found[1] + from_page(table, page) + "\n" + found[2] + text[found.end() :]
 
 
 def main() -> None:
-    out_of_date = False
-    for name, (table, page) in PAGES.items():
+    out_of_date = []
+    for marker, name, table, page in TABLES:
         path, measured = ROOT / page, ROOT / "benchmarks" / "results" / f"{name}.json"
         if not measured.exists():
             continue
-        text, result = path.read_text(), json.loads(measured.read_text())
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        found = re.search(pattern, text, re.DOTALL)
-        assert found, f"{page} has no markers for {name}"
-        new = text[: found.start()] + found[1] + table(result) + "\n" + found[2] + text[found.end() :]
-        out_of_date |= new != text
+        text = path.read_text()
+        new = updated(text, marker, table(json.loads(measured.read_text())), page)
+        if new != text:
+            out_of_date.append(f"{page}: {marker}")
         if "--check" not in sys.argv:
             path.write_text(new)
-    if "--check" in sys.argv:
-        sys.exit(out_of_date)
+    if "--check" in sys.argv and out_of_date:
+        sys.exit(f"run python benchmarks/tables.py, these are out of date: {', '.join(out_of_date)}")
 
 
 if __name__ == "__main__":

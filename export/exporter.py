@@ -174,8 +174,8 @@ def describe(source: Source, forms: Forms, options: ExportOptions) -> tuple[dict
     dims = {}
     if options.dynamic_active:
         dims = dynamic.dynamic_dims(forms.plan, options.dynamic_active)
-        budgets = dynamic.second_budgets(forms.plan.budgets, dims)
-        by_kind = {kind: write_form(kind, forms.program, forms.analysis, budgets, forms.plan) for kind in forms.by_kind}
+        options = forms.plan.form_options.at(dynamic.second_budgets(forms.plan.budgets, dims))
+        by_kind = {kind: write_form(kind, forms.program, forms.analysis, forms.plan, options) for kind in forms.by_kind}
         others, other_specs = lower_forms(forms, by_kind, options)
         for kind, form in lowered.items():
             dynamic.free_sizes(form, others[kind])
@@ -291,8 +291,8 @@ def partial_flops(forms: Forms, active: tuple[int, int, int] | None) -> dict[str
     """FLOPs of a partial step at each of these M, by M."""
     flops = {}
     for size in active or ():
-        budgets = dynamic.budgets_at(forms.plan, size)
-        form = write_form("partial", forms.program, forms.analysis, budgets, forms.plan)
+        sized = forms.plan.form_options.at(dynamic.budgets_at(forms.plan, size))
+        form = write_form("partial", forms.program, forms.analysis, forms.plan, sized)
         flops[str(size)] = graph_flops(form.module)
     return flops
 

@@ -16,7 +16,7 @@ from models import Case
 
 from hetcache_compile import Forms, Plan
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
-from hetcache_compile.passes.forms.write import FORMS
+from hetcache_compile.passes.forms.write import WRITERS
 from hetcache_compile.passes.ir.contract import Budgets
 from hetcache_compile.passes.ir.form import Form
 from hetcache_compile.runtime.capture import Program, capture
@@ -54,7 +54,7 @@ class Captured:
         """What `rewrite` gives, without a new capture; written once for each pair of budgets."""
         if plan.budgets not in self.by_budgets:
             self.by_budgets[plan.budgets] = {
-                kind: write(self.program.module, self.analysis, plan.budgets) for kind, write in FORMS.items()
+                kind: write(self.program.module, self.analysis, plan.budgets) for kind, write in WRITERS.items()
             }
         return Forms(self.program, self.analysis, plan, self.by_budgets[plan.budgets])
 

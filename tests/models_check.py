@@ -13,7 +13,7 @@ from zoo.entry import Entry
 
 import hetcache_compile as hetcache
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
-from hetcache_compile.passes.forms.write import FORMS
+from hetcache_compile.passes.forms.write import WRITERS
 from hetcache_compile.passes.ir.axis import Accumulate, Attend
 from hetcache_compile.plan.plan import Plan
 from hetcache_compile.plan.schedule import StepKind
@@ -130,5 +130,5 @@ def own_rounding(entry: Entry) -> float:
 
 
 def write(program: Program, analysis: Analysis, plan: Plan) -> Forms:
-    by_kind = {kind: make(program.module, analysis, plan.budgets) for kind, make in FORMS.items()}
+    by_kind = {kind: make(program.module, analysis, plan.budgets) for kind, make in WRITERS.items()}
     return Forms(program, analysis, plan, by_kind)

@@ -19,8 +19,8 @@ from conftest import Captured
 from models import NUM_TOKENS, Case, to_tokens
 
 from hetcache_compile import Plan, StepKind
+from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.passes.ir.form import Form
-from hetcache_compile.runtime.rewrite import buffered
 
 N = NUM_TOKENS
 TOLERANCE = 1e-5  # absolute, outputs are of the order of 1 (at most about 6)
@@ -261,7 +261,7 @@ def test_cache_is_what_the_entries_say(captured: Callable[[Case], Captured]) -> 
 
 def run_in_place(model: Captured, form: Form, plan: Plan, buffers: dict[str, torch.Tensor], kwargs: Any) -> Any:
     """Run a form whose cache is in place, on buffers that are made when first needed."""
-    form = buffered(form, plan)
+    form = in_process(form, plan.form_options)
     assert form.writes == ()
     for entry in form.reads:
         buffers.setdefault(entry.input_name, torch.full(entry.shape, torch.nan, dtype=entry.dtype))

@@ -26,8 +26,9 @@ from hetcache_compile.passes.analysis.normalise import (
     normalise,
     share_subexpressions,
 )
+from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.passes.ir.refusal import module_path, shape_of, source_line
-from hetcache_compile.runtime.rewrite import Forms, buffered
+from hetcache_compile.runtime.rewrite import Forms
 
 aten = torch.ops.aten
 
@@ -89,7 +90,7 @@ def compact(module: GraphModule) -> str:
 def changes(forms: Forms, kind: str) -> str:
     """The lines in which a form with its cache in place differs from the functional one."""
     functional = forms.by_kind[kind]
-    in_place = buffered(functional, forms.plan)
+    in_place = in_process(functional, forms.plan.form_options)
     old, new = (compact(form.module).splitlines() for form in (functional, in_place))
     return "\n".join(line.rstrip() for line in ndiff(old, new) if line[0] in "+-")
 
@@ -365,9 +366,10 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "new" / "graphs"
     monkeypatch.setenv("HETCACHE_DUMP", str(folder))
     normalise(traced(everything, X, NOTHING))
-    names = ["0-captured", *(f"{number}-{run.__name__}" for number, run in enumerate(PASSES, start=1))]
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.py" for name in names]
-    captured, tidy = (folder / f"{name}.py" for name in (names[0], names[-1]))
+    names = ["0-given", *(f"{number}-{run.__name__}" for number, run in enumerate(PASSES, start=1))]
+    written = sorted(folder.iterdir())
+    assert [path.stem.split("-", 2)[2] for path in written] == names
+    captured, tidy = written[0], written[-1]
     assert "aten.cat.default" in captured.read_text()
     assert "aten.cat.default" not in tidy.read_text()
 

@@ -13,7 +13,7 @@ from models_check import distance, random_plan
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.runtime.rewrite import buffered
+from hetcache_compile.passes.forms.pipeline import in_process
 
 GRID, N, TEXT, WIDTH = (2, 3, 5), 30, 11, 14
 
@@ -89,7 +89,7 @@ def test_joint_buffers_in_place(num_context: int) -> None:
     for seed, kind in enumerate(["full", "partial", "reuse", "partial", "full", "partial"]):
         kwargs = joint_inputs(seed)
         expected, cache = forms.run(kind, cache, (), kwargs)
-        form = buffered(forms.by_kind[kind], plan)
+        form = in_process(forms.by_kind[kind], plan.form_options)
         for entry in form.reads:
             buffers.setdefault(entry.input_name, torch.full(entry.shape, torch.nan, dtype=entry.dtype))
         indices = [torch.from_numpy(getattr(plan, name)) for name in form.indices]

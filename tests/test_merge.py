@@ -12,11 +12,10 @@ from models import Case
 
 import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, UnsupportedGraphError
-from hetcache_compile.passes.forms import merge
+from hetcache_compile.passes.forms.merge import MergeContext
 from hetcache_compile.passes.kernels import kmeans as clustering
 from hetcache_compile.passes.kernels.kmeans import EMPTY, ITERATIONS, centroids, nearest_centres
 from hetcache_compile.plan.partition import merge_context
-from hetcache_compile.runtime.rewrite import form_key
 
 CASE = Case("vace", config=(("num_layers", 1), ("vace_layers", (0,))))
 N = CASE.num_tokens
@@ -94,7 +93,7 @@ def test_exact_where_every_cluster_has_one_member(merging: str) -> None:
     active, latents = np.arange(20) % 3 == 0, torch.randn(1, 3, 2, 2, 5, generator=torch.Generator().manual_seed(1))
     whole = hetcache.Plan.from_token_mask(active, (2, 2, 5), num_inference_steps=2, schedule="F")
     forms = hetcache.rewrite(Attention(), whole, (latents,))
-    by_kind = {kind: merge.merge_context(form, 13, 13, merging) for kind, form in forms.by_kind.items()}
+    by_kind = {kind: MergeContext(13, 13, merging)(form) for kind, form in forms.by_kind.items()}
     order = np.random.default_rng(1).permutation(13)
     merged = replace(forms, by_kind=by_kind, plan=replace(whole, context_cluster=order, merging=merging))
     expected, cache = merged.full(latents)
@@ -322,9 +321,9 @@ def test_plans_that_merge_otherwise_have_forms_of_their_own(tmp_path) -> None:
     assert "centroids (kmeans)" in made.describe()
     made.save(tmp_path / "plan")
     assert hetcache.Plan.load(tmp_path / "plan").merging == "kmeans"
-    assert form_key(boxes).differences(form_key(made)) == "merging (boxes, kmeans)"
+    assert boxes.form_options.differences(made.form_options) == "merging (boxes, kmeans)"
     alike = (hetcache.Plan.from_mask(mask, CASE.grid, merging=merging) for merging in ("boxes", "kmeans"))
-    assert form_key(next(alike)) == form_key(next(alike))
+    assert next(alike).form_options == next(alike).form_options
     with pytest.raises(PlanError, match="boxes, kmeans"):
         replace(made, merging="spheres")
     with pytest.raises(PlanError, match="context_extrapolation"):

@@ -19,9 +19,10 @@ from ..calibration.record import DEFAULTS, Array, Calibration, Costs, Measured
 from ..edit.editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from ..edit.media import Clip
 from ..errors import CalibrationError
-from ..passes.forms.all_rows import keep_all_rows
-from ..passes.forms.attention_mass import measure_mass
-from ..passes.forms.write import FORMS
+from ..passes.forms.all_rows import KeepAllRows
+from ..passes.forms.attention_mass import MeasureMass
+from ..passes.forms.write import WRITERS
+from ..passes.ir.pipeline import run_passes
 from ..plan.partition import TokenKind
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
@@ -343,11 +344,12 @@ def attention_mass(forms: Forms, calls: Iterable[Call]) -> tuple[tuple[str, ...]
     """Where generative tokens look: the module paths of L attentions, and `[L, 3]`, whose rows sum to 1.
 
     The share of each kind of tokens in the attention that generative tokens give to tokens (in FULL steps, text left
-    out), mean over the calls. L = 0 where no attention can be read (see `passes.mass`).
+    out), mean over the calls. L = 0 where no attention can be read (see `passes.forms.attention_mass`).
     """
     plan = forms.plan
-    full = keep_all_rows(FORMS["full"](forms.program.module, forms.analysis, plan.budgets), plan.num_tokens)
-    measured = measure_mass(full, plan.num_tokens)
+    full = WRITERS["full"](forms.program.module, forms.analysis, plan.budgets)
+    passes = [KeepAllRows(plan.num_tokens), MeasureMass(plan.num_tokens)]
+    measured = run_passes("attention mass", passes, full, lambda form: form.module)
     mean = np.zeros((len(measured.writes), len(TokenKind)))
     if not measured.writes:
         return (), mean

@@ -27,7 +27,6 @@ from ..files import atomically
 from ..plan.plan import Plan
 from ..plan.schedule import preset_options
 from ..runtime.backend import hetcache_backend
-from ..runtime.rewrite import form_key
 from .methods import FULL, Method
 
 RESULT = "quality.json"
@@ -173,7 +172,7 @@ class Bench:
 
     def warm_up(self, request: EditRequest, plan: Plan | None) -> None:
         """Compile what is not compiled yet."""
-        needs = {(form_key(plan), kind) for kind in plan.steps} if plan else {None}
+        needs = {(plan.form_options, kind) for kind in plan.steps} if plan else {None}
         if not needs <= self._warm:
             warm_up(self.pipe, request, plan, self.progress)
             self._warm |= needs

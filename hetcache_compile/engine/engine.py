@@ -30,7 +30,6 @@ from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import check_finite
-from ..runtime.rewrite import form_key
 from ..runtime.session import Branch, Session, current_session
 from ..runtime.timing import Stopwatch
 from .manifest import FormSpec, Manifest, TensorSpec
@@ -226,7 +225,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
 
     def check_plan(self, plan: Plan) -> None:
         """Raise `SessionError` if the engine was exported for a plan with other sizes or options."""
-        made_for, asked = form_key(self.plan), form_key(plan)
+        made_for, asked = self.plan.form_options, plan.form_options
         for name in BUDGETS:
             dynamic = self.manifest.dynamic_dims.get(name)
             if dynamic and dynamic.min <= getattr(plan, name) <= dynamic.max:

@@ -15,7 +15,7 @@ from ..calibration.error_model import flow_lengths
 from ..calibration.output_weights import Method, step_weights
 from ..errors import MaskError, PlanError, PlanFileError
 from ..files import ArrayFile
-from ..passes.ir.contract import ALWAYS, CANDIDATE, MAX_ORDER, NEVER, NUM_QUERIES, STRATEGIES, Budgets
+from ..passes.ir.contract import ALWAYS, CANDIDATE, MAX_ORDER, NEVER, NUM_QUERIES, STRATEGIES, Budgets, FormOptions
 from .partition import (
     MERGINGS,
     SELECTIONS,
@@ -159,6 +159,15 @@ class Plan:
     def context_log_size(self) -> NDArray[np.float32]:
         """Float32 `[C']`: the log of how many tokens a centroid stands for."""
         return np.log(np.bincount(self.context_cluster)).astype(np.float32)
+
+    @property
+    def form_options(self) -> FormOptions:
+        """All that forms know of the plan: not how a fixed selection was made, nor how nothing is merged."""
+        merged = self.num_merged < self.num_context
+        return FormOptions(
+            self.grid, self.num_active, self.num_context, self.num_merged, self.merging if merged else "boxes",
+            self.extrapolation, self.context_extrapolation, self.selection if self.selects_at_run_time else "fixed",
+        )  # fmt: skip
 
     @property
     def budgets(self) -> Budgets:

@@ -20,12 +20,13 @@ from ..errors import NonFiniteError, SessionError, UnsupportedGraphError
 from ..passes.analysis.analyse import Analysis, analyse
 from ..passes.analysis.inputs import TokenInputs
 from ..passes.forms.batch import SAMPLE_INDEX, join_samples, take_samples
+from ..passes.forms.pipeline import in_process
 from ..passes.ir.axis import AxisState
 from ..passes.ir.form import Form
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from .capture import Program, capture, with_input_names
-from .rewrite import buffered, check_weights, form_key, write_form
+from .rewrite import check_weights, write_form
 from .session import Branch, Session, current_session
 from .timing import Stopwatch
 
@@ -108,7 +109,7 @@ class CompiledGraph:
         if session is None:
             return self.run_plain(inputs)
         weighted = session.plan.weights.size > 0
-        refusal = (signature_of(inputs), form_key(session.plan), weighted, len(session.plans))
+        refusal = (signature_of(inputs), session.plan.form_options, weighted, len(session.plans))
         if refusal in self._refused:
             return self.run_plain(inputs)
         with torch.no_grad():
@@ -212,10 +213,10 @@ class CompiledGraph:
         self, known: Specialised, analysis: Analysis, plan: Plan, kind: StepKind, inputs: Sequence[Any]
     ) -> tuple[Form, Compiled]:
         """The compiled form for these budgets, with its cache in place."""
-        key = (form_key(plan), kind.form)
+        key = (plan.form_options, kind.form)
         if key not in known.forms:
-            form = write_form(kind.form, known.program, analysis, plan.budgets, plan)
-            form = buffered(form, plan)
+            form = write_form(kind.form, known.program, analysis, plan)
+            form = in_process(form, plan.form_options)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
             buffers = [torch.empty(e.shape, dtype=e.dtype, device=device) for e in form.reads]

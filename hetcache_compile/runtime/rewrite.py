@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,18 +13,11 @@ from torch.utils import _pytree as pytree
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
 from ..passes.analysis.inputs import TokenInputs
-from ..passes.forms.all_rows import keep_all_rows
-from ..passes.forms.buffers import write_in_place
-from ..passes.forms.extrapolate import extrapolate
-from ..passes.forms.merge import merge_context
-from ..passes.forms.predict import predict_context
-from ..passes.forms.select import Selection, select_active
-from ..passes.forms.write import FORMS
+from ..passes.forms import pipeline
 from ..passes.ir.cache import CacheEntry
-from ..passes.ir.contract import STEP_WEIGHTS, Budgets
+from ..passes.ir.contract import STEP_WEIGHTS, FormOptions
 from ..passes.ir.form import Form
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
-from ..plan.partition import Grid
 from ..plan.plan import Plan
 from .capture import Program, capture
 
@@ -60,11 +53,11 @@ class Forms:
     @property
     def buffer_bytes(self) -> int:
         """Size of the buffers that a session keeps for one branch (see `passes.layout`)."""
-        return sum(entry.num_bytes for entry in buffered(self.by_kind["full"], self.plan).reads)
+        return sum(entry.num_bytes for entry in pipeline.in_process(self.by_kind["full"], self.plan.form_options).reads)
 
     def for_plan(self, plan: Plan) -> Forms:
         """The same forms for another mask with the same grid and budgets."""
-        if different := form_key(self.plan).differences(form_key(plan)):
+        if different := self.plan.form_options.differences(plan.form_options):
             raise SessionError(f"these forms are for a plan with another {different}: rewrite the model for this one")
         for form in self.by_kind.values():
             check_weights(form, plan)
@@ -104,47 +97,13 @@ class Forms:
         return pytree.tree_unflatten(results[:num_outputs], self.program.out_spec), {**cache, **written}
 
 
-class FormKey(NamedTuple):
-    """All that the forms know of a plan: plans that agree in it share their forms."""
+def write_form(kind: str, program: Program, analysis: Analysis, plan: Plan, options: FormOptions | None = None) -> Form:
+    """One functional form of a program for a plan, by default with the plan's own options.
 
-    grid: Grid
-    num_active: int
-    num_context: int
-    num_merged: int
-    merging: str
-    extrapolation: int
-    context_extrapolation: int
-    selection: str
-
-    def differences(self, other: FormKey) -> str:
-        """What the other has otherwise, such as `num_active (35, 40)`; empty where they agree."""
-        pairs = zip(self._fields, self, other, strict=True)
-        return ", ".join(f"{name} ({ours}, {theirs})" for name, ours, theirs in pairs if ours != theirs)
-
-
-def form_key(plan: Plan) -> FormKey:
-    """The key of a plan's forms. How a fixed selection was made is nothing to them, nor how nothing is merged."""
-    selection = plan.selection if plan.selects_at_run_time else "fixed"
-    merging = plan.merging if plan.num_merged < plan.num_context else "boxes"
-    return FormKey(
-        plan.grid, plan.num_active, plan.num_context, plan.num_merged, merging, plan.extrapolation,
-        plan.context_extrapolation, selection,
-    )  # fmt: skip
-
-
-def write_form(kind: str, program: Program, analysis: Analysis, budgets: Budgets, plan: Plan) -> Form:
-    """One form of a program at these budgets, functional: every pass that makes it, in order."""
-    form = FORMS[kind](program.module, analysis, budgets)
-    if plan.selects_at_run_time:
-        form = keep_all_rows(form, plan.num_tokens)
-        form = select_active(form, Selection(plan.selection, plan.num_tokens, budgets.num_active))
-    if plan.num_merged < plan.num_context:
-        form = merge_context(form, plan.num_context, plan.num_merged, plan.merging)
-    if plan.context_extrapolation:
-        form = predict_context(form)
-    form = extrapolate(
-        form, plan.extrapolation, plan.num_tokens, budgets.num_active, weighted=not plan.selects_at_run_time
-    )
+    Raises:
+        UnsupportedGraphError: the graph has not what the plan asks for.
+    """
+    form = pipeline.write_form(kind, program.module, analysis, options or plan.form_options)
     check_weights(form, plan)
     return form
 
@@ -155,13 +114,6 @@ def check_weights(form: Form, plan: Plan) -> None:
     if plan.weights.size and STEP_WEIGHTS not in form.indices:
         reason = "something other than moves comes after the last token, where a step's weights cannot reach it"
         raise UnsupportedGraphError([Refusal(reason, help="make the plan with multistep=0")])
-
-
-def buffered(form: Form, plan: Plan) -> Form:
-    """A functional form as it runs in a process: on buffers, with all rows where every inactive token is cached."""
-    if plan.num_active + plan.num_merged == plan.num_tokens:
-        form = keep_all_rows(form, plan.num_tokens)
-    return write_in_place(form)
 
 
 def rewrite(
@@ -192,5 +144,5 @@ def rewrite(
 
 def write_forms(program: Program, analysis: Analysis, plan: Plan) -> Forms:
     """Every form of a program that was captured and analysed, for any plan on its grid."""
-    by_kind = {kind: write_form(kind, program, analysis, plan.budgets, plan) for kind in FORMS}
+    by_kind = {kind: write_form(kind, program, analysis, plan) for kind in pipeline.KINDS}
     return Forms(program, analysis, plan, by_kind)

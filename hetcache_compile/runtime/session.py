@@ -21,7 +21,6 @@ from ..errors import SessionError
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
-from .rewrite import form_key
 from .timing import Stopwatch
 
 _SESSION: ContextVar[Session | None] = ContextVar("hetcache_session", default=None)
@@ -210,7 +209,7 @@ def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
         raise SessionError("a session needs at least one plan")
     first, *rest = plans
     for number, plan in enumerate(rest, start=1):
-        different = form_key(first).differences(form_key(plan)) or ("steps" if first.steps != plan.steps else "")
+        different = first.form_options.differences(plan.form_options) or ("steps" if first.steps != plan.steps else "")
         if different:
             raise SessionError(f"the plans of a batch must be alike, but plans 0 and {number} differ in {different}")
     return tuple(plans)

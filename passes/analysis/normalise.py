@@ -1,19 +1,18 @@
 """Tidy a captured graph without changing one bit of what it computes.
 
-`PASSES` is the whole pipeline. A pass takes a module and returns a `PassResult`; the graph is checked after each.
+`PASSES` is the whole pipeline. A pass takes a module and returns a `PassResult`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..ir.pipeline import run_passes
 from ..ir.refusal import shape_of
 
 aten = torch.ops.aten
@@ -129,21 +128,9 @@ PASSES: list[Callable[[GraphModule], PassResult]] = [
 
 def normalise(module: GraphModule) -> GraphModule:
     """Run `PASSES` on a functional ATen graph, in place. Set HETCACHE_DUMP to a folder to see each graph."""
-    dump(module, "0-captured")
-    for number, run in enumerate(PASSES, start=1):
-        module = run(module).graph_module
-        module.graph.lint()
-        dump(module, f"{number}-{run.__name__}")
+    module = run_passes("normalise", PASSES, module, lambda module: module)
     module.recompile()
     return module
-
-
-def dump(module: GraphModule, name: str) -> None:
-    """Write a graph as Python text into the folder that HETCACHE_DUMP names, if it names one."""
-    folder = os.environ.get("HETCACHE_DUMP")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, f"{name}.py").write_text(module.print_readable(print_output=False))
 
 
 def _same_dtype(a: Node, b: Node) -> bool:

@@ -1,24 +1,22 @@
 """What each token gets of the attention that generative queries give: for choosing tokens, and to be measured.
 
-Softmax attention shows it, blockwise over few queries (see `choose.attention_mass`). Linear attention and attention
-that is folded (each frame by itself, say) do not.
+Softmax attention shows it, blockwise over few queries (see `token_choice.attention_mass`). Linear attention does not,
+nor does attention that is folded (each frame by itself, say).
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from ..ir.axis import Tokens
 from ..ir.cache import CacheEntry
 from ..ir.contract import NUM_QUERIES
-from ..ir.form import Form
-from ..ir.graphs import has_side_effect, verify_shapes
+from ..ir.editor import FormEditor, FormPass
+from ..ir.form import Trait
 from ..ir.refusal import shape_of
-from .state import caller, index_inputs
 
 aten = torch.ops.aten
 
@@ -43,7 +41,7 @@ def find_attentions(writes: dict[CacheEntry, Node]) -> list[Attention]:
 
 def _attention(entry: CacheEntry, key: Node) -> Attention | None:
     """The attention whose keys an entry holds, if its queries and keys are the tokens, with nothing folded in."""
-    if not entry.name.endswith(".key") or entry.tokens.folds != 1 or len(entry.tokens.whole) != 2:
+    if entry.role != "key" or entry.tokens.folds != 1 or len(entry.tokens.whole) != 2:
         return None
     for user in key.users:
         if user.target is aten.scaled_dot_product_attention.default and user.args[1] is key:
@@ -56,42 +54,44 @@ def _attention(entry: CacheEntry, key: Node) -> Attention | None:
     return None
 
 
-def add_mass(found: Attention, query_index: Node, num_tokens: int) -> Node:
+def add_mass(form: FormEditor, found: Attention, query_index: Node, num_tokens: int) -> Node:
     """Float32 `[N]`: what each token gets of one attention. Other rows, such as text, get the rest of 1.
 
     It stands right before the attention: queries of all of them would be held in memory else.
     """
-    call = caller(found.node.graph, "mass", found.node)
+    call = form.before(found.node)
     offset = found.tokens.whole[0]
     rows = call(aten.add.Scalar, query_index, offset) if offset else query_index
     mass = call(torch.ops.hetcache.attention_mass.default, found.query, found.key, rows, found.scale)
     return call(aten.slice.Tensor, mass, 0, offset, offset + num_tokens)
 
 
-def measure_mass(form: Form, num_tokens: int) -> Form:
-    """The full form that writes what each token gets of every attention instead of a cache.
+@dataclass(frozen=True)
+class MeasureMass(FormPass):
+    """The full form writes what each token gets of every attention instead of a cache.
 
-    Args:
-        form: full and functional, with all rows of keys in its cache (see `layout`).
+    It has one more index, int64 `query_index` `[NUM_QUERIES]`, and writes one float32 `[N]` for each attention that can
+    be read: an entry with the attention's module path. Masked attention is left out.
+
+    Attributes:
         num_tokens: N.
-
-    Returns:
-        a form with one more index, int64 `query_index` `[NUM_QUERIES]`, that writes one float32 `[N]` for each
-        attention that can be read: an entry with the attention's module path. Masked attention is left out.
     """
-    graph = copy.deepcopy(form.module.graph)
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    num_outputs = len(results) - len(form.writes)
-    (query_index,) = index_inputs(graph, form, {"query_index": ((NUM_QUERIES,), torch.int64)})
-    masses: dict[CacheEntry, Node] = {}
-    for found in find_attentions(dict(zip(form.writes, results[num_outputs:], strict=True))):
-        if not found.masked:
-            name, shape = f"{len(masses)}.mass", (num_tokens,)
-            entry = CacheEntry(name, "none", 0, shape, torch.float32, found.module, Tokens(0), group="selection")
-            masses[entry] = add_mass(found, query_index, num_tokens)
-    graph.output_node().args = ((*results[:num_outputs], *masses.values()),)
-    graph.eliminate_dead_code(has_side_effect)
-    graph.lint()
-    module = GraphModule(form.module, graph)
-    verify_shapes(module, {})
-    return replace(form, module=module, indices=(*form.indices, "query_index"), writes=tuple(masses))
+
+    num_tokens: int
+
+    name = "mass"
+    kinds = ("full",)
+    requires = frozenset({Trait.FUNCTIONAL, Trait.ALL_ROWS})
+
+    def edit(self, form: FormEditor) -> None:
+        """Measure every attention."""
+        query_index = form.index("query_index", (NUM_QUERIES,), torch.int64)
+        masses: dict[CacheEntry, Node] = {}
+        for found in find_attentions(form.writes):
+            if not found.masked:
+                entry = CacheEntry(
+                    f"{len(masses)}.mass", "none", 0, (self.num_tokens,), torch.float32, found.module, Tokens(0),
+                    group="selection", role="mass",
+                )  # fmt: skip
+                masses[entry] = add_mass(form, found, query_index, self.num_tokens)
+        form.writes = masses

@@ -21,28 +21,27 @@ second-order solver, a test on frozen inputs) replaces it instead.
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ..ir.cache import CacheEntry
-from ..ir.form import Form
+from ..ir.editor import FormEditor, FormPass
+from ..ir.graphs import Call
 from .history import Points, lagrange_weights, points_of, weighted_sum
-from .state import Call, StateInputs, arithmetic_of, caller, latest_time, time_of
 from .step_weights import blend, only_moves_follow, take_weights
+from .times import arithmetic_of, latest_time, time_of
 
 aten = torch.ops.aten
 
 
-def extrapolate(
-    form: Form, order: int, num_tokens: int, num_active: int, *, weighted: bool = True, time_input: str | None = None
-) -> Form:
-    """The form with its outputs predicted at order 0, 1 or 2.
+@dataclass(frozen=True)
+class Extrapolate(FormPass):
+    """Outputs predicted at order 1 or 2.
 
-    Args:
-        form: functional, as `forms` writes it.
-        order: degree of the polynomial, and how many points are kept beside the latest; 0 changes nothing.
+    Attributes:
+        order: degree of the polynomial, and how many points are kept beside the latest.
         num_tokens: N.
         num_active: M.
         weighted: whether the form takes `step_weights`, for which the plan has to know what a step computes. It takes
@@ -52,54 +51,51 @@ def extrapolate(
     Raises:
         UnsupportedGraphError: no input is the time.
     """
-    if order == 0:
-        return form
-    graph = copy.deepcopy(form.module.graph)
-    outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
-    time = time_of(graph, form, time_input)
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    computed = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
-    weights = None
-    if weighted and _can_weigh(graph, form, outputs, computed):
-        form, weights = take_weights(graph, form, order, num_tokens, num_active)
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    inputs = StateInputs(graph, form)
-    points = {entry: points_of(inputs, entry, order) for entry in outputs}
-    call = caller(graph, "extrapolate", first)
-    now = {entry: latest_time(call, time, arithmetic_of(entry)) for entry in outputs}
-    writes = dict(computed)
-    for entry in outputs:
-        known, fresh = points[entry], computed.get(entry)
-        if weights is not None:
-            after = call if fresh is None else caller(graph, "extrapolate", fresh.next)
-            source = known.values[0] if fresh is None else fresh
-            others = set(graph.nodes)
-            value = blend(after, entry, known, now[entry], weights, fresh, form.kind)
-            _show(graph, source, value, [user for user in source.users if user in others], len(form.writes))
-        elif form.kind != "full":
-            predict(call, entry, known, now[entry])
-            if fresh is not None and entry.rows == "tokens":
-                writes[entry] = _without_predictions(graph, fresh, known.values[0])
-        if fresh is not None:
-            writes = {**push(graph, entry, known, fresh, now[entry], form.kind), **writes}
-    return inputs.finish(writes)
+
+    order: int
+    num_tokens: int
+    num_active: int
+    weighted: bool = True
+    time_input: str | None = None
+
+    name = "extrapolate"
+
+    def edit(self, form: FormEditor) -> None:
+        """Keep the points of every output, and show what they predict."""
+        outputs = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "output"]
+        time = time_of(form, self.time_input)
+        computed = form.writes
+        weights = None
+        if self.weighted and all(only_moves_follow(computed.get(e) or form.reads[e]) for e in outputs):
+            weights = take_weights(form, self.order, self.num_tokens, self.num_active)
+        call = form.at_start()
+        points = {entry: points_of(form, entry, self.order) for entry in outputs}
+        now = {entry: latest_time(call, time, arithmetic_of(entry)) for entry in outputs}
+        writes = dict(computed)
+        for entry in outputs:
+            known, fresh = points[entry], computed.get(entry)
+            if weights is not None:
+                after = call if fresh is None else form.after(fresh)
+                source = known.values[0] if fresh is None else fresh
+                others = set(form.graph.nodes)
+                value = blend(after, entry, known, now[entry], weights, fresh, form.kind)
+                _show(form, source, value, [user for user in source.users if user in others])
+            elif form.kind != "full":
+                predict(call, entry, known, now[entry])
+                if fresh is not None and entry.rows == "tokens":
+                    writes[entry] = _without_predictions(form, fresh, known.values[0])
+            if fresh is not None:
+                # History is stored first: it reads what the latest values are about to overwrite.
+                writes = {**push(form, entry, known, fresh, now[entry]), **writes}
+        form.writes = writes
 
 
-def _show(graph: Graph, source: Node, value: Node, readers: list[Node], num_writes: int) -> None:
+def _show(form: FormEditor, source: Node, value: Node, readers: list[Node]) -> None:
     """Let readers, and the model's outputs, see `value` in place of `source`. The cache keeps what was computed."""
     for reader in readers:
         if reader.op != "output":
             reader.replace_input_with(source, value)
-    output = graph.output_node()
-    results = list(output.args[0])  # type: ignore[arg-type]
-    number = len(results) - num_writes
-    output.args = ((*(value if r is source else r for r in results[:number]), *results[number:]),)
-
-
-def _can_weigh(graph: Graph, form: Form, outputs: list[CacheEntry], computed: dict[CacheEntry, Node]) -> bool:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    reads = dict(zip(form.reads, placeholders[len(placeholders) - len(form.reads) :], strict=True))
-    return all(only_moves_follow(computed.get(entry) or reads[entry]) for entry in outputs)
+    form.outputs = [value if result is source else result for result in form.outputs]
 
 
 def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
@@ -112,14 +108,12 @@ def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
         reader.replace_input_with(cached, prediction)
 
 
-def push(
-    graph: Graph, entry: CacheEntry, points: Points, computed: Node, now: Node, kind: str
-) -> dict[CacheEntry, Node]:
+def push(form: FormEditor, entry: CacheEntry, points: Points, computed: Node, now: Node) -> dict[CacheEntry, Node]:
     """What history and times hold after the step: rows that it computed at a new time move down by one."""
-    call = caller(graph, "extrapolate", graph.output_node())
+    call = form.at_end()
     latest = call(aten.select.int, points.times, 0, 0)
     moves = call(aten.ne.Tensor, latest, now)
-    if kind == "partial" and entry.rows == "tokens":
+    if form.kind == "partial" and entry.rows == "tokens":
         index = computed.args[2]
         active = call(aten._to_copy.default, call(aten.ones_like.default, index), dtype=arithmetic_of(entry))
         active = call(aten.index_copy.default, call(aten.zeros_like.default, latest), 0, index, active)
@@ -138,8 +132,8 @@ def push(
     return written
 
 
-def _without_predictions(graph: Graph, merged: Node, cached: Node) -> Node:
+def _without_predictions(form: FormEditor, merged: Node, cached: Node) -> Node:
     """What a partial step keeps: its active rows in what was computed before."""
     assert merged.target is aten.index_copy.default
     _, dim, index, fresh = merged.args
-    return caller(graph, "extrapolate", graph.output_node())(aten.index_copy.default, cached, dim, index, fresh)
+    return form.at_end()(aten.index_copy.default, cached, dim, index, fresh)

@@ -9,7 +9,9 @@ from torch.fx import Node
 
 from ..ir.axis import Tokens
 from ..ir.cache import CacheEntry
-from .state import NEVER, Call, StateInputs, arithmetic_of
+from ..ir.editor import FormEditor
+from ..ir.graphs import Call
+from .times import NOT_COMPUTED, arithmetic_of
 
 aten = torch.ops.aten
 
@@ -41,27 +43,28 @@ class Points:
 
     def known(self, call: Call, age: int) -> Node:
         """Bool `[rows]`: whether there is a value of this age."""
-        return call(aten.gt.Scalar, self.time(call, age), 0.5 * NEVER)
+        return call(aten.gt.Scalar, self.time(call, age), 0.5 * NOT_COMPUTED)
 
 
-def points_of(inputs: StateInputs, entry: CacheEntry, order: int) -> Points:
+def points_of(form: FormEditor, entry: CacheEntry, order: int) -> Points:
     """The inputs that hold an output's values and times."""
     kept, times = history_of(entry, order), times_of(entry, order)
-    return Points([inputs.read(e) for e in (entry, *kept)], inputs.read(times), kept, times)
+    return Points([form.read(e) for e in (entry, *kept)], form.read(times), kept, times)
 
 
 def history_of(entry: CacheEntry, order: int) -> list[CacheEntry]:
     """The entries behind a cached output: `past_output.0.1` is what was computed one step earlier."""
-    return [replace(entry, name=f"{entry.name}.{age}") for age in range(1, order + 1)]
+    return [replace(entry, name=f"{entry.name}.{age}", role="older") for age in range(1, order + 1)]
 
 
 def times_of(entry: CacheEntry, order: int) -> CacheEntry:
-    """When each row's values were computed, latest first; `NEVER` where nothing was computed yet."""
+    """When each row's values were computed, latest first; `NOT_COMPUTED` where nothing was computed yet."""
     rows = entry.shape[entry.dim] if entry.rows == "tokens" else 1
     name, shape = f"{entry.name}.times", (order + 1, rows)
     return replace(
-        entry, name=name, rows="none", dim=0, shape=shape, dtype=arithmetic_of(entry), tokens=Tokens(0), initial=NEVER
-    )
+        entry, name=name, role="times", rows="none", dim=0, shape=shape, dtype=arithmetic_of(entry), tokens=Tokens(0),
+        initial=NOT_COMPUTED,
+    )  # fmt: skip
 
 
 def lagrange_weights(call: Call, points: Points, now: Node) -> list[Node]:

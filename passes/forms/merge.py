@@ -6,7 +6,7 @@ the members of a cluster are equal. The bias is one more column of queries and k
 kernels, where a mask would not.
 
 =========  ==============================================  ============================================================
-form       boxes: clusters are the plan's                  kmeans: each attention draws its own (see `cluster`)
+form       boxes: clusters are the plan's                  kmeans: each attention draws its own (see `kmeans`)
 =========  ==============================================  ============================================================
 full       emits the mean of each cluster's rows           clusters keys, from the plan's clusters on; emits sizes too
 partial    reads sizes from the plan                       reads sizes from the cache
@@ -16,131 +16,125 @@ reuse      as before                                       as before
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
 from ..ir.axis import Tokens
 from ..ir.cache import CacheEntry, with_rows
-from ..ir.form import Form
-from ..ir.graphs import fake_mode, has_side_effect, inline, verify_shapes
+from ..ir.editor import FormEditor, FormPass
+from ..ir.form import ContextRead, Trait
 from ..ir.refusal import Refusal, UnsupportedGraphError, refuse, shape_of
 from ..kernels.kmeans import centroids
-from .state import StateInputs, caller, index_inputs
-from .write import CONTEXT
 
 aten = torch.ops.aten
-LOG_SIZE = "log_size"
-"""The role of an entry, as `key` and `value` are: the log-sizes of an attention's own clusters."""
 COLUMNS = 8
 """Columns that are added: kernels want head sizes in multiples of 8."""
 
 
-def merge_context(form: Form, num_context: int, num_merged: int, merging: str = "boxes") -> Form:
-    """The form with C' centroids in place of the C context rows of keys and values.
+@dataclass(frozen=True)
+class MergeContext(FormPass):
+    """C' centroids in place of the C context rows of keys and values.
 
-    Args:
-        form: functional, as `forms` writes it.
+    The form gets one or both of two more indices: `context_cluster`, the cluster of each context token, and
+    `context_log_size`, the log of each cluster's size.
+
+    Attributes:
         num_context: C.
-        num_merged: C'. The form gets two more indices: `context_cluster`, the cluster of each context token, and
-            `context_log_size`, the log of each cluster's size.
+        num_merged: C'.
         merging: "boxes" or "kmeans", which takes `context_cluster` for seeds, and keeps log-sizes in the cache.
 
     Raises:
         UnsupportedGraphError: an attention with a mask along the tokens, or one that is not torch's own.
     """
-    if form.kind == "reuse":
-        return form
-    graph = copy.deepcopy(form.module.graph)
-    if form.kind == "full":
-        return (_cluster_rows if merging == "kmeans" else _merge_rows)(graph, form, num_context, num_merged)
-    indices: tuple[str, ...] = ()
-    if merging == "boxes":
-        indices = ("context_log_size",)
-        (shared,) = index_inputs(graph, form, {"context_log_size": ((num_merged,), torch.float32)})
-    inputs = StateInputs(graph, form)
-    by_name = {entry.input_name: entry for entry in form.reads}
-    for concat in [node for node in graph.nodes if CONTEXT in node.meta]:
-        entry = by_name[concat.meta[CONTEXT]]
-        cached = concat.args[0][0]
-        with fake_mode(form.module):
-            cached.meta["val"] = cached.meta["val"].new_empty(merged(entry, num_merged).shape)
-        if entry.name.endswith(".key"):
-            log_size = shared if indices else inputs.read(log_size_of(entry, num_merged))
-            for attention in list(concat.users):
-                _add_bias(graph, attention, concat, entry, log_size)
-    return _finish(replace(form, reads=tuple(inputs.inputs)), graph, indices, num_merged, form.writes)
 
+    num_context: int
+    num_merged: int
+    merging: str = "boxes"
 
-def merged(entry: CacheEntry, num_merged: int) -> CacheEntry:
-    """An entry as it is with centroids."""
-    if entry.rows != "context":
-        return entry
-    runs = len(entry.tokens.whole) - 1
-    if runs != 1 or entry.tokens.folds != 1:
-        reason = f"the keys of {entry.module} hold the tokens more than once, and their context cannot be merged"
-        raise UnsupportedGraphError([Refusal(reason, help="make the plan with merged_ratio=1")])
-    return replace(entry, shape=with_rows(entry.shape, entry.dim, num_merged))
+    name = "merge"
+    kinds = ("full", "partial")
+    requires = frozenset({Trait.FUNCTIONAL, Trait.CONTEXT_ROWS})
+    ensures = frozenset({Trait.MERGED})
+    ends = frozenset({Trait.CONTEXT_ROWS})
 
+    def edit(self, form: FormEditor) -> None:
+        """Merge in full forms; weigh centroids in partial forms."""
+        if form.kind == "partial":
+            self._read_centroids(form)
+        elif self.merging == "kmeans":
+            self._cluster_rows(form)
+        else:
+            self._average_rows(form)
 
-def log_size_of(keys: CacheEntry, num_merged: int) -> CacheEntry:
-    """The log-sizes of an attention's clusters, float32 `[B, C']`; see `cluster.centroids`."""
-    batch = keys.shape[0] if len(keys.shape) > 2 else 1
-    return replace(
-        keys, name=keys.name.removesuffix("key") + LOG_SIZE, rows="none", dim=0, shape=(batch, num_merged),
-        dtype=torch.float32, tokens=Tokens(0),
-    )  # fmt: skip
+    def _read_centroids(self, form: FormEditor) -> None:
+        """Partial: attention gets the log of each centroid's size as a bias."""
+        shared = None
+        if self.merging == "boxes":
+            shared = form.index("context_log_size", (self.num_merged,), torch.float32)
+        form.change_reads(self.merged)
+        for read in form.context_reads:
+            if read.entry.role == "key":
+                log_size = form.read(self.log_size_of(read.entry)) if shared is None else shared
+                for attention in list(read.rows.users):
+                    _add_bias(form, attention, read, log_size)
 
-
-def _cluster_rows(graph: Graph, form: Form, num_context: int, num_merged: int) -> Form:
-    """Full: K-means of each attention's keys."""
-    (seed,) = index_inputs(graph, form, {"context_cluster": ((num_context,), torch.int64)})
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    outputs = results[: len(results) - len(form.writes)]
-    rows = dict(zip(form.writes, results[len(outputs) :], strict=True))
-    by_name = {entry.name: entry for entry in form.writes if entry.rows == "context"}
-    for name, key in by_name.items():
-        if not name.endswith(".key"):
-            continue
-        value = by_name[name.removesuffix("key") + "value"]
-        for attention in _readers(rows[key].args[0]):
-            _check(attention)
-        merged(key, num_merged)  # or refuse
-        found = inline(graph, "merge", rows[value].next, centroids, rows[key], rows[value], seed, num_merged)
-        rows[key], rows[value], rows[log_size_of(key, num_merged)] = found
-    graph.output_node().args = ((*outputs, *rows.values()),)
-    writes = tuple(merged(entry, num_merged) for entry in rows)
-    return _finish(form, graph, ("context_cluster",), num_merged, writes)
-
-
-def _merge_rows(graph: Graph, form: Form, num_context: int, num_merged: int) -> Form:
-    """Full: the mean of each cluster's rows."""
-    cluster, log_size = index_inputs(
-        graph, form,
-        {"context_cluster": ((num_context,), torch.int64), "context_log_size": ((num_merged,), torch.float32)},
-    )  # fmt: skip
-    call = caller(graph, "merge", graph.output_node())
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    start = len(results) - len(form.writes)
-    weight = call(aten.exp.default, call(aten.neg.default, log_size))
-    for number, entry in enumerate(form.writes):
-        if entry.rows != "context":
-            continue
-        rows = results[start + number]
-        if entry.name.endswith(".key"):
-            for attention in _readers(rows.args[0]):
+    def _cluster_rows(self, form: FormEditor) -> None:
+        """Full: K-means of each attention's keys."""
+        seed = form.index("context_cluster", (self.num_context,), torch.int64)
+        rows = form.writes
+        keys = [entry for entry in rows if entry.rows == "context" and entry.role == "key"]
+        values = {entry.layer: entry for entry in rows if entry.rows == "context" and entry.role == "value"}
+        for key in keys:
+            value = values[key.layer]
+            for attention in _readers(rows[key].args[0]):  # type: ignore[arg-type]
                 _check(attention)
-        shape = merged(entry, num_merged).shape
-        zeros = call(aten.new_zeros.default, rows, list(shape), dtype=torch.float32)
-        total = call(aten.index_add.default, zeros, entry.dim, cluster, _as(call, rows, torch.float32))
-        mean = call(aten.mul.Tensor, total, call(aten.view.default, weight, _along(shape, entry.dim)))
-        results[start + number] = _as(call, mean, entry.dtype)
-    graph.output_node().args = (tuple(results),)
-    writes = tuple(merged(entry, num_merged) for entry in form.writes)
-    return _finish(form, graph, ("context_cluster", "context_log_size"), num_merged, writes)
+            self.merged(key)  # or refuse
+            place = rows[value].next
+            found = form.inline(place, centroids, rows[key], rows[value], seed, self.num_merged)
+            rows[key], rows[value], rows[self.log_size_of(key)] = found
+        form.writes = {self.merged(entry): value for entry, value in rows.items()}
+
+    def _average_rows(self, form: FormEditor) -> None:
+        """Full: the mean of each cluster's rows."""
+        cluster = form.index("context_cluster", (self.num_context,), torch.int64)
+        log_size = form.index("context_log_size", (self.num_merged,), torch.float32)
+        call = form.at_end()
+        weight = call(aten.exp.default, call(aten.neg.default, log_size))
+        written: dict[CacheEntry, Node] = {}
+        for entry, rows in form.writes.items():
+            if entry.rows != "context":
+                written[entry] = rows
+                continue
+            if entry.role == "key":
+                for attention in _readers(rows.args[0]):  # type: ignore[arg-type]
+                    _check(attention)
+            shape = self.merged(entry).shape
+            zeros = call(aten.new_zeros.default, rows, list(shape), dtype=torch.float32)
+            total = call(aten.index_add.default, zeros, entry.dim, cluster, _as(call, rows, torch.float32))
+            mean = call(aten.mul.Tensor, total, call(aten.view.default, weight, _along(shape, entry.dim)))
+            written[self.merged(entry)] = _as(call, mean, entry.dtype)
+        form.writes = written
+
+    def merged(self, entry: CacheEntry) -> CacheEntry:
+        """An entry as it is with centroids."""
+        if entry.rows != "context":
+            return entry
+        runs = len(entry.tokens.whole) - 1
+        if runs != 1 or entry.tokens.folds != 1:
+            reason = f"the keys of {entry.module} hold the tokens more than once, and their context cannot be merged"
+            raise UnsupportedGraphError([Refusal(reason, help="make the plan with merged_ratio=1")])
+        return replace(entry, shape=with_rows(entry.shape, entry.dim, self.num_merged))
+
+    def log_size_of(self, keys: CacheEntry) -> CacheEntry:
+        """The log-sizes of an attention's clusters, float32 `[B, C']`; see `kmeans.centroids`."""
+        batch = keys.shape[0] if len(keys.shape) > 2 else 1
+        return replace(
+            keys, name=f"{keys.layer}.log_size", role="log_size", rows="none", dim=0, shape=(batch, self.num_merged),
+            dtype=torch.float32, tokens=Tokens(0),
+        )  # fmt: skip
 
 
 def _readers(keys: Node) -> list[Node]:
@@ -156,10 +150,11 @@ def _check(attention: Node) -> None:
         raise UnsupportedGraphError([refuse(attention, {}, reason, "make the plan with merged_ratio=1")])
 
 
-def _add_bias(graph: Graph, attention: Node, keys: Node, entry: CacheEntry, log_size: Node) -> None:
+def _add_bias(form: FormEditor, attention: Node, read: ContextRead, log_size: Node) -> None:
     """One more column: 1 in every query, log n / scale in the keys of centroids, 0 in fresh keys."""
     _check(attention)
-    call = caller(graph, "merge", attention)
+    call = form.before(attention)
+    keys, entry = read.rows, read.entry
     query, value = attention.args[0], attention.args[2]
     assert isinstance(query, Node)
     assert isinstance(value, Node)
@@ -179,7 +174,7 @@ def _add_bias(graph: Graph, attention: Node, keys: Node, entry: CacheEntry, log_
     ones = call(aten.new_ones.default, query, [*queries[:-1], 1])
     attention.args = (widen(query, ones), widen(keys, bias), widen(value, None), *attention.args[3:])
     attention.kwargs = {**attention.kwargs, "scale": scale}
-    after = caller(graph, "merge", attention.next)
+    after = form.after(attention)
     narrow = after(aten.slice.Tensor, attention, -1, 0, queries[-1])
     # Views come next, which need the memory order of an attention's own result.
     strides = attention.meta["val"].stride()
@@ -187,17 +182,6 @@ def _add_bias(graph: Graph, attention: Node, keys: Node, entry: CacheEntry, log_
     dense = after(aten.clone.default, after(aten.permute.default, narrow, order), memory_format=torch.contiguous_format)
     result = after(aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
     attention.replace_all_uses_with(result, delete_user_cb=lambda user: user is not narrow)
-
-
-def _finish(
-    form: Form, graph: Graph, indices: tuple[str, ...], num_merged: int, writes: tuple[CacheEntry, ...]
-) -> Form:
-    graph.eliminate_dead_code(has_side_effect)
-    graph.lint()
-    module = GraphModule(form.module, graph)
-    verify_shapes(module, {})
-    reads = tuple(merged(entry, num_merged) for entry in form.reads)
-    return Form(form.kind, module, (*form.indices, *indices), reads, writes)
 
 
 def _as(call: Any, node: Node, dtype: torch.dtype) -> Node:

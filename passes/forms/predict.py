@@ -17,67 +17,74 @@ Until two FULL steps at different times were taken, the latest value is read as 
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
 from ..ir.axis import Tokens
 from ..ir.cache import CacheEntry
-from ..ir.form import Form
-from .state import NEVER, Call, StateInputs, arithmetic_of, caller, latest_time, time_of
+from ..ir.editor import FormEditor, FormPass
+from ..ir.graphs import Call
+from .times import NOT_COMPUTED, arithmetic_of, latest_time, time_of
 
 aten = torch.ops.aten
 
 
-def predict_context(form: Form, time_input: str | None = None) -> Form:
-    """The form with cached keys and values predicted along a straight line in time.
+@dataclass(frozen=True)
+class PredictContext(FormPass):
+    """Cached keys and values predicted along a straight line in time.
 
-    Args:
-        form: functional, as `forms` writes it.
+    Attributes:
         time_input: the placeholder that holds the time of the step; by default the one called like `timestep`.
 
     Raises:
         UnsupportedGraphError: no input is the time.
     """
-    entries = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "key_values"]
-    if not entries:
-        return form
-    graph = copy.deepcopy(form.module.graph)
-    inputs = StateInputs(graph, form)
-    time = time_of(graph, form, time_input)
-    call = caller(graph, "predict")
-    times_entry = times_of(entries[0])
-    now = latest_time(call, time, times_entry.dtype)
-    times = inputs.read(times_entry)
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    writes = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
-    if form.kind == "partial":
-        line = _Line(call, times, now)
-        for entry in entries:
-            line.read(inputs.read(entry), inputs.read(older(entry)))
-        # What the last full step computed stays as it is: predictions start from it.
-        return inputs.finish({entry: value for entry, value in writes.items() if entry not in entries})
-    # A step at the time of the last one (a second-order solver) replaces it. Nor may this be a plain copy: compilers
-    # write buffers in the order of arguments, where the latest value, which is overwritten too, comes first.
-    moves = call(aten.ne.Tensor, now, call(aten.select.int, times, 0, 0))
-    before = {
-        older(entry): call(aten.where.self, moves, inputs.read(entry), inputs.read(older(entry))) for entry in entries
-    }
-    moved = call(aten.cat.default, [call(aten.view.default, now, [1]), call(aten.slice.Tensor, times, 0, 0, 1)])
-    return inputs.finish({**before, times_entry: call(aten.where.self, moves, moved, times), **writes})
+
+    time_input: str | None = None
+
+    name = "predict"
+
+    def edit(self, form: FormEditor) -> None:
+        """Read lines in partial steps; keep two values in full steps."""
+        entries = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "key_values"]
+        if not entries:
+            return
+        time = time_of(form, self.time_input)
+        call = form.at_start()
+        times_entry = times_of(entries[0])
+        now = latest_time(call, time, times_entry.dtype)
+        times = form.read(times_entry)
+        if form.kind == "partial":
+            line = _Line(call, times, now)
+            for entry in entries:
+                line.read(form.read(entry), form.read(older(entry)))
+            # What the last full step computed stays as it is: predictions start from it.
+            form.writes = {entry: value for entry, value in form.writes.items() if entry not in entries}
+            return
+        # A step at the time of the last one (a second-order solver) replaces it. Nor may this be a plain copy:
+        # compilers write buffers in the order of arguments, where the latest value, which is overwritten too, is first.
+        moves = call(aten.ne.Tensor, now, call(aten.select.int, times, 0, 0))
+        before = {
+            older(entry): call(aten.where.self, moves, form.read(entry), form.read(older(entry))) for entry in entries
+        }
+        moved = call(aten.cat.default, [call(aten.view.default, now, [1]), call(aten.slice.Tensor, times, 0, 0, 1)])
+        # History is stored first: it reads what the latest values are about to overwrite.
+        form.writes = {**before, times_entry: call(aten.where.self, moves, moved, times), **form.writes}
 
 
 def older(entry: CacheEntry) -> CacheEntry:
     """The value one FULL step earlier."""
-    return replace(entry, name=f"{entry.name}.1")
+    return replace(entry, name=f"{entry.name}.1", role="older")
 
 
 def times_of(entry: CacheEntry) -> CacheEntry:
-    """`[2]`: when the last two FULL steps were, latest first; `NEVER` where there was none."""
-    dtype = arithmetic_of(entry)
-    return replace(entry, name="times", rows="none", dim=0, shape=(2,), dtype=dtype, tokens=Tokens(0), initial=NEVER)
+    """`[2]`: when the last two FULL steps were, latest first; `NOT_COMPUTED` where there was none."""
+    return replace(
+        entry, name="times", role="times", layer=None, rows="none", dim=0, shape=(2,), dtype=arithmetic_of(entry),
+        tokens=Tokens(0), initial=NOT_COMPUTED,
+    )  # fmt: skip
 
 
 class _Line:
@@ -87,7 +94,7 @@ class _Line:
         self.call = call
         latest, before = (call(aten.select.int, times, 0, i) for i in range(2))
         apart = call(aten.sub.Tensor, latest, before)
-        never = call(aten.lt.Scalar, before, 0.5 * NEVER)
+        never = call(aten.lt.Scalar, before, 0.5 * NOT_COMPUTED)
         self.missing = call(aten.logical_or.default, never, call(aten.eq.Scalar, apart, 0))
         self.weight = call(aten.div.Tensor, call(aten.sub.Tensor, now, latest), apart)
 

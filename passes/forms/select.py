@@ -7,77 +7,76 @@ context token may become active (see `layout`).
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from ..ir.axis import Tokens
 from ..ir.cache import CacheEntry
 from ..ir.contract import NUM_QUERIES
-from ..ir.form import Form
-from ..ir.graphs import has_side_effect, verify_shapes
+from ..ir.editor import FormEditor, FormPass
+from ..ir.form import Trait
+from ..ir.graphs import Call
 from ..ir.refusal import Refusal, UnsupportedGraphError, shape_of
 from ..kernels.token_choice import NUM_CLUSTERS
 from .attention_mass import Attention, add_mass, find_attentions
-from .state import Call, caller, index_inputs
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Selection:
-    """How a full step chooses: one of `choose.STRATEGIES`, for M of N tokens."""
+class SelectActive(FormPass):
+    """The active tokens are chosen in full steps.
+
+    Attributes:
+        strategy: one of `contract.STRATEGIES`.
+        num_tokens: N.
+        num_active: M.
+
+    Raises:
+        UnsupportedGraphError: no attention shows which tokens matter, or what is cached depends on which are active.
+    """
 
     strategy: str
     num_tokens: int
     num_active: int
 
+    name = "select"
+    kinds = ("full", "partial")
+    requires = frozenset({Trait.FUNCTIONAL, Trait.ALL_ROWS})
+    ensures = frozenset({Trait.CHOOSES})
+
     @property
     def entry(self) -> CacheEntry:
         """The active tokens as a part of the cache: int64 `[M]`."""
-        return CacheEntry("active_index", "none", 0, (self.num_active,), torch.int64, "", Tokens(0), group="selection")
+        return CacheEntry(
+            "active_index", "none", 0, (self.num_active,), torch.int64, "", Tokens(0), group="selection", role="index"
+        )
 
-
-def select_active(form: Form, selection: Selection) -> Form:
-    """The form with its active tokens chosen in full steps.
-
-    Args:
-        form: functional, with all rows of keys and values in its cache.
-        selection: how.
-
-    Raises:
-        UnsupportedGraphError: no attention shows which tokens matter, or what is cached depends on which are active.
-    """
-    if form.kind == "reuse":
-        return form
-    if "context_index" in form.indices:
-        raise _refusal("a sum over fixed context tokens is cached (linear attention)")
-    if form.kind == "partial":
-        return replace(form, indices=(), reads=(selection.entry, *form.reads))
-    graph = copy.deepcopy(form.module.graph)
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    writes = dict(zip(form.writes, results[len(results) - len(form.writes) :], strict=True))
-    indices = {"query_index": ((NUM_QUERIES,), torch.int64), "token_standing": ((selection.num_tokens,), torch.int64)}
-    query_index, token_standing = index_inputs(graph, form, indices)
-    call = caller(graph, "select", graph.output_node())
-    attentions = find_attentions(writes)
-    if not attentions:
-        raise _refusal("no attention shows which context tokens matter")
-    masses = [add_mass(found, query_index, selection.num_tokens) for found in attentions]
-    relevance = call(aten.mean.dim, call(aten.stack.default, masses), [0])
-    middle = attentions[len(attentions) // 2]
-    active = call(
-        torch.ops.hetcache.choose_active.default, relevance, _states(call, middle, selection.num_tokens),
-        token_standing, selection.num_active, selection.strategy, NUM_CLUSTERS,
-    )  # fmt: skip
-    graph.output_node().args = ((*results, active),)
-    graph.eliminate_dead_code(has_side_effect)
-    graph.lint()
-    module = GraphModule(form.module, graph)
-    verify_shapes(module, {})
-    return replace(form, module=module, indices=tuple(indices), writes=(*form.writes, selection.entry))
+    def edit(self, form: FormEditor) -> None:
+        """Choose in full forms; read the choice in partial forms."""
+        if "context_index" in form.indices:
+            raise _refusal("a sum over fixed context tokens is cached (linear attention)")
+        if form.kind == "partial":
+            index = form.indices.pop("active_index")
+            assert not form.indices, "an index is in front of the cache"
+            form.reads = {self.entry: index, **form.reads}
+            return
+        query_index = form.index("query_index", (NUM_QUERIES,), torch.int64)
+        token_standing = form.index("token_standing", (self.num_tokens,), torch.int64)
+        attentions = find_attentions(form.writes)
+        if not attentions:
+            raise _refusal("no attention shows which context tokens matter")
+        masses = [add_mass(form, found, query_index, self.num_tokens) for found in attentions]
+        call = form.at_end()
+        relevance = call(aten.mean.dim, call(aten.stack.default, masses), [0])
+        middle = attentions[len(attentions) // 2]
+        active = call(
+            torch.ops.hetcache.choose_active.default, relevance, _states(call, middle, self.num_tokens),
+            token_standing, self.num_active, self.strategy, NUM_CLUSTERS,
+        )  # fmt: skip
+        form.writes = {**form.writes, self.entry: active}
 
 
 def _refusal(reason: str) -> UnsupportedGraphError:

@@ -3,26 +3,28 @@
 A step's output is `w[0] * fresh + w[1] * latest + w[2] * older ...`, row by row, where `fresh` is what the step
 computes and the rest are the points of the cache. The weights are the form's input `step_weights`, `[2, order + 2]`:
 row 0 for inactive tokens, row 1 for active ones. In a step that computes nothing they predict; in one that computes
-they may also correct what predictions before it got wrong (see `hetcache_compile/multistep.py`, which makes them).
+they may also correct what predictions before it got wrong (`hetcache_compile/calibration/output_weights.py` makes
+them).
 
-Zeros say that the step goes by its time (see `points.lagrange_weights`), with computed rows as they are. So does a row
+Zeros say that the step goes by its time (see `history.lagrange_weights`), with computed rows as they are. So does a row
 whose points are not all there, and a step at the time of the last one, which must not be corrected twice.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ..ir.cache import CacheEntry
 from ..ir.contract import ACTIVE, INACTIVE, STEP_WEIGHTS
-from ..ir.form import Form
+from ..ir.editor import FormEditor
+from ..ir.graphs import Call
 from ..ir.indices import rows_of
 from .history import Points, lagrange_weights, weighted_sum
-from .state import Call, arithmetic_of, index_inputs
+from .times import arithmetic_of
 
 aten = torch.ops.aten
 MOVES = frozenset(
@@ -45,14 +47,10 @@ class StepWeights:
     num_tokens: int
 
 
-def take_weights(graph: Graph, form: Form, order: int, num_tokens: int, num_active: int) -> tuple[Form, StepWeights]:
-    """The form with `step_weights` and, if it has none yet, `active_index` among its indices."""
-    wanted = {"active_index": ((num_active,), torch.int64), STEP_WEIGHTS: ((2, order + 2), torch.float32)}
-    missing = {name: spec for name, spec in wanted.items() if name not in form.indices}
-    index_inputs(graph, form, missing)
-    by_name = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    form = replace(form, indices=(*form.indices, *missing))
-    return form, StepWeights(by_name[STEP_WEIGHTS], by_name["active_index"], num_tokens)
+def take_weights(form: FormEditor, order: int, num_tokens: int, num_active: int) -> StepWeights:
+    """Let the form take `step_weights` and, if it does not yet, `active_index`."""
+    active_index = form.index("active_index", (num_active,), torch.int64)
+    return StepWeights(form.index(STEP_WEIGHTS, (2, order + 2), torch.float32), active_index, num_tokens)
 
 
 def only_moves_follow(node: Node) -> bool:

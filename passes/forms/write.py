@@ -14,7 +14,7 @@ Uncut       -                           leave out the cut               -
 Choose      -                           take each row from its piece    -
 ==========  ==========================  ==============================  ============================
 
-The reuse form holds only what comes after the last `Leave` and `Keep`. `FORMS` names the writers; a new form is one
+The reuse form holds only what comes after the last `Leave` and `Keep`. `WRITERS` names the writers; a new form is one
 more.
 """
 
@@ -31,18 +31,13 @@ from ..analysis.analyse import Analysis
 from ..ir.axis import Accumulate, Attend, Choose, Enter, Gather, Keep, Leave, Parts, Piece, Resize, Tokens, Uncut
 from ..ir.cache import CacheEntry, with_rows
 from ..ir.contract import Budgets
-from ..ir.form import Form
+from ..ir.form import ContextRead, Form
 from ..ir.graphs import device_of, fake_mode, has_side_effect, verify_shapes
 from ..ir.indices import rows_of, runs_of
 from ..ir.refusal import shape_of
 from .cache_layout import cache_layout
 
 aten = torch.ops.aten
-
-CONTEXT = "hetcache context"
-"""In a node's `meta`: it puts cached rows of keys or values, an entry's `input_name`, in front of the fresh ones."""
-MASK_COLUMNS = "hetcache mask columns"
-"""In a node's `meta`: it puts the columns of a mask in the order of cached and fresh keys."""
 
 
 class FormWriter:
@@ -57,6 +52,8 @@ class FormWriter:
         self.indices: list[str] = []
         self.reads: dict[CacheEntry, Node] = {}
         self.writes: dict[CacheEntry, Node] = {}
+        self.context_reads: list[ContextRead] = []
+        self.mask_columns: list[Node] = []
         self.gathered: dict[tuple[Node, Tokens], Node] = {}
         self.row_indices: dict[tuple[Node, Tokens, bool], Node] = {}
         for node in self._placeholders():
@@ -138,7 +135,12 @@ class FormWriter:
         self.graph.lint()
         module.recompile()
         verify_shapes(module, self.expected)
-        return Form(self.kind, module, tuple(self.indices), tuple(self.reads), tuple(self.writes))
+        alive = set(self.graph.nodes)
+        return Form(
+            self.kind, module, tuple(self.indices), tuple(self.reads), tuple(self.writes),
+            context_reads=tuple(read for read in self.context_reads if read.rows in alive),
+            mask_columns=tuple(node for node in self.mask_columns if node in alive),
+        )  # fmt: skip
 
 
 def write_full(source: GraphModule, analysis: Analysis, budgets: Budgets) -> Form:
@@ -248,7 +250,7 @@ def _with_context(
             entry = writer.layout[node, role]
             rows = [writer.cache_input(entry), writer.new[fresh]]
             arguments[position] = writer.call(aten.cat.default, (rows, edit.tokens.dim), node)
-            arguments[position].meta[CONTEXT] = entry.input_name
+            writer.context_reads.append(ContextRead(arguments[position], entry))
         if edit.mask is not None:
             assert context_index is not None
             mask = replaced.get(edit.mask) or writer.new[edit.mask]
@@ -256,7 +258,7 @@ def _with_context(
             columns = [context, writer.row_index(edit.tokens, active_index, node)]
             columns_index = writer.call(aten.cat.default, (columns,), node)
             arguments[3] = writer.call(aten.index_select.default, (mask, -1, columns_index), node)
-            arguments[3].meta[MASK_COLUMNS] = True
+            writer.mask_columns.append(arguments[3])
     return arguments
 
 
@@ -324,7 +326,7 @@ def write_reuse(source: GraphModule, analysis: Analysis, budgets: Budgets) -> Fo
     return writer.finish(cached(source.graph.output_node()))
 
 
-FORMS: dict[str, Callable[[GraphModule, Analysis, Budgets], Form]] = {
+WRITERS: dict[str, Callable[[GraphModule, Analysis, Budgets], Form]] = {
     "full": write_full,
     "partial": write_partial,
     "reuse": write_reuse,

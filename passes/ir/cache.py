@@ -12,17 +12,28 @@ from .axis import Tokens
 
 Rows = Literal["context", "tokens", "none"]
 Group = Literal["key_values", "output", "hidden", "selection"]
+Role = Literal["key", "value", "sum", "whole", "log_size", "older", "times", "index", "mass"]
 
 
 @dataclass(frozen=True)
 class CacheEntry:
     """One tensor that passes from step to step.
 
-    `rows` says what its dim `dim` counts: the C context tokens (keys and values), all rows of a token axis, or
-    nothing that has to do with tokens (a sum over the context, a whole tensor). `module` is the module path it
-    comes from. `group` says what it is for: the attentions, the output, hidden states that are needed whole, or which
-    tokens are active.
-    `initial` is what it must hold before the first step, where that matters.
+    Attributes:
+        name: within its group, such as `3.key`.
+        rows: what its dim `dim` counts: the C context tokens (keys and values), all rows of a token axis, or nothing
+            that has to do with tokens (a sum over the context, a whole tensor).
+        dim: see `rows`.
+        shape: of the tensor.
+        dtype: of the tensor.
+        module: path of the module that it comes from.
+        tokens: how its rows lie along `dim`.
+        group: what it is for: the attentions, the output, hidden states that are needed whole, or which tokens are
+            active.
+        role: what it is within its group: `older` is an earlier value of another entry, `times` when values were
+            computed.
+        layer: number of the attention that it belongs to, in graph order; None where it belongs to none.
+        initial: what it must hold before the first step, where that matters.
     """
 
     name: str
@@ -33,6 +44,8 @@ class CacheEntry:
     module: str
     tokens: Tokens
     group: Group = "key_values"
+    role: Role = "whole"
+    layer: int | None = None
     initial: float | None = None
 
     @property

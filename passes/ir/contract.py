@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 MAX_ORDER = 2
 """The highest order at which outputs are extrapolated."""
@@ -23,3 +25,52 @@ class Budgets:
 
     num_active: int
     num_context: int
+
+
+class FormOptions(NamedTuple):
+    """All that forms know of a plan: plans that agree in it share their forms.
+
+    Attributes:
+        grid: token grid (T', H', W').
+        num_active: M.
+        num_context: C.
+        num_merged: C', centroids that stand for the C cached tokens; C where none are merged.
+        merging: how they are merged, "boxes" or "kmeans"; "boxes" where none are.
+        extrapolation: order at which outputs are predicted.
+        context_extrapolation: 1 where cached keys and values are predicted.
+        selection: one of `STRATEGIES` where full steps choose the active tokens, else "fixed".
+    """
+
+    grid: tuple[int, int, int]
+    num_active: int
+    num_context: int
+    num_merged: int
+    merging: str = "boxes"
+    extrapolation: int = 0
+    context_extrapolation: int = 0
+    selection: str = "fixed"
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return prod(self.grid)
+
+    @property
+    def budgets(self) -> Budgets:
+        """M and C."""
+        return Budgets(self.num_active, self.num_context)
+
+    @property
+    def merges(self) -> bool:
+        """Whether centroids stand for the context."""
+        return self.num_merged < self.num_context
+
+    def at(self, budgets: Budgets) -> FormOptions:
+        """The same options for another M and C."""
+        merged = self.num_merged if self.merges else budgets.num_context
+        return self._replace(num_active=budgets.num_active, num_context=budgets.num_context, num_merged=merged)
+
+    def differences(self, other: FormOptions) -> str:
+        """What the other has otherwise, such as `num_active (35, 40)`; empty where they agree."""
+        pairs = zip(self._fields, self, other, strict=True)
+        return ", ".join(f"{name} ({ours}, {theirs})" for name, ours, theirs in pairs if ours != theirs)

@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from .refusal import shape_of
 
+Call = Callable[..., Node]
+"""`call(op, *args, **kwargs)` adds a node to a graph."""
+
 
 class VerificationError(AssertionError):
     """A form's graph does not have the shapes that the analysis promised: a wrong rule, never a user's error."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from .axis import Tokens
+from .graphs import Call
 
 aten = torch.ops.aten
-
-Call = Callable[..., Node]
-"""`call(op, *args, **kwargs)` adds a node to a graph."""
 
 
 def rows_of(tokens: Tokens, selected: Node, num_tokens: int, device: torch.device, call: Call) -> Node:

@@ -1,0 +1,71 @@
+"""The passes that make a form, in order, and what runs them.
+
+A form is written from the analysis by `write`. Then come the passes that a plan's options ask for, and last, for a form
+that runs in a process, those that put its cache in place.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from ..analysis.analyse import Analysis
+from ..ir.contract import FormOptions
+from ..ir.editor import FormPass
+from ..ir.form import Form
+from ..ir.pipeline import run_passes
+from .all_rows import KeepAllRows
+from .buffers import WriteInPlace
+from .extrapolate import Extrapolate
+from .merge import MergeContext
+from .predict import PredictContext
+from .select import SelectActive
+from .write import WRITERS
+
+KINDS = tuple(WRITERS)
+"""The forms of a model."""
+
+
+def functional_passes(options: FormOptions) -> list[FormPass]:
+    """What makes the form that is reasoned about and exported: its cache enters and leaves as tensors."""
+    chooses = options.selection != "fixed"
+    passes: list[FormPass] = []
+    if chooses:
+        passes += [
+            KeepAllRows(options.num_tokens),
+            SelectActive(options.selection, options.num_tokens, options.num_active),
+        ]
+    if options.merges:
+        passes += [MergeContext(options.num_context, options.num_merged, options.merging)]
+    if options.context_extrapolation:
+        passes += [PredictContext()]
+    if options.extrapolation:
+        passes += [Extrapolate(options.extrapolation, options.num_tokens, options.num_active, weighted=not chooses)]
+    return passes
+
+
+def in_process_passes(options: FormOptions) -> list[FormPass]:
+    """What makes of a functional form the one that runs in a process: its cache is buffers that it overwrites."""
+    all_cached = options.num_active + options.num_merged == options.num_tokens
+    has_all_rows = options.selection != "fixed"
+    return [*([KeepAllRows(options.num_tokens)] if all_cached and not has_all_rows else []), WriteInPlace()]
+
+
+def write_form(kind: str, source: GraphModule, analysis: Analysis, options: FormOptions) -> Form:
+    """One functional form of a graph.
+
+    Args:
+        kind: one of `KINDS`.
+        source: normalised graph.
+        analysis: of it.
+        options: what the form knows of a plan.
+
+    Raises:
+        UnsupportedGraphError: the graph has not what a pass needs.
+    """
+    form = WRITERS[kind](source, analysis, options.budgets)
+    return run_passes(f"{kind} form", functional_passes(options), form, lambda form: form.module)
+
+
+def in_process(form: Form, options: FormOptions) -> Form:
+    """A functional form as it runs in a process."""
+    return run_passes(f"{form.kind} form in process", in_process_passes(options), form, lambda form: form.module)

@@ -1,0 +1,47 @@
+"""The time of a step: which input holds it, and the arithmetic that it is kept in."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ..analysis.inputs import is_state
+from ..ir.cache import CacheEntry
+from ..ir.editor import FormEditor
+from ..ir.graphs import Call
+from ..ir.refusal import Refusal, UnsupportedGraphError
+
+aten = torch.ops.aten
+NOT_COMPUTED = -1e30
+"""The time of a value that was not computed yet. Not NaN, which engines may take for equal to itself."""
+
+
+def time_of(form: FormEditor, name: str | None) -> Node:
+    """The input that holds the time of a step, by default the one called like `timestep`.
+
+    Raises:
+        UnsupportedGraphError: no input is the time.
+    """
+    inputs = [node for node in form.model_inputs if not is_state(node.name)]
+    # Dynamo writes l_timestep_ for timestep; audio_timestep or timestep_r are other inputs.
+    found = [node for node in inputs if node.name.lower().removeprefix("l_").strip("_") == (name or "timestep")]
+    if not found and name is None:
+        found = [node for node in inputs if "timestep" in node.name]
+    if len(found) != 1:
+        names = ", ".join(node.name for node in inputs)
+        reason = "extrapolation needs the time of a step, and no input is called timestep"
+        help = f"make the plan with extrapolation=0 and context_extrapolation=0; the inputs are {names}"
+        raise UnsupportedGraphError([Refusal(reason, help=help)])
+    return found[0]
+
+
+def arithmetic_of(entry: CacheEntry) -> torch.dtype:
+    """The type that an entry is predicted in and its times are kept in: its own, but at least float32."""
+    return torch.promote_types(entry.dtype, torch.float32)
+
+
+def latest_time(call: Call, time: Node, dtype: torch.dtype) -> Node:
+    """The time of a step, `[1]`. Where tokens have their own, the latest: those of a given first frame stand at 0."""
+    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=dtype), [-1])
+    now: Node = call(aten.amax.default, flat, [0])
+    return now
