@@ -195,9 +195,9 @@ def test_full_in_place(forms: Forms) -> None:
         changes(forms, "full"),
         """\
 - context_index: input -> (22,)
-+ past_key_values_0_key: input
-+ past_key_values_0_value: input
-+ past_output_0: input
++ past_key_values_0_key: input -> (1, 2, 30, 7)
++ past_key_values_0_value: input -> (1, 2, 30, 7)
++ past_output_0: input -> (1, 30, 12)
 - index_select: index_select(mul_1, 2, context_index) -> (1, 2, 22, 7)
 - index_select_1: index_select(transpose_3, 2, context_index) -> (1, 2, 22, 7)
 - return (_unsafe_view, index_select, index_select_1, linear_4)
