@@ -8,7 +8,7 @@ with hetcache.session(plan) as session:
     frames = pipe(...).frames
 """
 
-from .calibration.record import Calibration
+from .calibration.calibration import Calibration
 from .errors import (
     CalibrationError,
     GridMismatchError,
@@ -28,11 +28,10 @@ from .pipelines.planning import plan_for
 from .plan.partition import TokenKind
 from .plan.plan import Plan
 from .plan.schedule import PRESETS, StepKind
+from .provenance import __version__ as __version__
 from .runtime.backend import hetcache_backend
 from .runtime.rewrite import Forms, rewrite
 from .runtime.session import Session, session
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",

@@ -16,9 +16,9 @@ from models import Case
 
 from hetcache_compile import Forms, Plan
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
-from hetcache_compile.passes.forms.write import WRITERS
 from hetcache_compile.passes.ir.contract import Budgets
 from hetcache_compile.passes.ir.form import Form
+from hetcache_compile.passes.writing.write import WRITERS
 from hetcache_compile.runtime.capture import Program, capture
 
 SLOW = ("zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli")

@@ -13,8 +13,8 @@ from zoo.entry import Entry
 
 import hetcache_compile as hetcache
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
-from hetcache_compile.passes.forms.write import WRITERS
 from hetcache_compile.passes.ir.axis import Accumulate, Attend
+from hetcache_compile.passes.writing.write import WRITERS
 from hetcache_compile.plan.plan import Plan
 from hetcache_compile.plan.schedule import StepKind
 from hetcache_compile.runtime.capture import Program, capture

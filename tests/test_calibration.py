@@ -22,7 +22,7 @@ from hetcache_compile.cli import main as cli
 from hetcache_compile.cli.calibrate import measured_elsewhere
 from hetcache_compile.edit.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
 from hetcache_compile.edit.media import Clip
-from hetcache_compile.edit.report import processor_name
+from hetcache_compile.provenance import processor_name
 from hetcache_compile.reference.clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES
 from hetcache_compile.reference.demo import demo_clip, moving_mask, save_random_checkpoint
 from hetcache_compile.runtime.backend import hetcache_backend

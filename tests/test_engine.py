@@ -28,7 +28,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra ort")
 from hetcache_compile.export.check import latency, verify
 from hetcache_compile.export.check.verify import verify_with_ort
 from hetcache_compile.export.exporter import ExportOptions, export_model
-from hetcache_compile.export.lowering import lower
+from hetcache_compile.export.lowering import sum_by_products
 
 FRAMES, SIZE, STEPS = 5, 64, 20
 
@@ -295,7 +295,7 @@ def test_engines_read_merged_and_predicted_context(tmp_path):
 
 def test_engines_cluster_context(tmp_path, monkeypatch):
     """Sums of clusters in blocks that do not divide them; a session goes through another mask's seeds."""
-    monkeypatch.setattr(lower, "LARGEST_MEMBERSHIP", 1000)
+    monkeypatch.setattr(sum_by_products, "LARGEST_MEMBERSHIP", 1000)
     out = tmp_path / "clustered"
     plans = [
         dataclasses.replace(whole, context_cluster=np.arange(whole.num_context) // 3, merging="kmeans")

@@ -18,7 +18,10 @@ import torch
 import hetcache_compile as hetcache
 from hetcache_compile import engine
 from hetcache_compile.engine.manifest import SCHEMA_FILE, Manifest, sha256_of
+from hetcache_compile.export.lowering import pipeline
 from hetcache_compile.export.lowering.interleave import interleave_writes
+from hetcache_compile.export.lowering.subject import Lowering
+from hetcache_compile.passes.ir.editor import PassError
 from hetcache_compile.plan.plan import Plan
 
 onnx = pytest.importorskip("onnx", reason="needs the extra ort")
@@ -26,12 +29,17 @@ pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
 from hetcache_compile.export.check.verify import relative_errors  # noqa: E402
-from hetcache_compile.export.exporter import ExportOptions, export_model, new_folder  # noqa: E402
+from hetcache_compile.export.exporter import ExportOptions, export_model  # noqa: E402
 from hetcache_compile.export.model.sample_call import CallShape  # noqa: E402
 from hetcache_compile.export.model.source import load_source  # noqa: E402
+from hetcache_compile.export.onnx.folder import new_folder  # noqa: E402
 
 FORMS = [("fp32", 20, False), ("fp32", 23, True)]
 CHAIN = ("full", "partial", "partial", "reuse")
+OF_OPSET = [
+    (20, "spell_out_attention", "fuse_rotary_embedding"),
+    (23, "fuse_rotary_embedding", "spell_out_attention"),
+]
 
 
 @pytest.fixture(params=FORMS, ids=["opset 20", "opset 23, free sizes"])
@@ -123,10 +131,35 @@ def test_interleaved_writes_are_exact():
     values = exported.source().kwargs
     expected, _ = forms.full(**values)
     form = forms.by_kind["full"]
-    assert interleave_writes(form.module).modified
+    assert any("scatter" in node.name for node in form.module.graph.nodes)
+    interleave_writes(Lowering(form.module, {}, {}))
     form.module.recompile()
     assert not any("scatter" in node.name for node in form.module.graph.nodes)
     assert torch.equal(forms.full(**values)[0][0], expected[0])
+
+
+def test_lowering_is_a_list_of_passes_that_shows_itself(tmp_path, monkeypatch):
+    """Each graph is written where asked, the form stays what it was, and an error names the pass that failed."""
+    model, kwargs = exported.tiny_dit(exported.plan_of())
+    forms = hetcache.rewrite(model, exported.plan_of(), kwargs=kwargs)
+    form, program = forms.by_kind["partial"], forms.program
+    before = str(form.module.graph)
+    monkeypatch.setenv("HETCACHE_DUMP", str(tmp_path))
+    for opset, mine, other in OF_OPSET:
+        pipeline.lower(form, program, opset)
+        names = [passed.__name__ for passed in pipeline.passes_for(opset)]
+        assert mine in names
+        assert other not in names
+        dumped = sorted(path.stem.partition(f"opset {opset}-")[2] for path in tmp_path.glob(f"*opset {opset}-*.py"))
+        assert dumped == ["0-given", *(f"{number}-{name}" for number, name in enumerate(names, start=1))]
+    assert str(form.module.graph) == before
+
+    def stumble(lowering):
+        raise ValueError("a stone")
+
+    monkeypatch.setattr(pipeline, "passes_for", lambda opset: [interleave_writes, stumble])
+    with pytest.raises(PassError, match="pass stumble of partial form for opset 20 failed: a stone"):
+        pipeline.lower(form, program, 20)
 
 
 def test_weights_are_stored_once_and_read_back():

@@ -149,11 +149,12 @@ class OrtStatusError(Exception):
 @pytest.mark.parametrize(
     ("place", "error", "stage"),
     [
-        ("capture._export", MemoryError(), "rewriting"),
-        ("export.to_onnx.optimizer.optimize", MemoryError("std::bad_alloc"), "writing ONNX"),
-        ("export.onnx_files.onnx.checker.check_model", MemoryError(), "writing ONNX"),
+        ("runtime.capture._export", MemoryError(), "rewriting"),
+        ("export.lowering.fold_constants._evaluate", MemoryError(), "rewriting"),
+        ("export.onnx.to_onnx.optimizer.optimize", MemoryError("std::bad_alloc"), "writing ONNX"),
+        ("export.onnx.files.onnx.checker.check_model", MemoryError(), "writing ONNX"),
         (
-            "runners.OrtRunner.prepare",
+            "engine.runners.OrtRunner.prepare",
             OrtStatusError("[ONNXRuntimeError] : 6 : bad allocation"),
             "checking with onnxruntime",
         ),

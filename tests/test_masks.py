@@ -20,8 +20,8 @@ from scipy.ndimage import label
 import hetcache_compile as hetcache
 from hetcache_compile import Forms, Plan, TokenKind
 from hetcache_compile.passes.ir.contract import STRATEGIES
-from hetcache_compile.plan.partition import SELECTIONS
-from hetcache_compile.plan.plan import ARRAYS, OPTIONS
+from hetcache_compile.plan.options import SELECTIONS
+from hetcache_compile.plan.plan import ARRAYS, HEADER
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 
@@ -128,7 +128,7 @@ def test_the_same_inputs_give_the_same_plan(selection: str, tmp_path) -> None:
     arrays = [load_file(tmp_path / f"{seed}.hetplan") for seed in range(2)]
     assert arrays[0].keys() == arrays[1].keys() == {"steps", *ARRAYS}
     assert all(torch.equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
-    assert all(getattr(plans[0], name) == getattr(plans[1], name) for name in ("grid", *OPTIONS))
+    assert all(getattr(plans[0], name) == getattr(plans[1], name) for name in ("grid", *HEADER))
     assert bool(options) == (arrays[0]["context_cluster"].numel() > 0)
 
 

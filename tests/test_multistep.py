@@ -15,9 +15,11 @@ from test_extrapolate import GRID, N, PolynomialDiT, error, latents
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, PlanError, StepKind
-from hetcache_compile.calibration.output_weights import Method, step_lengths, step_weights
-from hetcache_compile.calibration.record import Calibration, Measured
+from hetcache_compile.calibration.calibration import Calibration
+from hetcache_compile.calibration.output_weights import step_lengths, step_weights
+from hetcache_compile.calibration.record import Measured
 from hetcache_compile.engine.engine import Engine
+from hetcache_compile.plan.prediction import Prediction
 
 STEPS = 12
 TIMES = np.linspace(1000, 40, STEPS)
@@ -37,7 +39,7 @@ def calibration_of(degree: int, partial: float = 0.0) -> Calibration:
     return empty.add("a", Measured(gram, np.full((1, 3, 2, 2), partial), np.array([True, True, True])))
 
 
-def plan_of(degree: int, method: Method, steps: str = SCHEDULE) -> Plan:
+def plan_of(degree: int, method: Prediction, steps: str = SCHEDULE) -> Plan:
     active = np.random.default_rng(0).permutation(N) < 7
     plan = Plan.from_token_mask(active, GRID, schedule=list(steps), num_inference_steps=len(steps), extrapolation=1)
     weights = step_weights(calibration_of(degree), plan.steps, TIMES, LENGTHS, method)
@@ -64,8 +66,10 @@ def denoise(model: torch.nn.Module, plan: Plan | None) -> tuple[torch.Tensor, li
 def test_what_lies_in_the_span_of_the_points_is_predicted_exactly() -> None:
     model = PolynomialDiT(1)
     _, truth = denoise(model, None)
-    _, outputs = denoise(model, plan_of(1, Method(1, True)))
-    _, repeated = denoise(model, replace(plan_of(1, Method(1, True)), extrapolation=0, weights=np.zeros(0, np.float32)))
+    _, outputs = denoise(model, plan_of(1, Prediction(1, True)))
+    _, repeated = denoise(
+        model, replace(plan_of(1, Prediction(1, True)), extrapolation=0, weights=np.zeros(0, np.float32))
+    )
     assert max(map(error, outputs, truth)) < 1e-3
     assert max(map(error, repeated, truth)) > 0.05
 
@@ -75,7 +79,7 @@ def test_corrections_make_the_latents_right_where_predictions_were_wrong() -> No
     model = PolynomialDiT(2)
     x, _ = denoise(model, None)
     predicted, corrected = (
-        denoise(model, plan_of(2, Method(1, True, corrects=c), "FFRRFRRFRRRF"))[0] for c in (False, True)
+        denoise(model, plan_of(2, Prediction(1, True, corrects=c), "FFRRFRRFRRRF"))[0] for c in (False, True)
     )
     assert error(predicted, x) > 2e-3
     assert error(corrected, x) < 2e-4
@@ -83,7 +87,7 @@ def test_corrections_make_the_latents_right_where_predictions_were_wrong() -> No
 
 def test_inactive_tokens_are_corrected_by_the_next_full_step() -> None:
     x, _ = denoise(PolynomialDiT(2), None)
-    corrected, _ = denoise(PolynomialDiT(2), plan_of(2, Method(1, True, corrects=True), "FFRPRFPRPRRF"))
+    corrected, _ = denoise(PolynomialDiT(2), plan_of(2, Prediction(1, True, corrects=True), "FFRPRFPRPRRF"))
     assert error(corrected, x) < 2e-4
 
 
@@ -91,7 +95,7 @@ def test_inactive_tokens_are_corrected_by_the_next_full_step() -> None:
 @pytest.mark.parametrize("form", ["full", "partial", "reuse"])
 def test_a_form_adds_up_what_the_weights_say(form: str) -> None:
     """By hand: fresh and cached outputs are known, and the cache keeps computed values, not corrected ones."""
-    plan = plan_of(2, Method(1, True))
+    plan = plan_of(2, Prediction(1, True))
     weights = np.random.default_rng(1).normal(size=plan.weights.shape).astype(np.float32)
     plan, model, x = replace(plan, weights=weights), PolynomialDiT(2), latents()
     forms = hetcache.rewrite(model, plan, (x, torch.tensor([900.0])))
@@ -117,7 +121,7 @@ def test_a_form_adds_up_what_the_weights_say(form: str) -> None:
 @pytest.mark.parametrize("form", ["full", "partial", "reuse"])
 def test_inputs_that_stay_the_same_give_the_full_output(form: str) -> None:
     """The frozen-input invariant, in a step whose weights would correct."""
-    plan = plan_of(2, Method(1, True, corrects=True))
+    plan = plan_of(2, Prediction(1, True, corrects=True))
     model, x = PolynomialDiT(2), latents()
     forms = hetcache.rewrite(model, plan, (x, torch.tensor([900.0])))
     _, cache = forms.full(x, torch.tensor([900.0]))
@@ -129,7 +133,7 @@ def test_inputs_that_stay_the_same_give_the_full_output(form: str) -> None:
 @torch.no_grad()
 def test_without_the_points_that_weights_need_a_step_goes_by_its_time() -> None:
     """A second expert begins in the middle of a plan: its first steps have no history."""
-    plan = plan_of(2, Method(1, True, corrects=True))
+    plan = plan_of(2, Prediction(1, True, corrects=True))
     model, x = PolynomialDiT(2), latents()
     forms = hetcache.rewrite(model, plan, (x, torch.tensor([900.0])))
     first, cache = forms.run("full", {}, (x, torch.tensor([500.0])), {}, step=6)
@@ -146,18 +150,18 @@ def test_weights_of_a_stale_step_shrink() -> None:
         known = calibration_of(2, partial)
         known = replace(known, timesteps=TIMES)
         padded = (*steps, *[StepKind.FULL] * (STEPS - len(steps)))
-        weights = step_weights(known, padded, TIMES, LENGTHS, Method(1, True, corrects=True))
+        weights = step_weights(known, padded, TIMES, LENGTHS, Prediction(1, True, corrects=True))
         assert weights.shape == (STEPS, 2, 3)
         relied.append(float(weights[3, 1, 1]))
         assert weights[3, 0, 1] == pytest.approx(
-            step_weights(calibration_of(2), padded, TIMES, LENGTHS, Method(1, True))[3, 0, 1]
+            step_weights(calibration_of(2), padded, TIMES, LENGTHS, Prediction(1, True))[3, 0, 1]
         )
     assert relied[0] > relied[1] > relied[2]
 
 
 def test_the_session_follows_the_weights_through_compilation() -> None:
     model = PolynomialDiT(2)
-    plan = plan_of(2, Method(1, True, corrects=True), "FFRRFRRFRPRF")
+    plan = plan_of(2, Prediction(1, True, corrects=True), "FFRRFRRFRPRF")
     x, _ = denoise(model, None)
     fast = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": "inductor"})
     by_hand, expected = denoise(model, plan)
@@ -174,7 +178,7 @@ def test_the_session_follows_the_weights_through_compilation() -> None:
 
 def test_a_step_that_turns_out_full_is_not_corrected() -> None:
     """A call that finds no cache is FULL whatever the plan says; then weights of another kind do not hold."""
-    plan = plan_of(2, Method(1, True, corrects=True))
+    plan = plan_of(2, Prediction(1, True, corrects=True))
     with hetcache.session(plan) as session:
         for step, kind in enumerate(plan.steps):
             planned = session.index("step_weights", torch.device("cpu"), kind=kind, step=step)
@@ -201,12 +205,12 @@ def test_how_far_solvers_step() -> None:
 
 
 def test_a_plan_keeps_its_weights(tmp_path: Path) -> None:
-    plan = plan_of(1, Method(1, True, corrects=True))
+    plan = plan_of(1, Prediction(1, True, corrects=True))
     path = tmp_path / "a.hetplan"
     plan.save(path)
     loaded = Plan.load(path)
     assert (loaded.weights == plan.weights).all()
-    assert loaded.method == plan.method == Method(1, True, True)
+    assert loaded.prediction == plan.prediction == Prediction(1, True, True)
     assert "fitted weights" in plan.describe()
     assert not plan.with_schedule("full").weights.size
 
@@ -215,23 +219,23 @@ def test_plans_with_a_calibration_are_weighted_unless_they_cannot_be() -> None:
     known, mask = calibration_of(2), np.zeros(GRID, dtype=bool)
     mask[:, 0, 0] = True
 
-    def method(calibration: Calibration | None, **options: object) -> Method:
+    def method(calibration: Calibration | None, **options: object) -> Prediction:
         settings = {"num_inference_steps": 8, "schedule": "FRP", "extrapolation": 1, **options}
-        return Plan.from_mask(mask, GRID, calibration=calibration, **settings).method  # type: ignore[arg-type]
+        return Plan.from_mask(mask, GRID, calibration=calibration, **settings).prediction  # type: ignore[arg-type]
 
-    assert method(known) == Method(1, True, True)
-    assert method(replace(known, one_step=False)) == Method(1, True, False)
+    assert method(known) == Prediction(1, True, True)
+    assert method(replace(known, one_step=False)) == Prediction(1, True, False)
     for plain in (
         method(None),
         method(known, multistep=0),
         method(known, selection="attention"),
     ):
-        assert plain == Method(1)
-    assert method(known, extrapolation=0) == Method(0)
+        assert plain == Prediction(1)
+    assert method(known, extrapolation=0) == Prediction(0)
 
 
 def test_weights_that_a_plan_cannot_have_are_refused() -> None:
-    plan = plan_of(1, Method(1, True))
+    plan = plan_of(1, Prediction(1, True))
     for change, message in (
         ({"weights": plan.weights[:-1]}, "weights must be"),
         ({"weights": plan.weights.astype(np.float64)}, "weights must be"),
@@ -252,7 +256,7 @@ class Squashed(PolynomialDiT):
 
 def test_a_model_whose_output_is_not_linear_in_its_last_tokens_is_refused() -> None:
     x = (latents(), torch.tensor([900.0]))
-    plan = plan_of(1, Method(1, True))
+    plan = plan_of(1, Prediction(1, True))
     with pytest.raises(hetcache.UnsupportedGraphError, match="other than moves"):
         hetcache.rewrite(Squashed(1), plan, x)
     forms = hetcache.rewrite(Squashed(1), replace(plan, weights=plan.weights[:0]), x)
@@ -263,7 +267,7 @@ def test_a_model_whose_output_is_not_linear_in_its_last_tokens_is_refused() -> N
 
 def test_plans_with_and_without_weights_do_not_stand_in_for_each_other() -> None:
     """They share compiled forms, so what one of them can do says nothing of the other."""
-    model, plan = Squashed(1), plan_of(1, Method(1, True), "FFR" + "F" * (STEPS - 3))
+    model, plan = Squashed(1), plan_of(1, Prediction(1, True), "FFR" + "F" * (STEPS - 3))
     plain = replace(plan, weights=plan.weights[:0])
     fast = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": "eager"})
 
@@ -280,7 +284,7 @@ def test_plans_with_and_without_weights_do_not_stand_in_for_each_other() -> None
 
 
 def test_an_engine_that_takes_no_weights_refuses_a_plan_that_has_them() -> None:
-    plan = plan_of(1, Method(1, True))
+    plan = plan_of(1, Prediction(1, True))
     engine = SimpleNamespace(plan=plan, manifest=SimpleNamespace(dynamic_dims={}), indices=("active_index",))
     with pytest.raises(hetcache.SessionError, match="takes no weights"):
         Engine.check_plan(engine, plan)  # type: ignore[arg-type]
@@ -290,7 +294,7 @@ def test_an_engine_that_takes_no_weights_refuses_a_plan_that_has_them() -> None:
 
 
 def test_behind_an_exact_output_nothing_is_corrected() -> None:
-    weights = plan_of(2, Method(1, True, corrects=True), "FFFRFP" + "F" * (STEPS - 6)).weights
+    weights = plan_of(2, Prediction(1, True, corrects=True), "FFFRFP" + "F" * (STEPS - 6)).weights
     exact = [1, 0, 0]
     for step in (0, 1, 2, 5, 8, STEPS - 1):
         assert weights[step, 1].tolist() == exact

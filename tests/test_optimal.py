@@ -11,11 +11,13 @@ import pytest
 
 from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
 from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
+from hetcache_compile.calibration.calibration import Calibration
 from hetcache_compile.calibration.error_model import RecordedErrors
-from hetcache_compile.calibration.output_weights import Method, Outputs
-from hetcache_compile.calibration.record import Calibration, Costs, Measured
+from hetcache_compile.calibration.output_weights import Outputs
+from hetcache_compile.calibration.record import Costs, Measured
 from hetcache_compile.calibration.schedule_search import Budget, StepCosts, shortest, total_error
 from hetcache_compile.pipelines.planning import choices
+from hetcache_compile.plan.prediction import Prediction
 
 F, P, R = StepKind
 STEPS = 12
@@ -228,8 +230,8 @@ def test_prediction_has_no_error_on_polynomials_of_its_degree(order, fitted):
     timesteps = np.linspace(1000, 30, STEPS)
     known, _ = calibration_of(timesteps, degree=order)
     computed = (3, 4, 5)[-(order + 1) :]
-    exact = RecordedErrors(known, timesteps, Method(order, fitted))
-    lower = RecordedErrors(known, timesteps, Method(order - 1, fitted))
+    exact = RecordedErrors(known, timesteps, Prediction(order, fitted))
+    lower = RecordedErrors(known, timesteps, Prediction(order - 1, fitted))
     missed, of_lower = (runs(e, 5, c, [8])[1][0, 0] for e, c in ((exact, computed), (lower, computed[1:])))
     # The ridge of the regression keeps fitted weights from being exact.
     assert missed < (0.02 if fitted else 1e-9) * of_lower
@@ -238,7 +240,7 @@ def test_prediction_has_no_error_on_polynomials_of_its_degree(order, fitted):
 def test_a_step_that_corrects_leaves_less_than_one_that_does_not():
     timesteps = np.geomspace(1000, 30, STEPS)
     known, _ = calibration_of(timesteps)
-    predicts, corrects = (RecordedErrors(known, timesteps, Method(1, True, c)) for c in (False, True))
+    predicts, corrects = (RecordedErrors(known, timesteps, Prediction(1, True, c)) for c in (False, True))
     for stops in ([6], [9]):
         for plain, better in zip(runs(predicts, 4, (2, 4), stops), runs(corrects, 4, (2, 4), stops), strict=True):
             assert better.sum() < 0.5 * plain.sum()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import hetcache_compile as hetcache
 from hetcache_compile import reference
-from hetcache_compile.calibration.record import Calibration
+from hetcache_compile.calibration.calibration import Calibration
 from hetcache_compile.passes.kernels.kmeans import centroids
 from hetcache_compile.passes.kernels.token_choice import attention_mass, choose_active
 from hetcache_compile.pipelines.planning import choices

@@ -15,7 +15,8 @@ from hetcache_compile.errors import PlanError, UnsupportedGraphError
 from hetcache_compile.passes.ir.contract import ALWAYS, CANDIDATE, NEVER, STRATEGIES
 from hetcache_compile.passes.kernels import token_choice as choose
 from hetcache_compile.passes.kernels.token_choice import attention_mass, choose_active, kmeans, spread
-from hetcache_compile.plan.partition import SELECTIONS, TokenKind
+from hetcache_compile.plan.options import SELECTIONS
+from hetcache_compile.plan.partition import TokenKind
 
 CASE = Case("vace", config=(("num_layers", 1), ("vace_layers", (0,))))
 N = CASE.num_tokens

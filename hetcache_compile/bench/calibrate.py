@@ -14,15 +14,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from ..calibration.calibration import Calibration
 from ..calibration.output_weights import step_lengths
-from ..calibration.record import DEFAULTS, Array, Calibration, Costs, Measured
+from ..calibration.record import DEFAULTS, Array, Costs, Measured
 from ..edit.editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from ..edit.media import Clip
 from ..errors import CalibrationError
 from ..passes.forms.all_rows import KeepAllRows
 from ..passes.forms.attention_mass import MeasureMass
-from ..passes.forms.write import WRITERS
 from ..passes.ir.pipeline import run_passes
+from ..passes.writing.write import WRITERS
 from ..plan.partition import TokenKind
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind

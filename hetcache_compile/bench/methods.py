@@ -18,7 +18,7 @@ import numpy as np
 from ..calibration.schedule_search import Budget
 from ..edit.editing import EditRequest, Progress, Run
 from ..errors import PlanError
-from ..pipelines.planning import check_options
+from ..plan.options import PlanOptions
 from ..plan.schedule import StepKind, make_schedule
 
 FULL = "full"
@@ -79,7 +79,7 @@ def parse_method(name: str) -> Method:
         options = dict(_short_option(part) or parse_option(part) for part in parts)
     except PlanError as error:
         raise PlanError(f"{error}; {name!r} is not written as in FRRP+margin=1 or FRRP+o0") from error
-    check_options(options)
+    PlanOptions.check(options)
     return Method(name, schedule, options)
 
 

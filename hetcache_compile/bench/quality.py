@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration.record import Calibration
+from ..calibration.calibration import Calibration
 from ..edit.editing import EditRequest, Progress, Run, compiled, make_plan, run_pipeline, run_planned, warm_up
 from ..edit.media import Clip, Frames
 from ..edit.metrics import BAND, Comparison, check_extra, compare
-from ..edit.report import provenance
 from ..errors import InputFileError, MethodError, PlanError
 from ..files import atomically
 from ..plan.plan import Plan
 from ..plan.schedule import preset_options
+from ..provenance import provenance
 from ..runtime.backend import hetcache_backend
 from .methods import FULL, Method
 

@@ -1,6 +1,6 @@
 """The best schedule for an edit under a budget, and what a calibration expects of any schedule.
 
-`run_errors` says what a schedule leaves wrong, `step_costs` what it takes; `shortest` searches.
+`error_model` says what a schedule leaves wrong, `step_costs` what it takes; `schedule_search` searches.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CalibrationError
+from ..plan.prediction import Prediction
 from ..plan.schedule import StepKind
 from .error_model import RecordedErrors
-from .output_weights import Method
-from .record import Array, Calibration
+from .record import Array, Record
 from .schedule_search import Budget, StepCosts, shortest, total_error
 
 
@@ -50,26 +50,26 @@ class Expectation:
 
 
 def expect(
-    calibration: Calibration,
+    calibration: Record,
     steps: Sequence[StepKind],
     timesteps: Array,
     share: float,
-    method: Method | None = None,
+    method: Prediction | None = None,
     lengths: Array | None = None,
 ) -> Expectation:
     """What the calibration expects of any schedule, at M / N = `share`; see `optimal_schedule`."""
-    costs, method = step_costs(calibration, share), method or Method()
+    costs, method = step_costs(calibration, share), method or Prediction()
     error = total_error(RecordedErrors(calibration, timesteps, method, lengths), steps, method.order)
     counts = (steps.count(StepKind.FULL), steps.count(StepKind.PARTIAL))
     return Expectation(tuple(steps), float(np.sqrt(error)), costs.of(*counts, len(steps)), costs.full * len(steps))
 
 
 def optimal_schedule(
-    calibration: Calibration,
+    calibration: Record,
     budget: Budget | str,
     timesteps: Array,
     share: float,
-    method: Method | None = None,
+    method: Prediction | None = None,
     lengths: Array | None = None,
 ) -> tuple[StepKind, ...]:
     """The best schedule for an edit.
@@ -87,12 +87,12 @@ def optimal_schedule(
         CalibrationError: the calibration is not finished.
     """
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    method = method or Method()
+    method = method or Prediction()
     errors = RecordedErrors(calibration, timesteps, method, lengths)
     return shortest(errors, step_costs(calibration, share), len(timesteps), budget, order=method.order)
 
 
-def step_costs(calibration: Calibration, share: float) -> StepCosts:
+def step_costs(calibration: Record, share: float) -> StepCosts:
     """Seconds of a call by step kind at M / N = `share`."""
     costs = calibration.costs
     if costs is None:

@@ -23,8 +23,9 @@ from itertools import product
 import numpy as np
 
 from ..errors import CalibrationError
-from .output_weights import Index, Method, Outputs, active_kind, inactive_kind, moved, partial_errors_squared
-from .record import Array, Calibration
+from ..plan.prediction import Prediction
+from .output_weights import Index, Outputs, active_kind, inactive_kind, moved, partial_errors_squared
+from .record import Array, Record
 
 
 class RecordedErrors:
@@ -38,11 +39,11 @@ class RecordedErrors:
     """
 
     def __init__(
-        self, calibration: Calibration, timesteps: Array, method: Method | None = None, lengths: Array | None = None
+        self, calibration: Record, timesteps: Array, method: Prediction | None = None, lengths: Array | None = None
     ) -> None:
         if not calibration.counts.any():
             raise CalibrationError("the calibration holds no clip yet: run hetcache calibrate again")
-        self.method = method or Method()
+        self.method = method or Prediction()
         self.timesteps, lengths = timesteps, flow_lengths(timesteps) if lengths is None else lengths
         self.lengths = lengths / lengths.sum()
         gram, amplification = calibration.gram_at(timesteps), calibration.amplification_at(timesteps)

@@ -5,7 +5,7 @@ where one computes again it can say what the predictions before it should have b
 few computed outputs, as in the predictors and correctors of Adams' methods (and UniPC, arXiv 2302.04867). Adams'
 weights suit polynomials. Outputs of a diffusion model are no polynomials (they turn sharply at the end), but how they
 vary together over the steps is nearly the same for every edit, and a calibration knows it: the inner products of the
-outputs of all steps (`Calibration.gram`). So the weights here are those of least expected squared error:
+outputs of all steps (`Record.gram`). So the weights here are those of least expected squared error:
 
 * predicted: `E |v_j - sum_i w_i v_(s_i)|^2` is least, over the last computed steps s_i;
 * corrected: the step k that computes again also knows its own output. `E |sum_j l_j v_j - sum_i w_i v_(s_i)|^2` is
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,9 @@ from numpy.typing import NDArray
 
 from ..passes.ir.contract import ACTIVE, INACTIVE
 from ..plan.partition import TokenKind
+from ..plan.prediction import Prediction
 from ..plan.schedule import StepKind
-from .record import Array, Calibration
+from .record import Array, Record
 
 Index = NDArray[np.int64]
 """Steps."""
@@ -125,21 +125,6 @@ class Outputs:
         return np.asarray(self._products[points, stops[:, None]] - self._products[points, starts[:, None]])
 
 
-@dataclass(frozen=True)
-class Method:
-    """How outputs are predicted and corrected.
-
-    Attributes:
-        order: one less than how many computed outputs are kept.
-        fitted: whether weights come from a calibration; else they are Lagrange's, over the timesteps.
-        corrects: whether a step that computes corrects predictions before it.
-    """
-
-    order: int = 0
-    fitted: bool = False
-    corrects: bool = False
-
-
 def lagrange(times: Array, points: Index, steps: Index) -> Array:
     """Weights `[B, T, P]` of the polynomials through the outputs of `points` `[B, P]`, at `steps` `[B, T]`."""
     known, others = times[points], ~np.eye(points.shape[1], dtype=bool)
@@ -174,7 +159,7 @@ def moved(outputs: Outputs, stops: Index, points: Index, noise: Array, times: Ar
 
 
 def step_weights(
-    calibration: Calibration, steps: Sequence[StepKind], timesteps: Array, lengths: Array, method: Method
+    calibration: Record, steps: Sequence[StepKind], timesteps: Array, lengths: Array, method: Prediction
 ) -> NDArray[np.float32]:
     """The weights of every step, `[S, 2, order + 2]`: by kind of token, of the fresh output and of the points.
 
@@ -223,7 +208,7 @@ def _one(points: list[int], noise: list[float]) -> tuple[Index, Array]:
 
 
 def partial_noise(
-    calibration: Calibration, steps: Sequence[StepKind], timesteps: Array, kind: TokenKind
+    calibration: Record, steps: Sequence[StepKind], timesteps: Array, kind: TokenKind
 ) -> NDArray[np.float64]:
     """`[S]`: expected squared error of the output of each PARTIAL step; 0 for others."""
     squared = partial_errors_squared(calibration, timesteps, kind)
@@ -236,19 +221,19 @@ def partial_noise(
     return noise
 
 
-def partial_errors_squared(calibration: Calibration, timesteps: Array, kind: TokenKind) -> Array:
+def partial_errors_squared(calibration: Record, timesteps: Array, kind: TokenKind) -> Array:
     """`[S, S]` by source and target, at most what an output of 0 would be off by."""
     energy = np.diagonal(calibration.gram_at(timesteps)[kind])
     relative = calibration.partial_errors(timesteps)[kind]
     return np.asarray(np.where(np.isfinite(relative), np.minimum(relative, 1) ** 2, 1) * energy)
 
 
-def active_kind(calibration: Calibration) -> TokenKind:
+def active_kind(calibration: Record) -> TokenKind:
     """The kind that stands for active tokens: the first that some clip has."""
     return next(kind for kind in TokenKind if calibration.counts[kind])
 
 
-def inactive_kind(calibration: Calibration) -> TokenKind:
+def inactive_kind(calibration: Record) -> TokenKind:
     """The kind that stands for inactive tokens."""
     return next(kind for kind in reversed(TokenKind) if calibration.counts[kind])
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class Costs:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What one clip adds to a calibration, in units of its mean energy per step; see `Calibration` for the axes.
+    """What one clip adds to a calibration, in units of its mean energy per step; see `Record` for the axes.
 
     Attributes:
         gram: `[3, S, S]`.
@@ -83,7 +83,7 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Record:
     """Errors and costs of one model, measured over a few clips.
 
     Squared errors and inner products are in units of a clip's mean energy per step, then averaged over clips.
@@ -163,7 +163,7 @@ class Calibration:
         """The step of a measured PARTIAL step."""
         return min(source + offset, self.num_steps - 1)
 
-    def add(self, name: str, clip: Measured) -> Calibration:
+    def add(self, name: str, clip: Measured) -> Self:
         """With one more clip, of this name. What was not measured of it counts as 0."""
         counts = self.counts + clip.present
         # A running mean over the clips that have the kind.
@@ -239,7 +239,7 @@ class Calibration:
         found = dict.fromkeys(tuple(variant[name] for name in names) for variant in self.variants)
         return [dict(zip(names, values, strict=True)) for values in found]
 
-    def like(self, options: Mapping[str, Any]) -> Calibration:
+    def like(self, options: Mapping[str, Any]) -> Self:
         """Only the variant that is nearest to the options of a plan: near where they are measures, else the same."""
 
         def distance(variant: Mapping[str, Any]) -> tuple[int, float]:
@@ -333,14 +333,14 @@ class Calibration:
         FILE.save(path, arrays, header)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a calibration.
 
         Raises:
             CalibrationError: the file is missing, cut short, no calibration, or of another schema version.
         """
 
-        def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Calibration:
+        def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
             times, costs = header["costs"], None
             if times is not None:
                 measured = arrays["cost_shares"], arrays["cost_partial"]
@@ -352,7 +352,7 @@ class Calibration:
                 settings=dict(header["settings"]),
             )  # fmt: skip
 
-        return FILE.load(path, decode)
+        return cast(Self, FILE.load(path, decode))
 
 
 def _interpolate(sources: NDArray[np.int64], offsets: NDArray[np.int64], values: Array, points: Array) -> Array:

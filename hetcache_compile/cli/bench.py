@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..console import console, progress_bars
 from ..errors import InputFileError
 from .common import (
     ContextRatio,
@@ -23,8 +24,6 @@ from .common import (
     TextTokens,
     Width,
     check_size,
-    console,
-    progress_bars,
     torch_device,
     torch_dtype,
 )
@@ -80,7 +79,7 @@ def bench_quality_command(
     from ..bench.methods import parse_methods
     from ..bench.quality import Settings, bench_quality, file_digest
     from ..bench.quality_report import HEADER, busiest, write_report
-    from ..calibration.record import Calibration
+    from ..calibration.calibration import Calibration
     from ..edit.editing import load_pipeline
     from ..edit.report import busy_machine_warning
 

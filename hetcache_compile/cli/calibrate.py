@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibration.record import Calibration
+from ..calibration.calibration import Calibration
+from ..console import console, progress_bars
 from ..errors import InputFileError
 from ..pipelines.planning import Choice
 from ..plan.plan import Plan
@@ -27,8 +28,6 @@ from .common import (
     TextTokens,
     Width,
     check_size,
-    console,
-    progress_bars,
     torch_device,
     torch_dtype,
 )
@@ -81,7 +80,7 @@ def calibrate(
     from ..bench.calibrate import calibrate as measure
     from ..bench.quality import weights_digest
     from ..edit.editing import load_pipeline
-    from ..edit.report import processor_name
+    from ..provenance import processor_name
 
     videos, masks, prompts = video or [], mask or [], prompt or []
     if len(masks) != len(videos) or len(prompts) not in (0, len(videos)) or (videos and clips is not None):
@@ -143,7 +142,7 @@ def measured_elsewhere(calibration: Calibration, pipe: Any, device: str | None =
     Weights of another type cannot be told from others, and are taken for the same.
     """
     from ..bench.quality import weights_digest
-    from ..edit.report import processor_name
+    from ..provenance import processor_name
 
     there, found = calibration.settings, []
     same_type = there.get("dtype") == str(pipe.transformer.dtype).removeprefix("torch.")
@@ -164,7 +163,7 @@ def expectation(calibration: Calibration, plan: Plan) -> str:
     named = {name: make_schedule(name, len(plan.steps)) for name in cycles} | {plan.schedule: plan.steps}
     share = plan.num_active / plan.num_tokens
     width = max(map(len, named))
-    expected = {n: expect(calibration, steps, timesteps, share, plan.method) for n, steps in named.items()}
+    expected = {n: expect(calibration, steps, timesteps, share, plan.prediction) for n, steps in named.items()}
     return "\n".join(f"{name:{width}}  {found.describe()}" for name, found in expected.items())
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..bench.methods import parse_option
 from ..errors import PlanError
-from ..pipelines.planning import check_options
+from ..plan.options import PlanOptions
 from ..plan.schedule import preset_options
-
-console = Console(stderr=True)
 
 Schedule = Annotated[
     str | None,
@@ -59,30 +53,7 @@ GuidanceScale = Annotated[
 TextTokens = Annotated[int | None, typer.Option(help="Text tokens. [default: 512; reference model: 16]", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.")]
-TokenInput = Annotated[
-    list[str] | None,
-    typer.Option(help="An input that holds packed tokens and their dim, such as hidden_states=1. Repeatable."),
-]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
-
-
-@contextmanager
-def progress_bars() -> Iterator[Any]:
-    """A progress bar for each stage: a function of stage, what is done, and how much there is."""
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, step: int, steps: int) -> None:
-            if stage not in tasks:
-                for task in bars.tasks:  # a stage is done when the next one begins
-                    bars.update(task.id, completed=task.total)
-                tasks[stage] = bars.add_task(stage, total=steps)
-            bars.update(tasks[stage], completed=step)
-
-        yield update
-        for task in bars.tasks:
-            bars.update(task.id, completed=task.total)
 
 
 def chosen(
@@ -94,7 +65,7 @@ def chosen(
         PlanError: one of `more` is not written as NAME=VALUE, or is no option of a plan.
     """
     given_by_name = dict(parse_option(text) for text in more or ())
-    check_options(given_by_name)
+    PlanOptions.check(given_by_name)
     own = preset_options(schedule)
 
     def given(name: str) -> bool:
@@ -128,17 +99,6 @@ def size_factors(pipe: Any) -> tuple[int, int, int]:
         return pipe.vae_scale_factor_temporal, spatial * rows, spatial * columns
     except (AttributeError, TypeError, StopIteration) as error:
         raise PlanError(f"{type(pipe).__name__} does not say into what it cuts a video: {error}") from error
-
-
-def token_inputs(given: list[str] | None) -> dict[str, int] | None:
-    """What `--token-input NAME=DIM` says, once or more."""
-    parsed = {}
-    for text in given or []:
-        name, _, dim = text.partition("=")
-        if not dim.lstrip("-").isdigit():
-            raise PlanError(f"--token-input takes NAME=DIM, got {text}")
-        parsed[name] = int(dim)
-    return parsed or None
 
 
 def torch_dtype(name: str) -> Any:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..console import TokenInput, console, progress_bars, token_inputs
 from ..errors import HetCacheError, PlanError
 from .bench import bench
 from .calibrate import (
@@ -37,13 +38,9 @@ from .common import (
     More,
     Schedule,
     Steps,
-    TokenInput,
     Width,
     check_size,
     chosen,
-    console,
-    progress_bars,
-    token_inputs,
     torch_device,
     torch_dtype,
 )
@@ -77,7 +74,7 @@ def demo(
     Writes OUT/report.html, report.json, side_by_side.mp4, edit.mp4, plan.png and edit.hetplan.
     """
     from .. import reference
-    from ..calibration.record import Calibration
+    from ..calibration.calibration import Calibration
     from ..edit.editing import EditRequest
 
     clip = reference.demo_clip(edit)

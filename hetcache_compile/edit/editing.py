@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -98,10 +100,9 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: A
     import diffusers
     import transformers
 
-    from ..reference import codec  # noqa: F401  diffusers loads custom classes only from modules imported before
-
     if not (folder / "model_index.json").is_file():
         raise InputFileError(f"{folder} is no diffusers checkpoint: it has no model_index.json")
+    _import_own_classes(folder / "model_index.json")
     try:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
@@ -115,6 +116,15 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: A
         raise InputFileError(f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it edits no masked video")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _import_own_classes(index: Path) -> None:
+    """Import the modules of this package that a checkpoint names: diffusers loads custom classes only from modules that
+    were imported before."""
+    package = __name__.partition(".")[0]
+    for part in json.loads(index.read_text()).values():
+        if isinstance(part, list) and str(part[0]).startswith(f"{package}."):
+            importlib.import_module(part[0])
 
 
 @contextmanager

@@ -4,54 +4,20 @@ from __future__ import annotations
 
 import html
 import json
-import platform
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..files import atomically
 from ..plan.plan import Plan
 from ..plan.preview import save_preview
 from ..plan.schedule import StepKind
+from ..provenance import provenance
 from .editing import EditRequest, Run
 from .media import stack_side_by_side, tint, write_video
 from .metrics import psnr
 
 BUSY = 1.2
 """FULL and uncached calls that differ by more than this factor were not measured under the same conditions."""
-
-
-def processor_name(device: str) -> str:
-    """The name of the GPU, or of the CPU, that a run used."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """The command, the versions and the processor that a result belongs to."""
-    import diffusers
-
-    import hetcache_compile
-
-    return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {
-            "hetcache-compile": hetcache_compile.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
-        "processor": processor_name(device),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def make_report(

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +15,12 @@ from ..calibration.best_schedule import Expectation, expect
 from ..calibration.output_weights import step_lengths
 from ..calibration.schedule_search import Budget
 from ..errors import MaskError, PlanError
+from ..plan.options import PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
 
 if TYPE_CHECKING:
-    from ..calibration.record import Calibration
+    from ..calibration.calibration import Calibration
 
 
 def plan_for(
@@ -53,15 +53,13 @@ def plan_for(
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding. By default
             `"balanced"`, and `"optimal:1%"` with a calibration.
         calibration: of this model, for an `"optimal:..."` schedule, and for the weights of outputs.
-        options: `margin`, `margin_ratio`, `context_ratio`, `cached_ratio`, `multiple`, `extrapolation`,
-            `context_extrapolation`, `selection`, `merged_ratio`, `merging`, `multistep` of `Plan.from_mask`. A
-            preset's own options hold unless they are given. By default `extrapolation` is 1 where the model takes a
-            `timestep`, else 0.
+        options: fields of `PlanOptions`. A preset's own options hold unless they are given. By default
+            `extrapolation` is 1 where the model takes a `timestep`, else 0.
 
     Raises:
         PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
     """
-    check_options(options)
+    PlanOptions.check(options)
     schedule = default_schedule(calibration) if schedule is None else schedule
     make = partial(
         _plan_for, pipe, mask, (num_frames, height, width), num_inference_steps, num_reference_images, schedule,
@@ -108,7 +106,7 @@ def choices(
         timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
         share = plan.num_active / plan.num_tokens
         known = calibration.like({**options, **chosen})
-        found.append(Choice(plan, chosen, expect(known, plan.steps, timesteps, share, plan.method)))
+        found.append(Choice(plan, chosen, expect(known, plan.steps, timesteps, share, plan.prediction)))
     if refused is not None and not found:
         raise refused
     return sorted(found, key=partial(_rank, by_error=by_error))
@@ -160,50 +158,17 @@ def _plan_for(
     scheduler.set_timesteps(num_inference_steps)
     distances = time_distances(model, scheduler.timesteps)
     timesteps = scheduler.timesteps.double().cpu().numpy()
-    plan = Plan.from_mask(
-        mask,
-        grid,
-        num_inference_steps=len(distances),
-        schedule="full",
-        temporal_factor=temporal,
-        temporal_patch=patch_t,
-        reference_frames=num_reference_images,
-        **options,
-    )
-    return replace(
-        plan.scheduled(
-            schedule,
-            calibration.like(options) if calibration else None,
-            timesteps=timesteps,
-            lengths=step_lengths(pipe.scheduler, num_inference_steps) if calibration else None,
-            multistep=bool(options.get("multistep", True)),
-            distances=distances,
+    plan = replace(
+        Plan.from_mask(
+            mask, grid, num_inference_steps=len(distances), schedule="full", temporal_factor=temporal,
+            temporal_patch=patch_t, reference_frames=num_reference_images, **options,
         ),
         timesteps=timesteps,
         distances=distances,
-    )
-
-
-OF_THE_EDIT = (
-    "num_inference_steps", "schedule", "temporal_factor", "temporal_patch", "reference_frames", "calibration"
-)  # fmt: skip
-"""Keywords of `Plan.from_mask` that are no choice of how to cache."""
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Whether these are options of `plan_for`, by name and type. Whether a value is in range is known with the edit.
-
-    Raises:
-        PlanError: no such option, or no value for it.
-    """
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(Plan.from_mask).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in OF_THE_EDIT
-    }
-    for name, value in options.items():
-        if name not in known:
-            raise PlanError(f"there is no option {name!r}: give one of {', '.join(known)}")
-        for kind, noun in ((Integral, "a whole number"), (Real, "a number"), (str, "a name")):
-            if isinstance(known[name], kind) and not isinstance(value, kind):
-                raise PlanError(f"{name} must be {noun}, got {value!r}")
+    )  # fmt: skip
+    if calibration is None:
+        return plan.with_schedule(schedule)
+    return calibration.like(options).scheduled(
+        plan, schedule, timesteps=timesteps, lengths=step_lengths(pipe.scheduler, num_inference_steps),
+        multistep=bool(options.get("multistep", True)), distances=distances,
+    )  # fmt: skip

@@ -16,14 +16,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 from ..errors import MaskError, PlanError
-from ..passes.ir.contract import STRATEGIES
+from .options import SELECTIONS
 
 Grid = tuple[int, int, int]
-SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
-"""How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
-
-MERGINGS = ("boxes", "kmeans")
-"""How cached tokens are merged: in boxes of neighbours; or by full steps, alike keys of each attention."""
 
 
 class TokenKind(IntEnum):

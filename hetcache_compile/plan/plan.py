@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..calibration.best_schedule import optimal_schedule
-from ..calibration.error_model import flow_lengths
-from ..calibration.output_weights import Method, step_weights
 from ..errors import MaskError, PlanError, PlanFileError
 from ..files import ArrayFile
 from ..passes.ir.contract import ALWAYS, CANDIDATE, MAX_ORDER, NEVER, NUM_QUERIES, STRATEGIES, Budgets, FormOptions
+from .options import MERGINGS, SELECTIONS, PlanOptions
 from .partition import (
-    MERGINGS,
-    SELECTIONS,
     Grid,
     TokenKind,
     check_grid,
@@ -28,15 +25,23 @@ from .partition import (
     merge_context,
     to_token_grid,
 )
-from .schedule import Schedule, StepKind, make_schedule
-
-if TYPE_CHECKING:
-    from ..calibration.record import Calibration
+from .prediction import Prediction
+from .schedule import Schedule, StepKind, make_schedule, schedule_name
 
 FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
 ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster", "weights")
-OPTIONS = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging")
+HEADER = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging")
 """What the file's header holds beside the grid."""
+
+
+class Guide(Protocol):
+    """What schedules a plan by what it knows of a model: a `Calibration`."""
+
+    def like(self, options: Mapping[str, Any]) -> Self:
+        """What it knows of the measured variant that is nearest to these options of a plan."""
+
+    def scheduled(self, plan: Plan, schedule: Schedule, *, multistep: bool = True) -> Plan:
+        """The plan with the steps of a schedule, and weights of its outputs if `multistep`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +199,10 @@ class Plan:
         return generative[(np.arange(NUM_QUERIES) * generative.size) // NUM_QUERIES]
 
     @property
-    def method(self) -> Method:
+    def prediction(self) -> Prediction:
         """How outputs are predicted and corrected."""
         fresh = self.weights[..., 0] if self.weights.size else self.weights
-        return Method(
+        return Prediction(
             self.extrapolation, bool(self.weights.size), corrects=bool(np.isin(fresh, (0, 1), invert=True).any())
         )
 
@@ -214,21 +219,12 @@ class Plan:
         *,
         num_inference_steps: int = 50,
         schedule: Schedule = "balanced",
-        margin: float = 2.0,
-        margin_ratio: float = 1.0,
-        context_ratio: float = 0.05,
-        cached_ratio: float = 1.0,
-        multiple: int = 32,
         temporal_factor: int = 4,
         temporal_patch: int = 1,
         reference_frames: int = 0,
-        extrapolation: int = 0,
-        context_extrapolation: int = 0,
-        selection: str = "uniform",
-        merged_ratio: float = 1.0,
-        multistep: int = 1,
-        merging: str = "boxes",
-        calibration: Calibration | None = None,
+        calibration: Guide | None = None,
+        options: PlanOptions | None = None,
+        **changes: Any,
     ) -> Plan:
         """A plan from a mask in pixels or on the token grid.
 
@@ -237,28 +233,19 @@ class Plan:
             grid: token grid (T', H', W'), with reference frames in front.
             num_inference_steps: number of model steps.
             schedule: see `schedule.make_schedule`.
-            margin: how far from the mask the margin reaches, in tokens.
-            margin_ratio: share of the margin that PARTIAL steps compute, nearest first.
-            context_ratio: share of the context that they compute too, spread evenly.
-            cached_ratio: share of the remaining tokens whose K/V they read, nearest first. 1 is exact.
-            multiple: M is rounded up to a multiple of it (GPUs like full tiles; equal M shares compiled forms).
             temporal_factor: pixel frames per latent frame after the first.
             temporal_patch: latent frames per token frame.
             reference_frames: latent frames of reference images, in front.
-            extrapolation: order at which outputs that a step does not compute are predicted.
-            context_extrapolation: 1 to predict cached K/V too.
-            selection: how the context among the active tokens is chosen, see `partition.SELECTIONS`.
-            merged_ratio: C' / C: how many keys and values stand for the cached tokens. 1 merges none.
-            multistep: 1 to weigh outputs as the calibration's regression says; 0 to go by the times. Without a
-                calibration, or where full steps choose the active tokens, it is 0.
-            calibration: of the model, for an `"optimal:..."` schedule and for `multistep`; its noise schedule and its
-                solver are taken for the edit's.
-            merging: how cached tokens are merged, see `partition.MERGINGS`.
+            calibration: of the model, for an `"optimal:..."` schedule and for fitted weights; its noise schedule and
+                its solver are taken for the edit's.
+            options: how to cache; by default `PlanOptions()`.
+            changes: fields of `PlanOptions`, over those of `options`: `margin=1.0`.
 
         Raises:
             MaskError: the mask is empty or does not fit the grid.
             PlanError: an argument is out of range.
         """
+        chosen = (options or PlanOptions()).with_changes(changes)
         grid = check_grid(grid)
         generative = to_token_grid(
             mask,
@@ -267,57 +254,22 @@ class Plan:
             temporal_patch=temporal_patch,
             reference_frames=reference_frames,
         )
-        kind, distance = classify(generative, margin)
+        kind, distance = classify(generative, chosen.margin)
         active = choose_active(
-            kind, distance, margin_ratio=margin_ratio, context_ratio=context_ratio, multiple=multiple,
-            selection=selection,
+            kind, distance, margin_ratio=chosen.margin_ratio, context_ratio=chosen.context_ratio,
+            multiple=chosen.multiple, selection=chosen.selection,
         )  # fmt: skip
-        context = choose_context(active, distance, cached_ratio=cached_ratio)
+        context = choose_context(active, distance, cached_ratio=chosen.cached_ratio)
+        clusters = merge_context(context, distance, grid, merged_ratio=chosen.merged_ratio)
         plan = cls(
-            grid, active, context, kind, make_schedule("full", num_inference_steps), extrapolation=extrapolation,
-            context_extrapolation=context_extrapolation, selection=selection,
-            context_cluster=merge_context(context, distance, grid, merged_ratio=merged_ratio), merging=merging,
+            grid, active, context, kind, make_schedule("full", num_inference_steps),
+            extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
+            selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
         )  # fmt: skip
-        if calibration is not None:
-            calibration = calibration.like({"margin": float(margin), "context_extrapolation": context_extrapolation})
-        timesteps = calibration.timesteps_for(num_inference_steps) if calibration else np.zeros(0)
-        lengths = flow_lengths(timesteps) if calibration and calibration.one_step else None
-        return plan.scheduled(schedule, calibration, timesteps=timesteps, lengths=lengths, multistep=bool(multistep))
-
-    def scheduled(
-        self,
-        schedule: Schedule,
-        calibration: Calibration | None,
-        *,
-        timesteps: NDArray[np.float64],
-        lengths: NDArray[np.float64] | None,
-        multistep: bool = True,
-        distances: NDArray[np.float64] | None = None,
-    ) -> Plan:
-        """The same partition with the steps of a schedule, and the weights that a calibration gives them.
-
-        Args:
-            schedule: see `schedule.make_schedule`.
-            calibration: of the model, or None.
-            timesteps: `[S]` of the edit; not needed without a calibration.
-            lengths: `[S]` of its solver (see `multistep.step_lengths`); None if that cannot be corrected.
-            multistep: whether outputs get fitted weights where they can.
-            distances: `[S]`, see `schedule.time_distances`.
-        """
         if calibration is None:
-            steps = make_schedule(schedule, len(self.steps), distances)
-            return replace(self, steps=steps, schedule=schedule_name(schedule), weights=self.weights[:0])
-        known, share = calibration, self.num_active / self.num_tokens
-        fitted = multistep and self.extrapolation > 0 and not self.selects_at_run_time
-        method = Method(self.extrapolation, fitted, corrects=fitted and lengths is not None)
-        moves = flow_lengths(timesteps) if lengths is None else lengths
-
-        def search(budget: str) -> tuple[StepKind, ...]:
-            return optimal_schedule(known, budget, timesteps, share, method, moves)
-
-        steps = make_schedule(schedule, len(self.steps), distances, search)
-        weights = step_weights(known, steps, timesteps, moves, method) if fitted else self.weights[:0]
-        return replace(self, steps=steps, schedule=schedule_name(schedule), weights=weights)
+            return plan.with_schedule(schedule)
+        varied = {"margin": float(chosen.margin), "context_extrapolation": chosen.context_extrapolation}
+        return calibration.like(varied).scheduled(plan, schedule, multistep=bool(chosen.multistep))
 
     @classmethod
     def from_token_mask(
@@ -378,7 +330,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file with a JSON header, atomically."""
-        header = {"grid": list(self.grid), **{name: getattr(self, name) for name in OPTIONS}}
+        header = {"grid": list(self.grid), **{name: getattr(self, name) for name in HEADER}}
         steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
         FILE.save(path, {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header)
 
@@ -392,14 +344,9 @@ class Plan:
 
         def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Plan:
             fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
-            fields |= {name: header[name] for name in OPTIONS if name in header}
+            fields |= {name: header[name] for name in HEADER if name in header}
             return cls(
                 grid=tuple(header["grid"]), steps=tuple(StepKind(int(step)) for step in arrays["steps"]), **fields
             )
 
         return FILE.load(path, decode)
-
-
-def schedule_name(schedule: Schedule) -> str:
-    """What a plan's file calls a schedule."""
-    return schedule if isinstance(schedule, str) else "list"

@@ -129,6 +129,11 @@ def make_schedule(
     return (*kinds[:-1], StepKind.FULL)
 
 
+def schedule_name(schedule: Schedule) -> str:
+    """What a plan's file calls a schedule."""
+    return schedule if isinstance(schedule, str) else "list"
+
+
 def preset_options(schedule: Schedule | None) -> Mapping[str, Any]:
     """Keywords of `plan_for` that come with a schedule: those of a preset, none of any other."""
     return PRESETS[schedule].options if isinstance(schedule, str) and schedule in PRESETS else {}

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 from ..errors import NonFiniteError, SessionError, UnsupportedGraphError
 from ..passes.analysis.analyse import Analysis, analyse
 from ..passes.analysis.inputs import TokenInputs
-from ..passes.forms.batch import SAMPLE_INDEX, join_samples, take_samples
 from ..passes.forms.pipeline import in_process
 from ..passes.ir.axis import AxisState
 from ..passes.ir.form import Form
+from ..passes.writing.batch import SAMPLE_INDEX, join_samples, take_samples
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from .capture import Program, capture, with_input_names

@@ -72,8 +72,12 @@ class KeepAllRows(FormPass):
 
 def _operands(read: ContextRead) -> tuple[Node, Node]:
     """The cached and the fresh rows."""
-    cached, fresh = read.rows.args[0]  # type: ignore[misc]
-    return cached, fresh  # type: ignore[return-value]
+    rows = read.rows.args[0]
+    assert isinstance(rows, list | tuple)
+    cached, fresh = rows
+    assert isinstance(cached, Node)
+    assert isinstance(fresh, Node)
+    return cached, fresh
 
 
 def _restore_columns(form: FormEditor, rows: Node) -> None:

@@ -23,13 +23,15 @@ import torch
 from torch.fx import Node
 
 from ..ir.axis import Tokens
-from ..ir.cache import CacheEntry, with_rows
+from ..ir.cache import CacheEntry, Role, with_rows
 from ..ir.editor import FormEditor, FormPass
 from ..ir.form import ContextRead, Trait
 from ..ir.refusal import Refusal, UnsupportedGraphError, refuse, shape_of
 from ..kernels.kmeans import centroids
 
 aten = torch.ops.aten
+LOG_SIZE: Role = "log_size"
+"""The role of an entry, as `key` and `value` are: the log-sizes of an attention's own clusters."""
 COLUMNS = 8
 """Columns that are added: kernels want head sizes in multiples of 8."""
 
@@ -132,7 +134,7 @@ class MergeContext(FormPass):
         """The log-sizes of an attention's clusters, float32 `[B, C']`; see `kmeans.centroids`."""
         batch = keys.shape[0] if len(keys.shape) > 2 else 1
         return replace(
-            keys, name=f"{keys.layer}.log_size", role="log_size", rows="none", dim=0, shape=(batch, self.num_merged),
+            keys, name=f"{keys.layer}.{LOG_SIZE}", role=LOG_SIZE, rows="none", dim=0, shape=(batch, self.num_merged),
             dtype=torch.float32, tokens=Tokens(0),
         )  # fmt: skip
 

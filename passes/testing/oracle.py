@@ -23,12 +23,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..analysis.analyse import Analysis
-from ..forms.write import write_full, write_partial
 from ..ir.axis import FREE, AxisState, Edit, Enter, Flow, Grid, Leave, Place, Reborn, Tokens
 from ..ir.cache import CacheEntry
 from ..ir.contract import Budgets
 from ..rules.rule import Query, Rule
 from ..rules.table import RULES
+from ..writing.write import write_full, write_partial
 
 aten = torch.ops.aten
 Sizes = Mapping[str, int]

@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..analysis.analyse import Analysis
 from ..ir.axis import Accumulate, Attend, Choose, Enter, Gather, Keep, Leave, Parts, Piece, Resize, Tokens, Uncut
-from ..ir.cache import CacheEntry, with_rows
+from ..ir.cache import CacheEntry, Role, with_rows
 from ..ir.contract import Budgets
 from ..ir.form import ContextRead, Form
 from ..ir.graphs import device_of, fake_mode, has_side_effect, verify_shapes
@@ -151,7 +151,8 @@ def write_full(source: GraphModule, analysis: Analysis, budgets: Budgets) -> For
         writer.copy(node, shape_of(node))
         for edit in analysis.edits.get(node, ()):
             if isinstance(edit, Attend):
-                for role, operand in (("key", edit.key), ("value", edit.value)):
+                parts: tuple[tuple[Role, Node], ...] = (("key", edit.key), ("value", edit.value))
+                for role, operand in parts:
                     writer.writes[writer.layout[node, role]] = _context_rows(
                         writer, operand, edit.tokens, context_index, node
                     )
@@ -246,7 +247,8 @@ def _with_context(
     for edit in writer.analysis.edits.get(node, ()):
         if not isinstance(edit, Attend):
             continue
-        for position, role, fresh in ((1, "key", edit.key), (2, "value", edit.value)):
+        parts: tuple[tuple[int, Role, Node], ...] = ((1, "key", edit.key), (2, "value", edit.value))
+        for position, role, fresh in parts:
             entry = writer.layout[node, role]
             rows = [writer.cache_input(entry), writer.new[fresh]]
             arguments[position] = writer.call(aten.cat.default, (rows, edit.tokens.dim), node)

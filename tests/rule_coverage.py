@@ -1,31 +1,30 @@
-"""`python -m hetcache_compile.passes.testing.coverage [NAME ...]`, from the root of the repository.
+"""`python tests/rule_coverage.py [NAME ...]`: what the rules cover of the tiny transformers in `tests/zoo`.
 
-Captures the tiny transformers of `tests/zoo` and lists every operator that meets tokens, in how many models, with
+Captures them and lists every operator that meets tokens, in how many models, with
 its rule; operators without a rule; operators that are computed whole, and why; and rules that the oracle (`oracle`)
 finds wrong. Exits with 1 if a rule is missing or wrong.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
 
-from ..analysis.analyse import analyse
-from ..analysis.inputs import TokenInputs
-from ..ir.axis import Parts, Piece, Tokens
-from ..ir.refusal import GridMismatchError, UnsupportedGraphError
-from ..rules.table import RULES
-from .oracle import wrong_rules
-from .samples import ACCEPTED
+from hetcache_compile.passes.analysis.analyse import analyse
+from hetcache_compile.passes.analysis.inputs import TokenInputs
+from hetcache_compile.passes.ir.axis import Parts, Piece, Tokens
+from hetcache_compile.passes.ir.refusal import GridMismatchError, UnsupportedGraphError
+from hetcache_compile.passes.rules.table import RULES
+from hetcache_compile.passes.testing.oracle import wrong_rules
+from hetcache_compile.passes.testing.samples import ACCEPTED
+from hetcache_compile.runtime.capture import capture
 
 NO_RULE = "no rule for this operator"
 
@@ -69,8 +68,6 @@ class Coverage:
 
 def zoo_coverage(entries: Iterable[Any]) -> Coverage:
     """The coverage of the entries that can be captured."""
-    from ...runtime.capture import capture  # a command, not a pass: only here may the passes look up to their user
-
     coverage = Coverage()
     for entry in entries:
         try:
@@ -85,13 +82,9 @@ def main(names: list[str]) -> int:
     """Print the report; the exit status."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    tests = Path("tests")
-    if not (tests / "zoo").is_dir():
-        print("coverage: run this from the root of the repository, where tests/zoo is", file=sys.stderr)
-        return 2
-    sys.path.insert(0, str(tests))
-    entries = importlib.import_module("zoo").ENTRIES
-    chosen = [e for e in entries if not names or any(name.lower() in e.name.lower() for name in names)]
+    from zoo import ENTRIES
+
+    chosen = [e for e in ENTRIES if not names or any(name.lower() in e.name.lower() for name in names)]
     coverage, wrong = zoo_coverage(chosen), wrong_rules(ACCEPTED)
     print(coverage)
     print(f"wrong, says the oracle: {len(wrong)}")

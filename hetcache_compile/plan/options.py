@@ -1,0 +1,93 @@
+"""What a plan may choose about how to cache: one dataclass, that Python, the command line and the docs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any
+
+from ..errors import PlanError
+from ..passes.ir.contract import MAX_ORDER, STRATEGIES
+
+SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
+"""How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
+MERGINGS = ("boxes", "kmeans")
+"""How cached tokens are merged: in boxes of neighbours; or by full steps, alike keys of each attention."""
+KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "str": (str, "a name")}
+"""What a value of each type must be, and what that is called."""
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan may choose about how to cache. Each field's `metadata["help"]` says what it is."""
+
+    margin: float = _option(2.0, "how far from the mask the margin reaches, in tokens")
+    margin_ratio: float = _option(1.0, "share of the margin that PARTIAL steps compute, nearest first")
+    context_ratio: float = _option(0.05, "share of the context that PARTIAL steps compute too")
+    cached_ratio: float = _option(
+        1.0, "share of the remaining tokens whose keys and values PARTIAL steps read, nearest first; 1 is exact"
+    )
+    multiple: int = _option(
+        32, "M is rounded up to a multiple of it: GPUs like full tiles, and equal M shares compiled forms"
+    )
+    extrapolation: int = _option(
+        0,
+        f"order (0 to {MAX_ORDER}) at which outputs that a step does not compute are predicted; 0 repeats. "
+        "`plan_for` takes 1 where the model has a timestep",
+    )
+    context_extrapolation: int = _option(
+        0, "1 to predict cached keys and values from the last two FULL steps, for twice their memory"
+    )
+    selection: str = _option(
+        "uniform",
+        f"how the context among the active tokens is chosen, one of {', '.join(SELECTIONS)}: none of it, spread "
+        "evenly, at random; or by FULL steps: what generated tokens attend to most, one from every part of the "
+        "context, or both, as in the paper",
+    )
+    merged_ratio: float = _option(
+        1.0, "how many centroids stand for the cached keys and values, as a share of them; 1 merges none"
+    )
+    merging: str = _option(
+        "boxes",
+        f"how cached tokens are merged, one of {', '.join(MERGINGS)}: boxes of neighbours, or in FULL steps keys of "
+        "each attention that are alike",
+    )
+    multistep: int = _option(
+        1,
+        "1 to weigh outputs as the calibration's regression says, 0 to go by their times; without a calibration, or "
+        "where FULL steps choose the active tokens, it is 0",
+    )
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The options, in order."""
+        return tuple(one.name for one in fields(cls))
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Whether these are options, by name and type. Whether a value is in range is known with the edit.
+
+        Raises:
+            PlanError: no such option, or no value for it.
+        """
+        types = {one.name: str(one.type) for one in fields(cls)}
+        for name, value in options.items():
+            if name not in types:
+                raise PlanError(f"there is no option {name!r}: give one of {', '.join(types)}")
+            kind, noun = KINDS[types[name]]
+            if not isinstance(value, kind):
+                raise PlanError(f"{name} must be {noun}, got {value!r}")
+
+    def with_changes(self, options: Mapping[str, Any]) -> PlanOptions:
+        """These options with some of them changed.
+
+        Raises:
+            PlanError: see `check`.
+        """
+        self.check(options)
+        return replace(self, **options)

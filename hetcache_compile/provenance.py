@@ -1,0 +1,41 @@
+"""What a result belongs to: the command, the versions and the machine."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__version__ = "0.1.0"
+
+
+def processor_name(device: str) -> str:
+    """The name of the GPU, or of the CPU, that a run used."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """The command, the versions and the processor that a result belongs to."""
+    import diffusers
+
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {
+            "hetcache-compile": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "processor": processor_name(device),
+        "threads": torch.get_num_threads(),
+    }
