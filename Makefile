@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-size front drift clean
+.PHONY: demo test check docs bench bench-size front drift clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,16 +28,22 @@ build/typings:
 	rm -rf $@ && mkdir -p $@/hetcache_compile
 	ln -s $(addprefix $(CURDIR)/,$(wildcard hetcache_compile/*) passes export) $@/hetcache_compile/
 
-bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into README.md
+docs: .venv/ready build/typings   ## the pages of docs/ and the API, into build/site; a broken link is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python benchmarks/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into docs/benchmarks.md
 	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/tables.py
 
-bench-size: .venv/ready   ## export the real 1.3B architecture (4 minutes, 5 GiB), and put the figures into README.md
+bench-size: .venv/ready   ## export the real 1.3B architecture (4 minutes, 5 GiB), and put the figures into docs/benchmarks.md
 	$(BIN)/python benchmarks/export_size.py --out out/export_size
 	$(BIN)/python benchmarks/tables.py
 
-front: .venv/ready   ## fidelity against time, also of other caches, into README.md (hours; goes on where it was cut short)
+front: .venv/ready   ## fidelity against time, also of other caches, into docs/benchmarks.md (hours; goes on where it was cut short)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[peers]"  # without it: no cache-dit
 	$(BIN)/python benchmarks/front.py
 	$(BIN)/python benchmarks/tables.py

@@ -31,10 +31,10 @@ from hetcache_compile import reference
 from hetcache_compile.bench.quality import describe_clip, weights_digest
 from hetcache_compile.edit.editing import EditRequest, make_plan, run_pipeline
 from hetcache_compile.edit.media import Clip
-from hetcache_compile.edit.report import provenance
 from hetcache_compile.files import atomically
 from hetcache_compile.plan.partition import TokenKind, classify
 from hetcache_compile.plan.schedule import time_distances
+from hetcache_compile.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULT, PARTS = ROOT / "benchmarks" / "results" / "drift.json", ROOT / "out" / "drift"

@@ -22,8 +22,8 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
-from hetcache_compile.edit.report import processor_name
 from hetcache_compile.export.exporter import ExportOptions, export_model, versions
+from hetcache_compile.provenance import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 GRID = (9, 30, 52)

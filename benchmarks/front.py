@@ -27,15 +27,15 @@ from front_report import ADDED, FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, m
 from hetcache_compile import reference
 from hetcache_compile.bench.methods import FULL, Method, parse_methods
 from hetcache_compile.bench.quality import RESULT, Settings, bench_quality, file_digest
-from hetcache_compile.calibration.record import Calibration
-from hetcache_compile.cli.common import progress_bars
+from hetcache_compile.calibration.calibration import Calibration
+from hetcache_compile.console import progress_bars
 from hetcache_compile.edit.editing import EditRequest, Progress, Run, run_pipeline
 from hetcache_compile.edit.media import Clip
-from hetcache_compile.edit.report import provenance
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.files import atomically
 from hetcache_compile.passes.ir.contract import STRATEGIES
 from hetcache_compile.plan.schedule import preset_options
+from hetcache_compile.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (50, 20)

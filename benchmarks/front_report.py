@@ -1,4 +1,4 @@
-"""What `front.py` shows: points, fronts, the plot, the README's table. Needs no model."""
+"""What `front.py` shows: points, fronts, the plot, the tables of docs/benchmarks.md. Needs no model."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def table_of(result: Result, steps: str, columns: Sequence[str], wanted: Callabl
     speeds = {name: median(p[name]["speedup"] for p in found.values() if name in p) for name in names}
     rows = [f"| {steps} steps | " + " | ".join(f"masks of {size} %" for size in columns) + " |"]
     rows.append("| --- |" + " --- |" * len(columns))
-    for name in sorted(names, key=lambda name: speeds[name]):
+    for name in sorted(names, key=lambda name: (speeds[name], name)):
         rows.append(f"| `{name}` | " + " | ".join(figures(found[size].get(name)) for size in columns) + " |")
     return rows
 

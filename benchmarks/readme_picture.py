@@ -1,4 +1,4 @@
-"""The picture at the top of the README: one frame of the demo edit, its tokens, and the result without and with a cache.
+"""The picture at the top of the README: a frame of the demo edit, its tokens, and the result uncached and cached.
 
 python benchmarks/readme_picture.py     # about 6 minutes on two CPU cores; then: python benchmarks/tables.py
 """
@@ -17,9 +17,9 @@ from hetcache_compile import Calibration, Plan, reference
 from hetcache_compile.edit.editing import EditRequest, make_plan, run_compiled, run_hetcache
 from hetcache_compile.edit.media import Frames, tint
 from hetcache_compile.edit.metrics import psnr
-from hetcache_compile.edit.report import provenance
 from hetcache_compile.files import atomically
 from hetcache_compile.plan.preview import token_colours
+from hetcache_compile.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 SCALE, GAP, BAR = 2, 8, 22

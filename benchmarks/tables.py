@@ -91,7 +91,7 @@ def export_size_table(result: dict) -> str:
 
 
 def short_table(result: dict) -> str:
-    """The README's part of the front. Methods with options of their own are left out: the best of many would flatter."""
+    """The README's part of the front. Methods with options are left out: the best of many would flatter."""
     shown = {OURS: "this package", THE_PAPER: THE_PAPER, FEWER_STEPS: FEWER_STEPS, "": "caches of diffusers, cache-dit"}
     found = [point for point in points(result, SHORT_STEPS, SHORT_SIZE) if "+" not in point["method"]]
     rows = ["| | " + " | ".join(f"at least {speed:g}x" for speed in SHORT_SPEEDS) + " |"]
@@ -124,9 +124,10 @@ def short_caption(result: dict, clips: int) -> str:
 def picture_caption(result: dict) -> str:
     steps = ", ".join(f"{count} {kind}" for kind, count in result["steps"].items())
     return (
-        f"Frame {result['frame']} of the demo. Tokens: red is generated, yellow is its margin, grey is known. The cached "
-        f"run made {sum(result['steps'].values())} model calls: {steps} (plan `{result['schedule']}`). It is "
-        f"{result['psnr_generative_db']:.1f} dB from the uncached result inside the mask: "
+        f"Frame {result['frame']} of the demo. Tokens: red is generated, yellow is the margin around it, grey is "
+        "known, dark is known but computed too. "
+        f"The cached run made {sum(result['steps'].values())} model calls: {steps} (plan `{result['schedule']}`). "
+        f"Inside the mask its PSNR to the uncached result is {result['psnr_generative_db']:.1f} dB: "
         "`python benchmarks/readme_picture.py`."
     )
 

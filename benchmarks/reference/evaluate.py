@@ -1,7 +1,7 @@
 """How well the reference model inpaints clips that it never saw: the table of its model card.
 
     python benchmarks/reference/evaluate.py            # writes benchmarks/results/reference.json, goes on if cut short
-    python benchmarks/tables.py                        # puts the figures into the model card and README.md
+    python benchmarks/tables.py                        # puts the figures into the model card
 
 PSNR inside the mask against the true video, of the uncached sampler, of a fill with the mean colour of the known
 pixels, and of OpenCV's Telea inpainting frame by frame.
@@ -23,8 +23,8 @@ from hetcache_compile import reference
 from hetcache_compile.edit.editing import EditRequest, compiled, run_pipeline
 from hetcache_compile.edit.media import Clip, Frames, stack_side_by_side, write_video
 from hetcache_compile.edit.metrics import psnr
-from hetcache_compile.edit.report import provenance
 from hetcache_compile.files import atomically
+from hetcache_compile.provenance import provenance
 
 RESULT = Path(__file__).parents[1] / "results" / "reference.json"
 
