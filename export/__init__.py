@@ -1,11 +1,13 @@
-"""Exporters to ONNX and TensorRT, in processing order. They read the forms that `hetcache_compile.rewrite` writes.
+"""Exporters to ONNX and TensorRT. They read the forms that `hetcache_compile.rewrite` writes.
 
-1. `source`, `sample_call`   a model and a sample call;
-2. `lower`, `dynamic`        a form in the operators that engines like, with free sizes where asked for;
-3. `to_onnx`, `weights`      ONNX models with clean names, and one file for the weights they share;
-4. `onnx_files`, `exporter`  the folder, its manifest and samples, all or nothing;
-5. `verify`, `trt`, `serving`, `cli`  checks, engines, Triton configurations, the command line;
-6. `latency`, `compare`      timing and comparing what was exported.
+Folders in processing order; none imports from a later one:
+
+1. `model`     a model, a sample call of it, and the options of an export;
+2. `lowering`  a form in the operators that engines like, one pass a file, and the list of passes for each opset;
+3. `onnx`      free sizes, ONNX models with clean names, one file for the weights they share, the manifest;
+4. `trt`       engines;
+5. `check`     comparing with torch, and timing;
+6. `serving` (Triton configurations), `exporter` (the folder, all or nothing) and `cli` put them together.
 """
 
 if __name__ == "export":

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cli.common import TokenInput, progress_bars, token_inputs
+from ..console import TokenInput, progress_bars, token_inputs
 from ..errors import ExportError, HetCacheError
 
 if TYPE_CHECKING:
+    from ..engine.manifest import Manifest
     from .trt.build import EngineKind
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -67,7 +68,8 @@ def export(
     """
     from ..plan.plan import Plan
     from .check.verify import verify_with_ort
-    from .exporter import ExportOptions, export_model
+    from .exporter import export_model
+    from .model.options import ExportOptions
     from .model.sample_call import CallShape
     from .trt.build import build_engines
 
@@ -90,6 +92,11 @@ def export(
             finish=[build] if build else [],
             progress=progress,
         )
+    _report(out, manifest)
+
+
+def _report(out: Path, manifest: Manifest) -> None:
+    """Say what was written, checked and built."""
     print(f"wrote {out}: {', '.join(form.file for form in manifest.forms.values())}, opset {manifest.opset}")
     for provider, errors in manifest.verified.items():
         print(f"checked with {provider}: largest relative difference to torch {max(errors.values()):.1e}")

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: its examples run, print what it says, and leave no trace; its paths and its diff are of this tree."""
+"""CONTRIBUTING.md: its examples run and print what it says; its paths and its diff are those of this tree."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_add_a_zoo_model() -> None:
     assert max(verdict.error, verdict.changed_error) < 1e-5
 
 
-def test_the_paths_are_there() -> None:
-    paths = re.findall(r"`([\w./]+/[\w./]*)`", TEXT)
+def test_paths_and_links_lead_somewhere() -> None:
+    paths, links = re.findall(r"`([\w./]+/[\w./]*)`", TEXT), re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(paths) > 15
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [path for path in [*paths, *links] if not (ROOT / path).exists()] == []

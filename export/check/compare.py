@@ -22,10 +22,10 @@ from ...engine.runners import TENSORRT_PROVIDERS, TensorRTRunner, has_driver
 from ...errors import HetCacheError, MissingExtraError
 from ...plan.plan import Plan
 from ...runtime.rewrite import Forms, rewrite
+from ..model.load_samples import read
 from ..model.sample_call import CallShape
+from ..model.samples import SAMPLES_FOLDER
 from ..model.source import load_source
-from .load_samples import read
-from .samples import SAMPLES_FOLDER
 from .verify import TOLERANCES
 
 Arrays = dict[str, Any]

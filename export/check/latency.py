@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from ...edit.report import processor_name
 from ...engine.engine import Engine, load
 from ...engine.manifest import Manifest
 from ...engine.runners import TensorRTRunner
 from ...files import atomically
 from ...plan.schedule import StepKind
-from .samples import SAMPLES_FOLDER, read_samples
+from ...provenance import processor_name
+from ..model.options import Progress
+from ..model.samples import SAMPLES_FOLDER, read_samples
 
 ORDER = ("plain", "full", "partial", "reuse")
 Tensors = dict[str, torch.Tensor]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from ...errors import ExportError
 from ...passes.forms.merge import LOG_SIZE
 from ...plan.schedule import StepKind
 from ...runtime.rewrite import Forms
-from ..exporter import sample_tensors
+from ..model.options import Progress
+from ..model.samples import sample_tensors, write_samples
 from ..model.source import Source
-from .samples import write_samples
 
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """Largest difference to torch, relative to the largest value of a tensor. Half precision differs by rounding order."""
@@ -37,7 +37,7 @@ def verify_with_ort(
     manifest: Manifest,
     source: Source,
     forms: Forms,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Run every form on onnxruntime's CPU and in torch, on the same inputs and caches; keep the caches as samples.
 

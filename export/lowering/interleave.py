@@ -10,25 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassResult
-from torch.utils import _pytree as pytree
+from torch.fx import Node
 
 from ...passes.ir.graphs import has_side_effect
 from ...passes.ir.refusal import shape_of
+from .subject import Lowering, before
 
 aten = torch.ops.aten
 
 
-def interleave_writes(module: GraphModule) -> PassResult:
+def interleave_writes(lowering: Lowering) -> Lowering:
     """Replace each chain of strided `slice_scatter` nodes that fills the whole tensor."""
-    modified = False
-    for node in reversed(list(module.graph.nodes)):
+    graph = lowering.module.graph
+    for node in reversed(list(graph.nodes)):
         if node.target is aten.slice_scatter.default and (parts := _parts(node)) is not None:
-            _interleave(module, node, parts)
-            modified = True
-    module.graph.eliminate_dead_code(has_side_effect)
-    return PassResult(module, modified)
+            _interleave(node, parts)
+    graph.eliminate_dead_code(has_side_effect)
+    return lowering
 
 
 def _parts(last: Node) -> list[Node] | None:
@@ -64,18 +62,9 @@ def _fits(source: Node, node: Node, dim: int, step: int) -> bool:
     return shape_of(source) == tuple(shape) and _dtype(source) == _dtype(node)
 
 
-def _interleave(module: GraphModule, last: Node, parts: list[Node]) -> None:
+def _interleave(last: Node, parts: list[Node]) -> None:
     _, dim, _, _ = _write_of(last)
-
-    def call(op: Any, *args: Any) -> Node:
-        """A new node in the place of `last`."""
-        with module.graph.inserting_before(last):
-            node = module.graph.call_function(op, args)
-        node.meta = {k: last.meta[k] for k in ("stack_trace", "nn_module_stack") if k in last.meta}
-        node.meta["hetcache"] = "interleave"
-        with last.meta["val"].fake_mode:
-            node.meta["val"] = op(*pytree.tree_map_only(Node, lambda operand: operand.meta["val"], args))
-        return node
+    call = before(last, "interleave_writes")
 
     def plain(part: Node) -> Node:
         """`copy(view, source)` is the source in the view's type: the values of the view do not matter."""

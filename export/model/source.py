@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from ...engine.manifest import ModelSpec
-from ...errors import ExportError
+from ...errors import ExportError, Refusal, UnsupportedGraphError
+from ...passes.analysis.inputs import TokenInputs
 from ...plan.plan import Plan
-from .sample_call import CallShape, read_call, sample_call
+from ...runtime.rewrite import Forms, rewrite
+from .sample_call import REMEDY, CallShape, read_call, sample_call
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -103,6 +105,23 @@ def cast_like_diffusers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
     return model
+
+
+def rewrite_source(source: Source, plan: Plan, token_inputs: TokenInputs | None = None) -> Forms:
+    """The forms of a model; where its call was made up, an error says that this may be the reason.
+
+    Raises:
+        UnsupportedGraphError: with every reason why the graph cannot be rewritten.
+        GridMismatchError: the plan is for another grid.
+    """
+    try:
+        return rewrite(source.model, plan, kwargs=source.kwargs, token_inputs=token_inputs)
+    except UnsupportedGraphError as error:
+        if not source.made_up:
+            raise
+        names = ", ".join(source.kwargs)
+        hint = f"the sample call ({names}) was made up from the model's config: if it is not how the model is called"
+        raise UnsupportedGraphError([*error.reasons, Refusal(hint, help=REMEDY)]) from error
 
 
 def describe_model(model: nn.Module) -> ModelSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
@@ -19,9 +19,10 @@ from ...engine.manifest import CacheSpec, DynamicDim, TensorSpec
 from ...errors import ExportError
 from ...passes.ir.contract import Budgets
 from ...plan.plan import Plan
-from ..lowering.lower import Lowered
+from ..lowering.pipeline import Lowered
 
 aten = torch.ops.aten
+S = TypeVar("S", TensorSpec, CacheSpec)
 
 GROWTH = {"num_active": 1, "num_context": 2}
 """By how much each named dim is larger in the second form: the difference tells which dim a size is."""
@@ -104,19 +105,8 @@ def _view_a_copy(node: Node) -> None:
     node.target = aten.view.default
 
 
-def named_dims(
-    specs: tuple[TensorSpec, ...], others: tuple[TensorSpec, ...], dims: Mapping[str, DynamicDim]
-) -> tuple[TensorSpec, ...]:
-    """Input or output specs in which the sizes that differ from `others` are names."""
-    return tuple(
-        replace(spec, shape=_named(spec.shape, other.shape, dims)) for spec, other in zip(specs, others, strict=True)
-    )
-
-
-def named_cache(
-    specs: tuple[CacheSpec, ...], others: tuple[CacheSpec, ...], dims: Mapping[str, DynamicDim]
-) -> tuple[CacheSpec, ...]:
-    """The same for cache entries."""
+def named_dims(specs: tuple[S, ...], others: tuple[S, ...], dims: Mapping[str, DynamicDim]) -> tuple[S, ...]:
+    """Specs of inputs, outputs or cache entries in which the sizes that differ from `others` are names."""
     return tuple(
         replace(spec, shape=_named(spec.shape, other.shape, dims)) for spec, other in zip(specs, others, strict=True)
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +13,14 @@ import onnx_ir as ir
 
 from ...engine.manifest import FormSpec, Manifest, TensorSpec, WeightsSpec, sha256_of
 from ...errors import ExportError
-from ..lowering.lower import Lowered
+from ..lowering.pipeline import Lowered
+from ..model.options import Progress
 from .to_onnx import to_onnx
 from .weights import WEIGHTS_FILE, WeightsFile
 
 
-def save_forms(
-    folder: Path,
-    lowered: Mapping[str, Lowered],
-    manifest: Manifest,
-    progress: Callable[[str, int, int], None],
-) -> Manifest:
+def save_forms(folder: Path, lowered: Mapping[str, Lowered], manifest: Manifest, progress: Progress) -> Manifest:
     """Write every form and the weights they share; the manifest with their hashes."""
-    from ..exporter import manifest_summary
-
     specs: dict[str, FormSpec] = {}
     with WeightsFile(folder / WEIGHTS_FILE) as weights:
         for number, (kind, form) in enumerate(lowered.items()):
@@ -43,6 +38,19 @@ def save_forms(
     path = folder / WEIGHTS_FILE
     stored = WeightsSpec(WEIGHTS_FILE, path.stat().st_size, sha256_of(path), dict(weights.tensors))
     return replace(manifest, forms=specs, weights=stored)
+
+
+def manifest_summary(manifest: Manifest) -> dict[str, str]:
+    """What every ONNX file says about itself: enough to use it without the manifest beside it."""
+    return {
+        "hetcache.version": manifest.versions["hetcache_compile"],
+        "hetcache.model": manifest.model.class_name,
+        "hetcache.model_config_sha256": manifest.model.config_sha256,
+        "hetcache.plan": json.dumps({"grid": manifest.plan.grid, "num_active": manifest.plan.num_active,
+                                     "num_context": manifest.plan.num_context}),
+        "hetcache.cache": json.dumps({entry.output: entry.input for entry in manifest.cache}),
+        "hetcache.layers": json.dumps(manifest.layers),
+    }  # fmt: skip
 
 
 def check_file(path: Path, spec: FormSpec) -> None:

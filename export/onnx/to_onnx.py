@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 
 from ...engine.manifest import FormSpec
 from ...errors import ExportError
-from ..lowering.lower import Lowered
+from ..lowering.pipeline import Lowered
 
 LARGEST_NAMED_BY_VALUE = 8
 SCOPES = "pkg.torch.onnx.name_scopes"

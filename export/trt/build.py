@@ -21,6 +21,7 @@ from typing import Any
 from ...engine.manifest import EngineFile, EngineSpec, FormSpec, Manifest, sha256_of
 from ...engine.runners import has_driver, import_tensorrt
 from ...errors import ExportError, MissingExtraError
+from ..model.options import Progress
 
 ENGINES_FOLDER = "engines"
 DEFAULT_CAPABILITIES = ("8.9", "12.0")
@@ -65,7 +66,7 @@ def build_engines(
     manifest: Manifest,
     kind: EngineKind,
     capabilities: Sequence[str] = (),
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Build an engine for each form into `folder/engines/<kind>`; the manifest with them.
 

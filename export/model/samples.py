@@ -8,14 +8,30 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ...engine.engine import BUDGETS
 from ...engine.manifest import FormSpec
+from ...runtime.rewrite import Forms
 from . import load_samples
 
 SAMPLES_FOLDER = "sample_inputs"
 LOADER = "load.py"
+
+
+def sample_tensors(forms: Forms, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's inputs and the plan's indices, by name."""
+    placeholders = [n.name for n in forms.program.module.graph.nodes if n.op == "placeholder"]
+    values = forms.program.flat_inputs((), kwargs)
+    tensors = {
+        name: value
+        for name, value in zip(placeholders, values, strict=True)
+        if name in forms.program.inputs and isinstance(value, torch.Tensor)
+    }
+    indices = dict.fromkeys((*BUDGETS.values(), *(name for form in forms.by_kind.values() for name in form.indices)))
+    return tensors | {name: torch.as_tensor(getattr(forms.plan, name)) for name in indices}
 
 
 def write_samples(folder: Path, kind: str, form: FormSpec, tensors: Mapping[str, torch.Tensor]) -> None:
