@@ -85,6 +85,18 @@ def run(model: Any, calls: Sequence[Kwargs]) -> list[torch.Tensor]:
     return [tensor_of(model(**kwargs)) for kwargs in calls]
 
 
+def ignoring_time(model: nn.Module) -> nn.Module:
+    """A Wan model whose output does not depend on the time, so that steps of an edit can have the same inputs."""
+    with torch.no_grad():
+        model.condition_embedder.time_embedder.linear_1.weight.zero_()
+    return model
+
+
+def frozen_calls(kwargs: Kwargs, steps: int) -> list[Kwargs]:
+    """The same call at other times."""
+    return [{**kwargs, "timestep": kwargs["timestep"] - 10 * step} for step in range(steps)]
+
+
 def tiny_calls(steps: str, first: int = 0, **kwargs: Any) -> list[Kwargs]:
     return [tiny_call(first + seed, **kwargs) for seed in range(len(steps))]
 

@@ -85,22 +85,29 @@ def call(
     text_tokens: int = TEXT_TOKENS,
     time_per_token: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of a call, drawn from `seed`, in the dtype of the patch embedding; returns a tuple."""
-    generator = torch.Generator().manual_seed(seed)
+    """Keyword arguments of a call, drawn from `seed`, in the dtype of the patch embedding; returns a tuple.
 
-    def randn(*shape: int) -> torch.Tensor:
+    Seeds from 0 to 49 are the steps of one edit: time falls, and the text stays. So are those from 50 to 99, and so on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    edit, step = divmod(seed, 50)
+    of_edit = torch.Generator().manual_seed(10_000 + edit)
+
+    def randn(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(model.patch_embedding.weight.dtype)
 
     size = latent_shape(model, grid)
-    timesteps = (batch, prod(grid)) if time_per_token else (batch,)
+    timestep = torch.full((batch, prod(grid)) if time_per_token else (batch,), 990.5 - 19.25 * step)
+    if time_per_token:
+        timestep[:, : grid[1] * grid[2]] *= torch.rand(grid[1] * grid[2], generator=generator)
     kwargs = {
         "hidden_states": randn(batch, model.config.in_channels, *size),
-        "timestep": torch.randint(1, 1000, timesteps, generator=generator).float(),
-        "encoder_hidden_states": randn(batch, text_tokens, model.config.text_dim),
+        "timestep": timestep,
+        "encoder_hidden_states": randn(batch, text_tokens, model.config.text_dim, generator=of_edit),
         "return_dict": False,
     }
     if isinstance(model, WanVACETransformer3DModel):
-        kwargs["control_hidden_states"] = randn(batch, model.config.vace_in_channels, *size)
+        kwargs["control_hidden_states"] = randn(batch, model.config.vace_in_channels, *size, generator=of_edit)
         kwargs["control_hidden_states_scale"] = randn(len(model.config.vace_layers))
     return kwargs
 
@@ -143,11 +150,11 @@ class TinyDiT(nn.Module):
 
 def tiny_call(seed: int, *, patch: Grid = PATCH, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, Any]:
     """Keyword arguments of a call of `TinyDiT`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, of_edit = (torch.Generator().manual_seed(number) for number in (seed, 10_000 + seed // 50))
     size = (g * p for g, p in zip(GRID, patch, strict=True))
     return {
         "latents": torch.randn(batch, 5, *size, generator=generator),
-        "text": torch.randn(batch, text_tokens, 13, generator=generator),
+        "text": torch.randn(batch, text_tokens, 13, generator=of_edit),
     }
 
 

@@ -30,6 +30,7 @@ from torch import nn
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
+from hetcache_compile.runtime.session import HetCacheWarning
 
 pytestmark = pytest.mark.usefixtures("strict")
 WAN = Case("wan")
@@ -102,7 +103,8 @@ def test_inside_and_outside_at_once(shared: Shared) -> None:
     elsewhere = contextvars.Context()
     with hetcache.session(plan) as session:
         first = run(fast, calls[:2])
-        check(elsewhere.run(run, fast, calls), plain)
+        with pytest.warns(HetCacheWarning, match="thread or context that has no session"):
+            check(elsewhere.run(run, fast, calls), plain)
         last = run(fast, calls[2:3])
     assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 1}
     check([*first, *last], expected(model.forms(plan), "FPR", calls[:3]))
@@ -126,17 +128,17 @@ def test_sessions_start_anew(shared: Shared) -> None:
 
 
 def test_sessions_do_not_nest(shared: Shared) -> None:
-    with hetcache.session(plan_of("FR")), pytest.raises(hetcache.SessionError, match="open already"):
-        hetcache.session(plan_of("FR")).__enter__()
+    with hetcache.session(plan_of("FF")), pytest.raises(hetcache.SessionError, match="open already"):
+        hetcache.session(plan_of("FF")).__enter__()
     assert hetcache_is_closed()
 
 
 def pointers(session: hetcache.Session) -> set[int]:
     return {
         tensor.data_ptr()
-        for branch in session._branches.values()
-        for buffers in branch.buffers.values()
-        for tensor in buffers.values()
+        for model in session._models.values()
+        for branch in model.branches()
+        for tensor in branch._memory.values()
     }
 
 
@@ -148,7 +150,7 @@ def test_second_edit_in_a_session(shared: Shared, restart: bool) -> None:
     plan = plan_of(steps)
     forms = model.forms(plan)
     taken = 2 if restart else 4
-    first, second = ([model.call(seed + offset) for seed in range(4)] for offset in (0, 10))
+    first, second = ([model.call(seed + offset) for seed in range(4)] for offset in (0, 50))
     with hetcache.session(plan) as session:
         check(run(fast, first[:taken]), expected(forms, steps[:taken], first[:taken]))
         before, num_bytes = pointers(session), session.stats.cache_bytes
@@ -219,24 +221,64 @@ def test_guidance_by_hand(shared: Shared) -> None:
 
 
 @pytest.mark.parametrize("convert", [lambda latents: latents, torch.clone], ids=["one tensor", "a copy for each"])
-def test_unnamed_guidance_is_an_error(shared: Shared, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Also where the loop converts its latents for each call. The same call again is no guidance."""
+def test_unnamed_guidance(shared: Shared, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A call's place among the calls at its time is its branch. The loop may convert its inputs for each call."""
     model, fast, _ = shared
-    cond, uncond = model.call(0), model.call(1)
-    latents = cond["hidden_states"]
-    with hetcache.session(plan_of("FRRR")) as session:
-        for _ in range(2):
-            fast(**{**cond, "hidden_states": convert(latents)})
-        with pytest.raises(hetcache.SessionError, match=r"session\.branch\('cond'\)"):
-            fast(**{**uncond, "hidden_states": convert(latents)})
-        assert session.stats.steps == {"FULL": 1, "PARTIAL": 0, "REUSE": 1}
+    steps = "FPRP"
+    plan = plan_of(steps)
+    calls = [[model.call(step + 50 * n) for step in range(4)] for n in range(3)]
+    outputs: list[list[torch.Tensor]] = [[], [], []]
+    with hetcache.session(plan, strict=True) as session:
+        for step in range(4):
+            for n, branch in enumerate(calls):
+                branch[step]["hidden_states"] = convert(calls[0][step]["hidden_states"])
+                branch[step]["encoder_hidden_states"] = convert(branch[step]["encoder_hidden_states"])
+                outputs[n] += run(fast, [branch[step]])
+    forms = model.forms(plan)
+    for branch_outputs, branch in zip(outputs, calls, strict=True):
+        check(branch_outputs, expected(forms, steps, branch))
+    assert session.stats.steps == {"FULL": 3, "PARTIAL": 6, "REUSE": 3}
+
+
+@pytest.mark.parametrize("first_goes", [False, True], ids=["the second call goes", "the first call goes"])
+def test_guidance_that_is_switched_off_midway(shared: Shared, first_goes: bool) -> None:
+    """The call that is left keeps its own cache, wherever it stood."""
+    model, fast, _ = shared
+    steps = "FPRPR"
+    plan = plan_of(steps)
+    calls = [[model.call(step + 50 * n) for step in range(5)] for n in range(2)]
+    kept: list[torch.Tensor] = []
+    with hetcache.session(plan) as session:
+        for step in range(5):
+            for n, branch in enumerate(calls):
+                if step < 2 or n == int(first_goes):
+                    output = run(fast, [branch[step]])
+                    kept += output if n == int(first_goes) else []
+    check(kept, expected(model.forms(plan), steps, calls[int(first_goes)]))
+    assert session.stats.steps == {"FULL": 2, "PARTIAL": 3, "REUSE": 2}
+
+
+def test_guidance_that_is_switched_on_midway(shared: Shared) -> None:
+    """The new call comes first, and must not have the cache of the call that came first so far."""
+    model, fast, _ = shared
+    steps = "FRRRR"
+    plan = plan_of(steps)
+    calls = [[model.call(step + 50 * n) for step in range(5)] for n in range(2)]
+    with hetcache.session(plan):
+        run(fast, calls[0][:2])
+        for step in range(2, 5):
+            outputs = [run(fast, [branch[step]])[0] for branch in reversed(calls)]
+            truths = [
+                expected(model.forms(plan), "FRR"[: step - 1], branch[2 : step + 1])[-1] for branch in reversed(calls)
+            ]
+            check(outputs, truths)
 
 
 def test_latents_updated_in_place_are_other_latents(shared: Shared) -> None:
     """A sampler may write each step into the same tensor, and an embedding may be made anew each step."""
     model, fast, _ = shared
-    first = model.call(0)
-    second = {**first, "encoder_hidden_states": first["encoder_hidden_states"].clone()}
+    first, second = model.call(0), model.call(1)
+    second["hidden_states"] = first["hidden_states"]
     with hetcache.session(plan_of("FR")) as session:
         fast(**first)
         first["hidden_states"].mul_(0.9)
@@ -311,7 +353,8 @@ def test_another_grid(shared: Shared) -> None:
     mask = np.zeros((3, 7, 5), dtype=bool)  # as many tokens, laid out in another way
     mask[0, 0, 0] = True
     message = r"\(3, 7, 5\).*\(3, 5, 7\)"
-    with hetcache.session(Plan.from_mask(mask, (3, 7, 5))), pytest.raises(hetcache.GridMismatchError, match=message):
+    plan = Plan.from_mask(mask, (3, 7, 5), schedule="F")
+    with hetcache.session(plan), pytest.raises(hetcache.GridMismatchError, match=message):
         fast(**model.call(0))
     check(run(fast, [model.call(0)]), [model.plain(model.call(0))])
 

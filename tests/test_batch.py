@@ -5,14 +5,26 @@ The oracle is a session with one plan: each sample equals the run of it alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from backend_checks import TOLERANCE, CountingInner, Kwargs, N, check, compiled, max_error, plan_of, run, tiny_calls
-from conftest import Captured
+from backend_checks import (
+    TOLERANCE,
+    CountingInner,
+    Kwargs,
+    N,
+    check,
+    compiled,
+    frozen_calls,
+    ignoring_time,
+    max_error,
+    plan_of,
+    run,
+    tiny_calls,
+)
 from models import Case, TinyDiT
 from models_check import distance
 from torch import nn
@@ -76,24 +88,26 @@ def test_each_sample_equals_the_run_of_it_alone(batch: int, num_context: int) ->
     assert max_error(outputs[1][1::2], shared[1][1::2]) > 100 * TOLERANCE
 
 
-def test_frozen_inputs(captured: Callable[[Case], Captured]) -> None:
+def test_frozen_inputs() -> None:
     """Any step from the cache of a full step on the same inputs is that full step, whatever the masks."""
-    model = captured(Case("vace", batch=4, config=(("vace_layers", (0,)),)))
-    kwargs = model.call(0)
+    case = Case("vace", batch=4, config=(("vace_layers", (0,)),))
+    model = ignoring_time(case.build())
+    calls = frozen_calls(case.call(model, 0), 4)
     with hetcache.session([plan_of("FPPR", seed=seed) for seed in range(2)]) as session:
-        outputs = run(compiled(model.model), [kwargs] * 4)
-    check(outputs, [model.plain(kwargs)] * 4)
+        outputs = run(compiled(model), calls)
+    check(outputs, run(model, calls))
     assert session.stats.kinds == [StepKind.FULL, StepKind.PARTIAL, StepKind.PARTIAL, StepKind.REUSE]
 
 
-def test_an_input_with_as_many_rows_as_the_batch_for_another_reason(captured: Callable[[Case], Captured]) -> None:
+def test_an_input_with_as_many_rows_as_the_batch_for_another_reason() -> None:
     """VACE's control scales: one for each of its two control blocks, and here there are two samples."""
-    model = captured(Case("vace", batch=2))
-    kwargs = model.call(0)
-    assert len(kwargs["control_hidden_states_scale"]) == 2
+    case = Case("vace", batch=2)
+    model = ignoring_time(case.build())
+    calls = frozen_calls(case.call(model, 0), 4)
+    assert len(calls[0]["control_hidden_states_scale"]) == 2
     with hetcache.session([plan_of("FPPR", seed=seed) for seed in range(2)]) as session:
-        outputs = run(compiled(model.model), [kwargs] * 4)
-    check(outputs, [model.plain(kwargs)] * 4)
+        outputs = run(compiled(model), calls)
+    check(outputs, run(model, calls))
     assert session.stats.steps == {"FULL": 1, "PARTIAL": 2, "REUSE": 1}
 
 
@@ -209,6 +223,7 @@ def test_samples_that_meet() -> None:
     model, calls = Mixing(), tiny_calls("FP", batch=2)
     fast = compiled(model)
     with (
+        pytest.warns(UserWarning, match="all 2 calls ran plainly"),
         hetcache.session([plan_of("FP", seed=seed) for seed in range(2)]) as session,
         pytest.warns(UserWarning, match=r"aten\.mean\.dim: across the batch, it reduces over"),
     ):
@@ -224,8 +239,8 @@ def test_a_batch_that_cannot_be_shared(batch: int) -> None:
     fast = compiled(TinyDiT())
     message = rf"2 plans, but the batch has {batch} samples: give a multiple of 2"
     with (
-        hetcache.session([plan_of("FP", seed=seed) for seed in range(2)]),
         pytest.raises(hetcache.SessionError, match=message),
+        hetcache.session([plan_of("FP", seed=seed) for seed in range(2)]),
     ):
         run(fast, tiny_calls("F", batch=batch))
 

@@ -98,17 +98,33 @@ def test_joint_buffers_in_place(num_context: int) -> None:
         assert distance(list(outputs), list(expected)) <= 1e-5, (seed, kind)
 
 
-@pytest.mark.parametrize("options", [{}, {"token_inputs": {"hidden_states": 1}}])
-def test_backend(options: dict[str, Any]) -> None:
+def test_backend() -> None:
     model, plan = Joint(), random_plan(GRID, 10, 20, 0)
     kinds = hetcache.StepKind
     plan = replace(plan, steps=(kinds.FULL, kinds.PARTIAL, kinds.REUSE))
-    compiled = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": "eager", **options})
+    options = {"inner": "eager", "token_inputs": {"hidden_states": 1}}
+    compiled = torch.compile(model, backend=hetcache.hetcache_backend, options=options)
     kwargs = joint_inputs(0)
     with torch.no_grad(), hetcache.session(plan) as session:
         for _ in range(3):
             assert distance(compiled(**kwargs), model(**kwargs)) <= 1e-5
     assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 1}
+
+
+def test_a_part_of_a_model_is_no_step() -> None:
+    """Packed tokens and no time, as a block that is compiled by itself: nobody said that it is a whole model."""
+    model, plan = Joint(), random_plan(GRID, 10, 20, 0)
+    compiled = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": "eager"})
+    kwargs = joint_inputs(0)
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="all 3 calls ran plainly"),
+        hetcache.session(plan) as session,
+        pytest.warns(UserWarning, match="(?s)tokens and no time.*compile the whole model"),
+    ):
+        for _ in range(3):
+            assert distance(compiled(**kwargs), model(**kwargs)) == 0
+    assert session.stats.kinds == []
 
 
 class DropsPadding(nn.Module):

@@ -26,16 +26,17 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import EngineError, SessionError
+from ..passes.analysis.time_input import NAMES
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
-from ..runtime.backend import check_finite
-from ..runtime.session import Branch, Session, current_session
+from ..runtime.dispatch import check_finite, time_value
+from ..runtime.session import Call, Session, current_session
 from ..runtime.timing import Stopwatch
 from .manifest import FormSpec, Manifest, TensorSpec
 from .runners import RUNNERS, Runner, form_of
 
-Buffers = dict[str, torch.Tensor]
+Buffers = dict[Any, torch.Tensor]
 
 
 def load(folder: str | PathLike[str], provider: str = "ort-cpu") -> Engine:
@@ -71,6 +72,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         taken = (s.name for form in manifest.forms.values() for s in form.inputs if s.role == "index")
         self.indices = tuple(dict.fromkeys((*BUDGETS.values(), *taken)))
         """What the forms take of a plan."""
+        self._time_name = _time_name(manifest)
         self._plain_indices = {name: torch.as_tensor(getattr(plan, name), device=self.device) for name in self.indices}
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
@@ -138,23 +140,32 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
             raise SessionError("an engine has one mask for all samples of a batch: open a session with one plan")
         self.check_plan(session.plan)
         latents = [inputs[name] for name in self.manifest.latents if name in inputs]
-        conditions = [value for name, value in inputs.items() if value.ndim >= 3 and name not in self.manifest.latents]
+        others = [value for name, value in inputs.items() if name not in (*self.manifest.latents, self._time_name)]
+        call = Call(
+            model=self,
+            owner=self,
+            time=time_value(inputs[self._time_name]) if self._time_name in inputs else None,
+            latents=latents,
+            conditions=[value for value in others if value.ndim >= 2 and value.dtype != torch.bool],
+        )
         start = time.perf_counter()
-        kind, branch = session.next_step(self, latents, conditions)
-        run = self.runner.prepare(kind.form)
+        turn = session.begin(call)
+        run = self.runner.prepare(turn.kind.form)
         load_seconds = time.perf_counter() - start
-        buffers = branch.buffers.setdefault(self, {})
-        indices = {name: session.index(name, self.device, kind=kind, step=branch.step) for name in self.indices}
-        if kind is StepKind.FULL:
+        indices = {name: session.index(name, self.device, kind=turn.kind, step=turn.step) for name in self.indices}
+        held = turn.branch.num_bytes
+        buffers = turn.branch.memory(self)
+        if turn.kind is StepKind.FULL:
             if session.check_finite:
-                check_finite(latents, branch.step)
-            if self not in branch.filled:
+                check_finite(latents, turn.step, len(session.stats.kinds))
+            session.begun_full(turn)
+            if turn.fresh:
                 buffers.update(self.begin(indices))
-            branch.filled.discard(self)  # an error must not leave half of a cache
         watch = Stopwatch(self.device)
-        outputs, written = self.run_form(kind.form, inputs, indices, buffers, run)
-        self._keep(branch, buffers, written)
-        session.count(kind, watch.stop(), load_seconds)
+        outputs, written = self.run_form(turn.kind.form, inputs, indices, buffers, run)
+        _keep(buffers, written)
+        session.allocated(turn.branch.num_bytes - held)
+        session.finish(turn, call, watch.stop(), load_seconds)
         return outputs
 
     def begin(self, indices: Mapping[str, torch.Tensor]) -> Buffers:
@@ -168,16 +179,6 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
             for entry in self.manifest.cache
             if entry.input in reads
         }
-
-    def _keep(self, branch: Branch, buffers: Buffers, written: Buffers) -> None:
-        """What a step wrote is what the next one reads. The two buffers of an entry that is both take turns."""
-        for name, tensor in written.items():
-            old = buffers.get(name)
-            buffers[name] = tensor
-            if old is not None and old is not tensor:
-                buffers[_spare(name)] = old
-        branch.filled.add(self)
-        branch.step += 1
 
     def run_form(
         self,
@@ -238,6 +239,13 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
             raise SessionError("the engine takes no weights of outputs: make the plan with multistep=0")
 
 
+def _time_name(manifest: Manifest) -> str:
+    """The input that holds the time of a step, by the names that models give it; empty if there is none."""
+    names = [spec.name for spec in form_of(manifest, "full").inputs if spec.role == "model"]
+    named = [known for known in NAMES if known in names]
+    return next(iter([*named, *(name for name in names if "timestep" in name)]), "")
+
+
 def named_sizes(form: FormSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The sizes of a form's named dims, from its inputs."""
     return {
@@ -263,6 +271,15 @@ def dtype_of(spec: TensorSpec) -> torch.dtype:
     """The torch type of an input or output."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return dtype
+
+
+def _keep(buffers: Buffers, written: Buffers) -> None:
+    """What a step wrote is what the next one reads. The two buffers of an entry that is both take turns."""
+    for name, tensor in written.items():
+        old = buffers.get(name)
+        buffers[name] = tensor
+        if old is not None and old is not tensor:
+            buffers[_spare(name)] = old
 
 
 def _spare(name: str) -> str:

@@ -164,6 +164,7 @@ def _plan_for(
             temporal_patch=patch_t, reference_frames=num_reference_images, **options,
         ),
         timesteps=timesteps,
+        sigmas=_sigmas_of(scheduler, len(distances)),
         distances=distances,
     )  # fmt: skip
     if calibration is None:
@@ -172,3 +173,11 @@ def _plan_for(
         plan, schedule, timesteps=timesteps, lengths=step_lengths(pipe.scheduler, num_inference_steps),
         multistep=bool(options.get("multistep", True)), distances=distances,
     )  # fmt: skip
+
+
+def _sigmas_of(scheduler: Any, num_steps: int) -> Any:
+    """The noise levels of the steps, or none: schedulers keep one more, for the end."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None or len(sigmas) not in (num_steps, num_steps + 1):
+        return np.zeros(0)
+    return np.asarray(sigmas, dtype=np.float64)[:num_steps]

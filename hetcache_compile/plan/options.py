@@ -14,6 +14,10 @@ SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
 """How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
 MERGINGS = ("boxes", "kmeans")
 """How cached tokens are merged: in boxes of neighbours; or by full steps, alike keys of each attention."""
+RUNGS = 16
+"""Values that M may have where `multiple` is 0: shares of N."""
+TILE = 32
+"""Each of them is a multiple of it, but for N: GPUs like full tiles."""
 KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "str": (str, "a name")}
 """What a value of each type must be, and what that is called."""
 
@@ -33,7 +37,9 @@ class PlanOptions:
         1.0, "share of the remaining tokens whose keys and values PARTIAL steps read, nearest first; 1 is exact"
     )
     multiple: int = _option(
-        32, "M is rounded up to a multiple of it: GPUs like full tiles, and equal M shares compiled forms"
+        0,
+        f"M is rounded up to a multiple of it; 0: to one of {RUNGS} steps of a ladder, so that varied masks share a "
+        "handful of compiled forms",
     )
     extrapolation: int = _option(
         0,

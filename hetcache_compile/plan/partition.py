@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 from ..errors import MaskError, PlanError
-from .options import SELECTIONS
+from .options import RUNGS, SELECTIONS, TILE
 
 Grid = tuple[int, int, int]
 
@@ -122,7 +122,7 @@ def choose_active(
     multiple: int,
     selection: str = "uniform",
 ) -> NDArray[np.int64]:
-    """The tokens a PARTIAL step computes, sorted: `[M]` with M a multiple of `multiple` (or N).
+    """The tokens a PARTIAL step computes, sorted: `[M]`, M a multiple of `multiple`, of `rung(N)` if that is 0, or N.
 
     All generative tokens, the nearest `margin_ratio` of the margin, and `context_ratio` of the context: none of it,
     at random, or spread evenly over its range of distances (which full steps may change later). M is then rounded up
@@ -133,8 +133,8 @@ def choose_active(
     for name, ratio in (("margin_ratio", margin_ratio), ("context_ratio", context_ratio)):
         if not 0 <= ratio <= 1:
             raise PlanError(f"{name} must lie between 0 and 1, got {ratio}")
-    if multiple < 1:
-        raise PlanError(f"multiple must be at least 1, got {multiple}")
+    if multiple < 0:
+        raise PlanError(f"multiple must be at least 0, got {multiple}")
     nearest_first = np.argsort(distance, kind="stable")
     margin = nearest_first[kind[nearest_first] == TokenKind.MARGIN]
     context = nearest_first[kind[nearest_first] == TokenKind.CONTEXT]
@@ -145,10 +145,16 @@ def choose_active(
         active[np.random.default_rng(0).choice(context, share, replace=False)] = True
     elif selection != "none" and share:
         active[context[(np.arange(share) * context.size) // share]] = True
-    budget = min(-(-int(active.sum()) // multiple) * multiple, active.size)
+    step = multiple or rung(active.size)
+    budget = min(-(-int(active.sum()) // step) * step, active.size)
     rest = nearest_first[~active[nearest_first]]
     active[rest[: budget - int(active.sum())]] = True
     return np.flatnonzero(active)
+
+
+def rung(num_tokens: int) -> int:
+    """The step of the ladder of values that M may have: a sixteenth of N, rounded up to whole tiles."""
+    return -(-num_tokens // (RUNGS * TILE)) * TILE
 
 
 def choose_context(

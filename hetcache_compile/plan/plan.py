@@ -29,7 +29,16 @@ from .prediction import Prediction
 from .schedule import Schedule, StepKind, make_schedule, schedule_name
 
 FILE = ArrayFile("hetplan", "plan", 1, "make the plan anew", PlanFileError)
-ARRAYS = ("active_index", "context_index", "token_kind", "timesteps", "distances", "context_cluster", "weights")
+ARRAYS = (
+    "active_index",
+    "context_index",
+    "token_kind",
+    "timesteps",
+    "sigmas",
+    "distances",
+    "context_cluster",
+    "weights",
+)
 HEADER = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging")
 """What the file's header holds beside the grid."""
 
@@ -55,6 +64,7 @@ class Plan:
         token_kind: uint8 `[N]` of `TokenKind`.
         steps: one `StepKind` for each model step.
         timesteps: float64 `[S]`, the scheduler's, or empty if the plan was made without one.
+        sigmas: float64 `[S]`, the scheduler's noise levels, or empty: some models are given these.
         distances: float64 `[S]` of `time_distances`, or empty.
         schedule: how `steps` was asked for.
         extrapolation: order at which outputs that a step does not compute are predicted (see `passes.extrapolate`).
@@ -84,6 +94,7 @@ class Plan:
     context_cluster: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     merging: str = "boxes"
+    sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -111,9 +122,10 @@ class Plan:
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
         self._check_weights()
-        if any(array.shape not in ((0,), (len(self.steps),)) for array in (self.timesteps, self.distances)):
+        per_step = (self.timesteps, self.sigmas, self.distances)
+        if any(array.shape not in ((0,), (len(self.steps),)) for array in per_step):
             raise PlanError(
-                f"timesteps and distances must be empty or hold one value for each of {len(self.steps)} steps"
+                f"timesteps, sigmas and distances must be empty or hold one value for each of {len(self.steps)} steps"
             )
 
     def _check_clusters(self) -> None:
@@ -185,11 +197,16 @@ class Plan:
         return self.selection in STRATEGIES
 
     @property
+    def active_mask(self) -> NDArray[np.bool_]:
+        """Bool `[N]`: which tokens are active."""
+        mask = np.zeros(self.num_tokens, dtype=np.bool_)
+        mask[self.active_index] = True
+        return mask
+
+    @property
     def token_standing(self) -> NDArray[np.int64]:
         """Int64 `[N]`: whether FULL steps may choose a token (see `passes.choose`): context only."""
-        active = np.zeros(self.num_tokens, dtype=np.bool_)
-        active[self.active_index] = True
-        kept = np.where(active, ALWAYS, NEVER)
+        kept = np.where(self.active_mask, ALWAYS, NEVER)
         return np.where(self.token_kind == TokenKind.CONTEXT, CANDIDATE, kept).astype(np.int64)
 
     @property

@@ -1,35 +1,68 @@
-"""A session: one plan at work. It decides which step a call is, and owns the caches.
+"""A session: one plan at work. It alone knows which step a call is, whose cache it has, and whether that is filled.
 
-A *branch* is one sequence of calls that shares a cache: `cond` and `uncond` of classifier-free guidance, for each
-expert of a two-expert pipeline. Branches come from diffusers' `cache_context` names, or from `session.branch`.
+Each compiled model has tracks of calls of its own (`branches.Track`), which read the time that a call is given
+(`clock`). A call says what it is (`Call`); the session answers with a `Turn`, and is told when the turn is done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections import defaultdict
+import threading
+import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import SessionError
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
+from .branches import Branch, Track
+from .clock import Clock, Reading, Timeline
 from .timing import Stopwatch
 
-_SESSION: ContextVar[Session | None] = ContextVar("hetcache_session", default=None)
+_SESSION: ContextVar[weakref.ref[Session] | None] = ContextVar("hetcache_session", default=None)
 _BRANCH: ContextVar[str | None] = ContextVar("hetcache_branch", default=None)
+_OPEN: weakref.WeakSet[Session] = weakref.WeakSet()
+"""Sessions that are open in any thread or context. One that nobody holds any more is open no more."""
+_LOCK = threading.RLock()
+
+
+class HetCacheWarning(UserWarning):
+    """Something runs uncached, or otherwise than planned: slower, never wrong."""
+
+
+def own_session() -> Session | None:
+    """The session that is open in this thread or task, if any."""
+    reference = _SESSION.get()
+    session = None if reference is None else reference()
+    return session if session is not None and session.is_open else None
 
 
 def current_session() -> Session | None:
-    """The session that is open in this thread or task, if any."""
-    return _SESSION.get()
+    """The session that a call here belongs to, if any. Where one is open elsewhere only, that is said once."""
+    session = own_session()
+    if session is None and _OPEN:
+        _note_foreign_call()
+    return session
+
+
+def _note_foreign_call() -> None:
+    for session in list(_OPEN):
+        session.foreign_calls += 1
+        if session.foreign_calls == 1:
+            session.warn(
+                "a compiled model was called in a thread or context that has no session, while one is open elsewhere: "
+                "that call is plain. Open the session where the model is called, or put `with session.joined():` "
+                "around the call"
+            )
 
 
 @dataclass
@@ -44,6 +77,8 @@ class Stats:
     """Seconds spent capturing, rewriting and compiling."""
     cache_bytes: int = 0
     """Bytes of all caches that the session holds."""
+    unplanned: int = 0
+    """Calls that fit nothing in the plan: at a time that it does not know, or out of order. They are FULL."""
 
     @property
     def steps(self) -> dict[str, int]:
@@ -64,55 +99,154 @@ class Stats:
         return sum(watch.seconds for watch in self.watches)
 
 
-Remembered = tuple[tuple[torch.Tensor, int], ...]
-"""Tensors of the last call, with their versions."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a model, as a session needs to know it.
+
+    Attributes:
+        model: what the model is known by, as long as it lives: one of its parameters, or an engine.
+        owner: the graph and shape that run.
+        time: what the model is given; None if it is given none.
+        latents: the tensors that hold tokens.
+        conditions: other tensors that tell branches of guidance apart.
+        weights: what the weights are now.
+    """
+
+    model: Any
+    owner: Hashable
+    time: float | None
+    latents: Sequence[torch.Tensor]
+    conditions: Sequence[torch.Tensor]
+    weights: Hashable = None
 
 
-@dataclass
-class Branch:
-    """Step counter and caches of one branch."""
+@dataclass(slots=True)
+class Turn:
+    """What the session makes of a call: its kind and its branch.
 
-    step: int = 0
-    buffers: dict[Hashable, dict[str, torch.Tensor]] = field(default_factory=dict)
-    filled: set[Hashable] = field(default_factory=set)
-    last_call: tuple[Remembered, Remembered] | None = None
+    Attributes:
+        kind: of the step.
+        step: of the plan; None where the plan does not know it.
+        branch: whose buffers it uses.
+        fresh: whether the branch holds nothing that the call could go on from.
+    """
+
+    kind: StepKind
+    step: int | None
+    branch: Branch
+    fresh: bool
+    _reading: Reading
+    _track: Track
+    _changed: set[int]
+
+
+class Model:
+    """A compiled model within a session: its tracks, by the names of calls."""
+
+    def __init__(self) -> None:
+        self.tracks: dict[str | None, Track] = {}
+        self.calls = 0
+        self.step: int | None = None
+        self.calls_of_others: dict[Model, int] = {}
+
+    def branches(self) -> Iterator[Branch]:
+        """Every branch."""
+        for track in self.tracks.values():
+            yield from track.branches.values()
+
+    def restart(self) -> None:
+        """Its next call begins an edit."""
+        self.step = None
+        for track in self.tracks.values():
+            track.restart()
+
+    def release(self) -> int:
+        """Give its memory back. Returns how many bytes that is."""
+        freed = sum(branch.num_bytes for branch in self.branches())
+        self.restart()
+        for branch in self.branches():
+            branch.release()
+        return freed
 
 
 class Session:
     """Use it as a context manager; see `session`."""
 
-    def __init__(self, plans: Plan | Sequence[Plan], *, check_finite: bool = True) -> None:
+    def __init__(self, plans: Plan | Sequence[Plan], *, strict: bool = False, check_finite: bool = True) -> None:
         self.plans = checked_plans(plans)
-        self.check_finite = check_finite
+        self.strict, self.check_finite = strict, check_finite
         self.stats = Stats()
-        self._branches: dict[str | None, Branch] = defaultdict(Branch)
+        self.is_open = False
+        self.refused_calls = self.foreign_calls = 0
+        self._warned: set[str] = set()
+        self._topics: set[str | None] = set()
+        self._models: Any = WeakIdKeyDictionary()
         self._indices: dict[tuple[str, torch.device, int], torch.Tensor] = {}
-        self._token: Token[Session | None] | None = None
+        self.form_options = self.plan.form_options
+        self.route_key = (self.form_options, self.plan.weights.size > 0, len(self.plans))
+        times = self.plan.timesteps
+        self._timeline = Timeline(times, self.plan.sigmas) if times.size else None
 
     @property
     def plan(self) -> Plan:
         """The first plan: all agree in their steps, grid and budgets."""
         return self.plans[0]
 
+    # Opening and closing
+
     def __enter__(self) -> Session:
-        if current_session() is not None:
+        if own_session() is not None:
             raise SessionError("a session is open already: close it before you open another")
-        observe_cache_contexts()
-        self._token = _SESSION.set(self)
+        if self.is_open:
+            raise SessionError("this session is open in another thread or context: use `with session.joined():` there")
+        observe_diffusers()
+        self.is_open = True
+        _SESSION.set(weakref.ref(self))
+        with _LOCK:
+            _OPEN.add(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        assert self._token is not None
-        _SESSION.reset(self._token)
-        self._token = None
-        self.restart()
-        self._branches.clear()
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        """Close it, from whatever thread or context: a closed session is nobody's."""
+        self.is_open = False
+        with _LOCK:
+            _OPEN.discard(self)
+        reference = _SESSION.get()
+        if reference is not None and reference() is self:
+            _SESSION.set(None)
+        for model in list(self._models.values()):
+            model.release()
+        self._models = WeakIdKeyDictionary()
+        if kind is None:
+            self._say_what_did_not_run()
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[Session]:
+        """Use the session in another thread or context than the one that opened it: an executor, a generator's next."""
+        if not self.is_open:
+            raise SessionError("this session is not open")
+        token = _SESSION.set(weakref.ref(self))
+        try:
+            yield self
+        finally:
+            _SESSION.reset(token)
 
     def restart(self) -> None:
-        """Begin an edit anew: the next call of every branch is step 0. Buffers are kept for it."""
-        for branch in self._branches.values():
-            branch.step, branch.last_call = 0, None
-            branch.filled.clear()
+        """Begin an edit anew with the next call, as happens by itself where time starts over. Memory is kept for it."""
+        for model in list(self._models.values()):
+            model.restart()
+
+    def edit_ended(self, module: torch.nn.Module) -> None:
+        """An edit of a model has ended: its next call begins another. The others go on."""
+        parameters = {id(parameter) for parameter in module.parameters()}
+        for known, model in list(self._models.items()):
+            if known is module or id(known) in parameters:
+                model.restart()
+
+    def release(self) -> None:
+        """Give the memory of all caches back now. The next call is FULL."""
+        for model in list(self._models.values()):
+            self.stats.cache_bytes -= model.release()
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
@@ -123,26 +257,74 @@ class Session:
         finally:
             _BRANCH.reset(token)
 
-    def next_step(
-        self, cache_key: Hashable, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]
-    ) -> tuple[StepKind, Branch]:
-        """The kind of the call that comes now, and its branch.
+    # Calls
 
-        A branch that has taken all steps of the plan begins the next edit. A call that finds no cache (the first
-        of an expert, or of another shape) is FULL, whatever the plan says.
+    def begin(self, call: Call) -> Turn:
+        """What a call is. Nothing counts until `finish`: a call that fails may be made again.
+
+        Raises:
+            SessionError: the call fits nothing in the plan, and the session is strict.
         """
+        model = self._models.get(call.model)
+        if model is None:
+            model = self._models[call.model] = Model()
         name = _BRANCH.get()
-        branch = self._branches[name]
-        if name is None:
-            _check_unnamed(branch, latents, conditions)
-        if branch.step >= len(self.plan.steps):
-            branch.step = 0
-            branch.filled.clear()
-        kind = self.plan.steps[branch.step]
-        return (kind if cache_key in branch.filled else StepKind.FULL), branch
+        track = model.tracks.get(name)
+        if track is None:
+            timeline = None if call.time is None else self._timeline
+            track = model.tracks[name] = Track(name, Clock(len(self.plan.steps), timeline))
+        reading = track.read(call.time, call.latents, call.conditions)
+        if reading.restarts:
+            track.restart()
+        if not reading.fits:
+            self._note_unplanned(call, reading)
+        branch, changed = track.branch_of(reading, call.conditions)
+        step = reading.step
+        continues = branch.owner == call.owner and branch.weights == call.weights and not changed
+        follows = continues and reading.fits and (branch.step is None or step is None or step - branch.step <= 1)
+        kind = self.plan.steps[step] if follows and step is not None else StepKind.FULL
+        self._free_idle_models(model, step)
+        model.calls += 1
+        return Turn(kind, step, branch, not continues, reading, track, changed)
+
+    def begun_full(self, turn: Turn) -> None:
+        """A FULL step is about to overwrite the cache: an error must not leave half of one."""
+        turn.branch.owner = None
+
+    def finish(self, turn: Turn, call: Call, watch: Stopwatch, compile_seconds: float) -> None:
+        """The call was made."""
+        branch, track = turn.branch, turn._track
+        if turn.kind is StepKind.FULL:
+            branch.owner, branch.weights = call.owner, call.weights
+        branch.step = turn.step
+        if track.name is None:
+            branch.keep(call.conditions, turn._changed)
+        track.advance(turn._reading, call.latents, call.conditions)
+        stats = self.stats
+        stats.kinds.append(turn.kind)
+        stats.watches.append(watch)
+        stats.compile_seconds += compile_seconds
+        if not turn._reading.fits:
+            stats.unplanned += 1
+
+    def allocated(self, num_bytes: int) -> None:
+        """A cache has grown by so many bytes, or shrunk."""
+        self.stats.cache_bytes += num_bytes
+
+    def _free_idle_models(self, model: Model, step: int | None) -> None:
+        """A model that made no call during a whole step of another one has no more steps in this edit: an expert."""
+        if step == model.step or len(self._models) == 1:
+            model.step = step
+            return
+        model.step = step
+        others = [other for other in self._models.values() if other is not model]
+        for other in others:
+            if model.calls_of_others.get(other) == other.calls:
+                self.stats.cache_bytes -= other.release()
+        model.calls_of_others = {other: other.calls for other in others}
 
     def index(
-        self, name: str, device: torch.device, number: int = 0, *, kind: StepKind | None = None, step: int = 0
+        self, name: str, device: torch.device, number: int = 0, *, kind: StepKind | None = None, step: int | None = None
     ) -> torch.Tensor:
         """What a form takes of plan `number`, on a device, copied there once.
 
@@ -152,10 +334,10 @@ class Session:
             device: where the form runs.
             number: of the plan.
             kind: of the step.
-            step: its number.
+            step: its number; None where the plan does not know it.
         """
         plan = self.plans[number]
-        if name == STEP_WEIGHTS and plan.weights.size and kind is plan.steps[step]:
+        if name == STEP_WEIGHTS and plan.weights.size and step is not None and kind is plan.steps[step]:
             return self._on_device("weights", device, number)[step]
         return self._on_device(name, device, number)
 
@@ -165,26 +347,80 @@ class Session:
             self._indices[key] = torch.as_tensor(getattr(self.plans[number], name), device=device)
         return self._indices[key]
 
-    def count(self, kind: StepKind, watch: Stopwatch, compile_seconds: float) -> None:
-        """Record one call."""
-        self.stats.kinds.append(kind)
-        self.stats.watches.append(watch)
-        self.stats.compile_seconds += compile_seconds
-        self.stats.cache_bytes = sum(
-            tensor.untyped_storage().nbytes()
-            for branch in self._branches.values()
-            for buffers in branch.buffers.values()
-            for tensor in buffers.values()
+    # What went otherwise than planned
+
+    def warn(self, message: str) -> None:
+        """Say something once in this session."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"hetcache: {message}", HetCacheWarning, stacklevel=2)
+
+    def refused(self, message: str, error: BaseException | None = None, topic: str | None = None) -> None:
+        """A call runs plainly, and why. Of one topic, such as graph breaks, only the first is said.
+
+        Raises:
+            SessionError: the session is strict.
+        """
+        self.refused_calls += 1
+        if self.strict:
+            raise SessionError(message) from error
+        if topic is None or topic not in self._topics:
+            self._topics.add(topic)
+            self.warn(message)
+
+    def _note_unplanned(self, call: Call, reading: Reading) -> None:
+        plan = self.plan
+        if reading.step is not None:
+            reason = f"step {reading.step} came out of order"
+        elif self._timeline is None:
+            reason = f"more than the plan's {len(plan.steps)} steps were taken"
+        else:
+            reason = f"the plan knows no time {call.time:g}, its times are {_range(plan.timesteps)}"
+        message = (
+            f"{reason}: such a call is FULL. Make the plan for the steps of this edit, with "
+            "plan_for(pipe, ...) and the same arguments"
         )
+        if self.strict:
+            raise SessionError(message)
+        if "unplanned" not in self._warned:
+            self._warned.add("unplanned")
+            self.warn(message)
+
+    def _say_what_did_not_run(self) -> None:
+        if self.stats.kinds or all(kind is StepKind.FULL for kind in self.plan.steps):
+            return
+        if self.refused_calls:
+            reason = f"all {self.refused_calls} calls ran plainly, for the reasons said before"
+        elif self.foreign_calls:
+            reason = f"{self.foreign_calls} calls were made in other threads or contexts, which have no session"
+        else:
+            reason = (
+                "no model was called that was compiled with backend=hetcache_backend: set "
+                "pipe.transformer = torch.compile(pipe.transformer, backend=hetcache_backend), and see "
+                "that Dynamo did not reach its recompile limit"
+            )
+        if self.strict:
+            raise SessionError(f"the session's plan was not followed: {reason}")
+        self.warn(f"the session's plan was not followed: {reason}")
 
 
-def session(plan: Plan | Sequence[Plan], *, check_finite: bool = True) -> Session:
+def _range(times: Any) -> str:
+    return f"{len(times)} from {times.max():g} to {times.min():g}"
+
+
+def session(plan: Plan | Sequence[Plan], *, strict: bool = False, check_finite: bool = True) -> Session:
     """Open a session: inside it, models compiled with `hetcache_backend` follow the plan.
+
+    A call's step is the one that has its time. A call at a time that the plan does not know, or out of order, is FULL,
+    counted in `stats.unplanned`, and warned of once. An edit begins where time starts over, and where diffusers says
+    that a pipeline has ended.
 
     Args:
         plan: what each step computes; or several plans, for batches whose samples have masks of their own. With P of
             them, sample i of a batch follows plan `i % P`, so that guidance may put two batches of P samples into one
             call (`torch.cat([uncond, cond])`). They must agree in grid, budgets, extrapolation and steps.
+        strict: raise `SessionError` in place of every warning: where a call fits nothing in the plan, where a model
+            cannot be cached, and where no model followed the plan at all.
         check_finite: raise `NonFiniteError` when a FULL step gets latents with NaN or infinity (one small
             reduction and one wait for the device in each FULL step).
 
@@ -194,7 +430,7 @@ def session(plan: Plan | Sequence[Plan], *, check_finite: bool = True) -> Sessio
         >>> session.stats.steps  # doctest: +SKIP
         {'FULL': 6, 'PARTIAL': 4, 'REUSE': 10}
     """
-    return Session(plan, check_finite=check_finite)
+    return Session(plan, strict=strict, check_finite=check_finite)
 
 
 def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
@@ -209,67 +445,44 @@ def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
         raise SessionError("a session needs at least one plan")
     first, *rest = plans
     for number, plan in enumerate(rest, start=1):
-        different = first.form_options.differences(plan.form_options) or ("steps" if first.steps != plan.steps else "")
+        different = first.form_options.differences(plan.form_options)
+        different = different or ("steps" if first.steps != plan.steps else "")
         if different:
             raise SessionError(f"the plans of a batch must be alike, but plans 0 and {number} differ in {different}")
     return tuple(plans)
 
 
-def _check_unnamed(branch: Branch, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> None:
-    """Two calls on equal latents with other conditions are one step of guidance: they must not share a cache."""
-    last, branch.last_call = branch.last_call, (_remember(latents), _remember(conditions))
-    if last is not None and latents and _equal(last[0], latents) and not _equal(last[1], conditions):
-        raise SessionError(
-            "two calls in a row got the same latents with other conditions, so they are one step of guidance: "
-            "put each into `with session.branch('cond'):` and `with session.branch('uncond'):` "
-            "(diffusers' cache_context does this for you)"
-        )
-
-
-def _remember(tensors: Sequence[torch.Tensor]) -> Remembered:
-    return tuple((tensor, _version(tensor)) for tensor in tensors)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; tensors of inference mode do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _equal(known: Remembered, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether each tensor holds what the remembered one held: by identity, and only then by value.
-
-    A loop may convert its latents for each call, so equal latents need not be one object. A remembered tensor that
-    was changed since is taken for another one.
-    """
-    return len(known) == len(tensors) and all(
-        version == _version(old) and (old is new or _same_values(old, new))
-        for (old, version), new in zip(known, tensors, strict=True)
-    )
-
-
-def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
-
-
 @functools.cache
-def observe_cache_contexts() -> None:
-    """Let diffusers' `model.cache_context(name)` name the branch, as it does for diffusers' own caches.
+def observe_diffusers() -> None:
+    """Let diffusers name branches, and say when a pipeline has ended, as it does for its own caches.
 
-    diffusers hands the name to hooks on the model only, and a hook would change the model's graph. So its context
-    manager is wrapped, once: it does what it did, and sets a context variable. Models are not touched.
+    diffusers tells hooks on the model only, and a hook would change the model's graph. So two methods of its
+    `CacheMixin` are wrapped, once: they do what they did, and tell the session. Models are not touched.
     """
     from diffusers.models.cache_utils import CacheMixin
 
-    original: Callable[..., Any] = CacheMixin.cache_context
+    name_calls: Callable[..., Any] = CacheMixin.cache_context
+    end_pipeline: Callable[..., Any] | None = getattr(CacheMixin, "_reset_stateful_cache", None)
 
-    @functools.wraps(original)
+    @functools.wraps(name_calls)
     @contextlib.contextmanager
     def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
         token = _BRANCH.set(name)
         try:
-            with original(self, name, *args, **kwargs) as value:
+            with name_calls(self, name, *args, **kwargs) as value:
                 yield value
         finally:
             _BRANCH.reset(token)
 
     CacheMixin.cache_context = cache_context
+    if end_pipeline is None:
+        return
+
+    @functools.wraps(end_pipeline)
+    def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session = own_session()
+        if session is not None:
+            session.edit_ended(self)
+        return end_pipeline(self, *args, **kwargs)
+
+    CacheMixin._reset_stateful_cache = _reset_stateful_cache

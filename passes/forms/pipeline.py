@@ -45,9 +45,8 @@ def functional_passes(options: FormOptions) -> list[FormPass]:
 
 def in_process_passes(options: FormOptions) -> list[FormPass]:
     """What makes of a functional form the one that runs in a process: its cache is buffers that it overwrites."""
-    all_cached = options.num_active + options.num_merged == options.num_tokens
     has_all_rows = options.selection != "fixed"
-    return [*([KeepAllRows(options.num_tokens)] if all_cached and not has_all_rows else []), WriteInPlace()]
+    return [*([KeepAllRows(options.num_tokens)] if options.caches_all and not has_all_rows else []), WriteInPlace()]
 
 
 def write_form(kind: str, source: GraphModule, analysis: Analysis, options: FormOptions) -> Form:

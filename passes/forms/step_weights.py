@@ -22,7 +22,7 @@ from ..ir.cache import CacheEntry
 from ..ir.contract import ACTIVE, INACTIVE, STEP_WEIGHTS
 from ..ir.editor import FormEditor
 from ..ir.graphs import Call
-from ..ir.indices import rows_of
+from ..ir.indices import mask_of, rows_of
 from .history import Points, lagrange_weights, weighted_sum
 from .times import arithmetic_of
 
@@ -40,17 +40,24 @@ MOVES = frozenset(
 
 @dataclass(frozen=True)
 class StepWeights:
-    """The inputs that a weighted form takes beside its points: the weights, and N with the active ones of them."""
+    """The inputs that a weighted form takes beside its points: the weights, and N with the active ones of them.
+
+    `active` is int64 `[M]`, `active_index`, in a partial form. The others do not know M: theirs is bool `[N]`,
+    `active_mask`.
+    """
 
     table: Node
-    active_index: Node
+    active: Node
     num_tokens: int
 
 
 def take_weights(form: FormEditor, order: int, num_tokens: int, num_active: int) -> StepWeights:
-    """Let the form take `step_weights` and, if it does not yet, `active_index`."""
-    active_index = form.index("active_index", (num_active,), torch.int64)
-    return StepWeights(form.index(STEP_WEIGHTS, (2, order + 2), torch.float32), active_index, num_tokens)
+    """Let the form take `step_weights`, and which tokens are active if it does not yet."""
+    if form.kind == "partial":
+        active = form.index("active_index", (num_active,), torch.int64)
+    else:
+        active = form.index("active_mask", (num_tokens,), torch.bool)
+    return StepWeights(form.index(STEP_WEIGHTS, (2, order + 2), torch.float32), active, num_tokens)
 
 
 def only_moves_follow(node: Node) -> bool:
@@ -93,7 +100,9 @@ def _active_rows(call: Call, entry: CacheEntry, points: Points, weights: StepWei
     if entry.rows != "tokens":
         return call(aten.eq.Scalar, zeros, 0)
     device = weights.table.meta["val"].device
-    index = rows_of(entry.tokens, weights.active_index, weights.num_tokens, device, call)
+    if weights.active.meta["val"].dtype == torch.bool:
+        return mask_of(entry.tokens, weights.active, call)
+    index = rows_of(entry.tokens, weights.active, weights.num_tokens, device, call)
     ones = call(aten._to_copy.default, call(aten.ones_like.default, index), dtype=arithmetic_of(entry))
     return call(aten.ne.Scalar, call(aten.index_copy.default, zeros, 0, index, ones), 0)
 

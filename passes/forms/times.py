@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..analysis.inputs import is_state
+from ..analysis.inputs import is_state, plain_name
+from ..analysis.time_input import time_input
 from ..ir.cache import CacheEntry
 from ..ir.editor import FormEditor
 from ..ir.graphs import Call
@@ -17,22 +18,22 @@ NOT_COMPUTED = -1e30
 
 
 def time_of(form: FormEditor, name: str | None) -> Node:
-    """The input that holds the time of a step, by default the one called like `timestep`.
+    """The input that holds the time of a step, by default the one that `time_input` finds.
 
     Raises:
         UnsupportedGraphError: no input is the time.
     """
     inputs = [node for node in form.model_inputs if not is_state(node.name)]
-    # Dynamo writes l_timestep_ for timestep; audio_timestep or timestep_r are other inputs.
-    found = [node for node in inputs if node.name.lower().removeprefix("l_").strip("_") == (name or "timestep")]
-    if not found and name is None:
-        found = [node for node in inputs if "timestep" in node.name]
-    if len(found) != 1:
+    if name is None:
+        found = time_input(form.model_inputs)
+    else:
+        found = next((node for node in inputs if plain_name(node.name) == name), None)
+    if found is None:
         names = ", ".join(node.name for node in inputs)
-        reason = "extrapolation needs the time of a step, and no input is called timestep"
+        reason = f"extrapolation needs the time of a step, and no input is called {name or 'timestep'} or used like one"
         help = f"make the plan with extrapolation=0 and context_extrapolation=0; the inputs are {names}"
         raise UnsupportedGraphError([Refusal(reason, help=help)])
-    return found[0]
+    return found
 
 
 def arithmetic_of(entry: CacheEntry) -> torch.dtype:

@@ -65,6 +65,20 @@ class FormOptions(NamedTuple):
         """Whether centroids stand for the context."""
         return self.num_merged < self.num_context
 
+    @property
+    def caches_all(self) -> bool:
+        """Whether every token is active or cached as it is."""
+        return self.num_active + self.num_merged == self.num_tokens
+
+    def for_kind(self, kind: str) -> FormOptions:
+        """What a form of this kind that runs in a process knows of a plan.
+
+        Where all rows are kept, full and reuse forms do not know M: plans of any M share them.
+        """
+        if kind == "partial" or self.selection != "fixed" or not self.caches_all:
+            return self
+        return self._replace(num_active=1, num_context=self.num_tokens - 1, num_merged=self.num_tokens - 1)
+
     def at(self, budgets: Budgets) -> FormOptions:
         """The same options for another M and C."""
         merged = self.num_merged if self.merges else budgets.num_context

@@ -31,6 +31,28 @@ def rows_of(tokens: Tokens, selected: Node, num_tokens: int, device: torch.devic
     return _folded(rows, tokens, num_tokens, device, call)
 
 
+def mask_of(tokens: Tokens, active: Node, call: Call) -> Node:
+    """Bool `[size]`: which positions along a token axis hold active tokens, or rows that are no tokens.
+
+    Args:
+        tokens: how rows lie along the dim.
+        active: bool `[N]`.
+        call: adds nodes.
+    """
+    parts: list[Node] = []
+    for number, length in enumerate(tokens.whole):
+        if number:
+            parts.append(active)
+        if length:
+            parts.append(call(aten.new_ones.default, active, [length]))
+    rows = parts[0] if len(parts) == 1 else call(aten.cat.default, parts)
+    if tokens.folds == 1:
+        return rows
+    size = sum(tokens.whole) + (len(tokens.whole) - 1) * active.meta["val"].shape[0]
+    folded = call(aten.expand.default, call(aten.view.default, rows, [1, size, 1]), [tokens.outer, size, tokens.inner])
+    return call(aten.reshape.default, folded, [-1])
+
+
 def runs_of(tokens: Tokens, selected: Node, num_tokens: int, call: Call) -> Node:
     """The positions of the selected tokens in every run of a token axis that is not folded."""
     parts, start = [], 0

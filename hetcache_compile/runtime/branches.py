@@ -1,0 +1,184 @@
+"""Whose cache a call has: one branch for each sequence of calls that shares a cache.
+
+Classifier-free guidance calls a model two or three times at each time. Named calls (diffusers' `cache_context`,
+`session.branch`) have a branch for each name; unnamed ones for each place among the calls at one time. Unnamed calls
+are checked by their conditions too, text states and the like: where guidance is switched off midway, the call that is
+left comes first, but it is not the branch that came first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .clock import Clock, Group, Reading
+
+Remembered = tuple[torch.Tensor, int]
+"""A tensor, and how often it was changed in place when it was seen."""
+
+
+def remember(tensors: Sequence[torch.Tensor]) -> tuple[Remembered, ...]:
+    """The tensors as they are now."""
+    return tuple((tensor, version(tensor)) for tensor in tensors)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def holds(known: Remembered, tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds what the remembered one held: by identity, and only then by value.
+
+    A loop may convert its inputs for each call, so equal ones need not be one object. A remembered tensor that was
+    changed since is taken for another one.
+    """
+    old, old_version = known
+    if old_version != version(old):
+        return False
+    if old is tensor:
+        return True
+    alike = (old.dtype, old.device, old.shape) == (tensor.dtype, tensor.device, tensor.shape)
+    return alike and bool(torch.equal(old, tensor))
+
+
+@dataclass
+class Branch:
+    """The cache of one sequence of calls, and what was last put into it.
+
+    Attributes:
+        owner: the graph and shape whose cache is valid, if any is.
+        step: of the last call; None if the plan does not know it.
+        weights: what the model's weights were when the cache was filled.
+        conditions: of the last call.
+    """
+
+    owner: Hashable | None = None
+    step: int | None = None
+    weights: Hashable | None = None
+    conditions: tuple[Remembered, ...] = ()
+    _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    _memory_of: Hashable | None = None
+    _changed: set[int] = field(default_factory=set)
+    _unsteady: set[int] = field(default_factory=set)
+
+    def has_memory(self, owner: Hashable) -> bool:
+        """Whether its memory is that of this graph and shape."""
+        return self._memory_of == owner
+
+    def memory(self, owner: Hashable) -> dict[Hashable, torch.Tensor]:
+        """The tensors of the cache by name, for one graph and shape: those of another one are given back."""
+        if self._memory_of != owner:
+            self._memory, self._memory_of = {}, owner
+        return self._memory
+
+    def forget(self) -> None:
+        """The cache is valid no more; its memory stays."""
+        self.owner = self.step = self.weights = None
+        self.conditions = ()
+        self._changed.clear()
+        self._unsteady.clear()
+
+    def release(self) -> None:
+        """The cache is valid no more, and its memory is given back."""
+        self.forget()
+        self._memory = {}
+
+    def knows(self, conditions: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the conditions of this branch's last call, and it holds a cache."""
+        return self.owner is not None and len(self._unsteady) < len(self.conditions) and not self.changes(conditions)
+
+    def changes(self, conditions: Sequence[torch.Tensor]) -> set[int]:
+        """Which conditions are others than in the last call, those left aside that change at every call."""
+        if len(conditions) != len(self.conditions):
+            return {-1}
+        return {
+            number
+            for number, (known, tensor) in enumerate(zip(self.conditions, conditions, strict=True))
+            if number not in self._unsteady and not holds(known, tensor)
+        }
+
+    def keep(self, conditions: Sequence[torch.Tensor], changed: set[int]) -> None:
+        """Remember the conditions of a call. What changed in two calls in a row is no sign of another branch."""
+        self._unsteady |= changed & self._changed
+        self._changed = changed
+        self.conditions = remember(conditions)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the memory it holds."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._memory.values())
+
+
+class Track:
+    """The calls of one model under one name, or all its unnamed ones: their clock and their branches.
+
+    Args:
+        name: of the calls, or None.
+        clock: reads their times.
+    """
+
+    def __init__(self, name: str | None, clock: Clock) -> None:
+        self.name, self.clock = name, clock
+        self.branches: dict[int, Branch] = {}
+        self.calls = 0
+        self.last_latents: tuple[Remembered, ...] = ()
+        self.last_conditions: list[tuple[Remembered, ...]] = []
+
+    def restart(self) -> None:
+        """The next call begins an edit. Memory is kept for it."""
+        self.clock.restart()
+        self.calls = 0
+        self.last_latents, self.last_conditions = (), []
+        for branch in self.branches.values():
+            branch.forget()
+
+    def read(self, time: float | None, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> Reading:
+        """Where in the plan a call is. Calls of a model that is given no time are counted.
+
+        Then unnamed calls on the same latents with other conditions are one step of guidance, and after the last step
+        of the plan an edit begins.
+        """
+        if time is not None:
+            return self.clock.read(time, lambda: not self._same_latents(latents))
+        group = self.clock.group
+        if group is not None and self._is_guidance(latents, conditions):
+            return self.clock.read(group.time, lambda: False)
+        if self.calls >= self.clock.num_steps:
+            return Reading(Group(0.0, (0,)), 0, 0, restarts=True, fits=True)
+        return self.clock.read(float(-self.calls), lambda: True)
+
+    def branch_of(self, reading: Reading, conditions: Sequence[torch.Tensor]) -> tuple[Branch, set[int]]:
+        """The branch of a call, and which of its conditions are not those of that branch."""
+        branch = self.branches.setdefault(reading.place, Branch())
+        if self.name is not None or branch.owner is None:
+            return branch, set()
+        changed = branch.changes(conditions)
+        if changed:
+            for other in self.branches.values():
+                if other is not branch and other.knows(conditions):
+                    return other, set()
+        return branch, changed
+
+    def advance(self, reading: Reading, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> None:
+        """The call was made."""
+        if not reading.place:
+            self.calls += 1
+            self.last_conditions = []
+        self.clock.advance(reading)
+        self.last_latents = remember(latents)
+        if self.clock.timeline is None:
+            self.last_conditions.append(remember(conditions))
+
+    def _same_latents(self, latents: Sequence[torch.Tensor]) -> bool:
+        known = self.last_latents
+        return len(known) == len(latents) > 0 and all(map(holds, known, latents))
+
+    def _is_guidance(self, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> bool:
+        if self.name is not None or not self._same_latents(latents):
+            return False
+        return not any(
+            len(known) == len(conditions) and all(map(holds, known, conditions)) for known in self.last_conditions
+        )

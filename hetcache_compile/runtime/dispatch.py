@@ -1,0 +1,342 @@
+"""What happens at each call: which form runs, on whose cache.
+
+A `CompiledGraph` stands where Dynamo would call the graph it captured. Everything a call needs that does not change
+between calls is in a `Route`, made once for a graph, its shapes and what forms know of a plan (see `prepare`).
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError
+from ..passes.ir.axis import AxisState
+from ..passes.writing.batch import join_samples
+from ..plan.schedule import StepKind
+from .branches import Branch, holds, remember
+from .capture import first_line
+from .options import BackendOptions, Compiled
+from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles, device_of
+from .session import Call, Session, current_session
+from .timing import Stopwatch
+
+GRAPH_BREAK = "graph break"
+
+
+class NotCachedError(Exception):
+    """A call cannot be cached: it runs plainly. `topic` groups reasons of one kind."""
+
+    def __init__(self, message: str, topic: str | None = None) -> None:
+        super().__init__(message)
+        self.topic = topic
+
+
+class Weights:
+    """The weights among a graph's inputs, and whether they changed.
+
+    A weight is known to change when it is another tensor, in other memory, or when it was written in place; torch
+    counts that for all but tensors of inference mode and writes through `.data`.
+    """
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        self.numbers = [n for n, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)]
+        self.pick: Callable[[Sequence[Any]], Any] | None = operator.itemgetter(*self.numbers) if self.numbers else None
+        self.counted = not any(inputs[number].is_inference() for number in self.numbers)
+
+    def now(self, inputs: Sequence[Any]) -> Hashable:
+        """A value that is another one after they changed."""
+        if self.pick is None:
+            return None
+        weights = self.pick(inputs) if len(self.numbers) > 1 else (self.pick(inputs),)
+        versions = sum(map(_VERSION, weights)) if self.counted else 0
+        return versions, sum(map(_ADDRESS, weights))
+
+
+_VERSION = operator.attrgetter("_version")
+_ADDRESS = torch.Tensor.data_ptr
+
+
+@dataclass
+class Route:
+    """All that calls of one graph at one set of shapes need for plans that share forms.
+
+    Attributes:
+        prepared: what was made for the graph, of all samples.
+        part: the same for the samples of one plan.
+        roles: which input is what.
+        key: tells caches of this graph and these shapes from others.
+        weights: among the inputs.
+        device: where the graph runs.
+        forms: compiled ones, by kind.
+    """
+
+    prepared: Prepared
+    part: Prepared
+    roles: Roles
+    key: Hashable
+    weights: Weights
+    device: torch.device
+    forms: dict[StepKind, CompiledForm] = field(default_factory=dict)
+
+
+class CompiledGraph:
+    """What Dynamo calls in place of the graph it captured."""
+
+    def __init__(self, graph: GraphModule, options: BackendOptions) -> None:
+        self.graph = graph
+        self.compiler = options.compiler()
+        self.preparer = Preparer(graph, self.compiler, options.token_inputs)
+        self.plain: Compiled | None = None
+        """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
+        self._broken_by = graph_break_of(graph)
+        self._varying = varying_inputs(graph)
+        self._plain: dict[Hashable, Compiled] = {}
+        self._weights: dict[Hashable, Weights] = {}
+        self._prepared: dict[Hashable, Prepared] = {}
+        self._routes: dict[Hashable, Route | NotCachedError] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph, as the open session says, or plainly."""
+        session = current_session()
+        if session is None:
+            return self.run_plain(inputs)
+        shapes = self._varying(inputs)
+        key = (shapes, session.route_key)
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = self.find_route(session, inputs, shapes)
+        if isinstance(route, Route):
+            try:
+                with torch.no_grad():
+                    return self.run_step(session, route, inputs)
+            except NotCachedError as refusal:
+                route = refusal
+                if refusal.topic != ASSUMED:
+                    self._routes[key] = refusal
+        session.refused(str(route), route.__cause__, route.topic)
+        return self.run_plain(inputs)
+
+    def run_plain(self, inputs: Sequence[Any]) -> Any:
+        """The graph as Dynamo captured it, compiled by the inner compiler."""
+        if self.plain is not None:
+            return self.plain(*inputs)
+        # Compiled late, outside Dynamo, the graph is static even where Dynamo captured it with dynamic sizes.
+        key = signature_of(inputs)
+        if key not in self._plain:
+            with LOCK:
+                if key not in self._plain:
+                    self._plain[key] = self.compiler(self.graph, list(inputs))
+        return self._plain[key](*inputs)
+
+    def find_route(self, session: Session, inputs: Sequence[Any], shapes: Hashable) -> Route | NotCachedError:
+        """What calls of these shapes need for the session's plan, or why they run plainly.
+
+        Raises:
+            GridMismatchError: the plan is for another grid than this model's.
+            SessionError: the batch cannot be shared among the session's plans.
+        """
+        plan = session.plan
+        with LOCK, torch.no_grad():
+            try:
+                if shapes not in self._prepared:
+                    self._prepared[shapes] = self.preparer.capture(inputs)
+                    self._weights[shapes] = Weights(inputs)
+                prepared = self._prepared[shapes]
+                analysis = self.preparer.analyse(prepared, plan)
+                if self._broken_by:
+                    return NotCachedError(self._broken_by, GRAPH_BREAK)
+                roles = self.preparer.roles(prepared, analysis, inputs)
+                names = prepared.program.inputs
+                latents = {names[number]: inputs[number] for number in roles.latents}
+                part = self.preparer.part(prepared, latents, len(session.plans))
+                self.preparer.analyse(part, plan)
+            except GridMismatchError as error:
+                if self.preparer.time_of(self._prepared[shapes]) is not None:
+                    raise
+                return self._refusal(error)  # an encoder that is compiled too
+            except SessionError:
+                raise
+            except Exception as error:
+                return self._refusal(error)
+        return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs))
+
+    def _refusal(self, error: Exception) -> NotCachedError:
+        if isinstance(error, UnsupportedGraphError | GridMismatchError):
+            refusal = NotCachedError(f"hetcache runs this graph unchanged, because {error}")
+        else:
+            refusal = NotCachedError(
+                f"hetcache runs this graph unchanged, because making it failed: {type(error).__name__}: "
+                f"{first_line(error)}"
+            )
+        refusal.__cause__ = error
+        return refusal
+
+    def run_step(self, session: Session, route: Route, inputs: Sequence[Any]) -> Any:
+        """One call inside a session: choose the form, make it if need be, run it on the branch's buffers."""
+        start = time.perf_counter()
+        roles = route.roles
+        self._check_assumed(route, inputs)
+        call = Call(
+            model=self._anchor(route, inputs),
+            owner=route.key,
+            time=None if roles.time is None else time_value(inputs[roles.time]),
+            latents=[inputs[number] for number in roles.latents],
+            conditions=[inputs[number] for number in roles.conditions],
+            weights=route.weights.now(inputs),
+        )
+        turn = session.begin(call)
+        form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
+        if turn.kind is StepKind.FULL and session.check_finite:
+            check_finite(call.latents, turn.step, len(session.stats.kinds))
+        plans = range(len(session.plans))
+        buffers = [buffers_for(session, form, turn.branch, route.key, p, route.device) for p in plans]
+        compile_seconds = time.perf_counter() - start
+        if turn.kind is StepKind.FULL:
+            session.begun_full(turn)
+            if turn.fresh:
+                for own in buffers:
+                    forget(form, own)
+        watch = Stopwatch(route.device)
+        results = []
+        for p, own in enumerate(buffers):
+            given = form.pick((*inputs, *route.part.samples[p]) if route.part.samples[p] else inputs)
+            indices = [session.index(name, route.device, p, kind=turn.kind, step=turn.step) for name in form.indices]
+            results.append(own_outputs(form.run(*given, *indices, *own), own))
+        session.finish(turn, call, watch.stop(), compile_seconds)
+        return join(results, route.part.outputs)
+
+    def _make_form(self, session: Session, route: Route, kind: StepKind, inputs: Sequence[Any]) -> CompiledForm:
+        with LOCK:
+            try:
+                given = (*inputs, *route.part.samples[0])
+                form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given)
+            except Exception as error:
+                raise self._refusal(error) from error
+        return form
+
+    def _anchor(self, route: Route, inputs: Sequence[Any]) -> Any:
+        """What the model is known by: Dynamo may run one graph for two modules of the same structure (two experts)."""
+        numbers = route.weights.numbers
+        return inputs[numbers[0]] if numbers else self
+
+    def _check_assumed(self, route: Route, inputs: Sequence[Any]) -> None:
+        program = route.prepared.program
+        for name, value in program.assumed.items():
+            if not holds(remember([value])[0], inputs[program.inputs.index(name)]):
+                raise NotCachedError(
+                    f"the graph was captured for another value of {name}, on which its shape depends", ASSUMED
+                )
+
+
+ASSUMED = "another value of an input that the graph depends on"
+
+
+def varying_inputs(graph: GraphModule) -> Callable[[Sequence[Any]], Hashable]:
+    """A function of inputs that tells apart what the graph may be called with.
+
+    Dynamo guards the shapes that it captured, so only symbolic ones and Python values may vary.
+    """
+    varying = [
+        number
+        for number, node in enumerate(node for node in graph.graph.nodes if node.op == "placeholder")
+        if _may_vary(node.meta.get("example_value"))
+    ]
+    if not varying:
+        return lambda inputs: None
+    return lambda inputs: signature_of([inputs[number] for number in varying])
+
+
+def _may_vary(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return True
+
+
+def signature_of(inputs: Sequence[Any]) -> Hashable:
+    """What makes a graph static: shapes, types and devices of tensors, values of anything else."""
+    return tuple(
+        (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+        for value in inputs
+    )
+
+
+def time_value(time: Any) -> float:
+    """The time of a step. Where tokens have their own, the latest: those of a given first frame stand at 0."""
+    if not isinstance(time, torch.Tensor):
+        return float(time)
+    return float(time if time.numel() == 1 else time.detach().amax())
+
+
+def graph_break_of(graph: GraphModule) -> str:
+    """Why Dynamo cut the model in two behind this graph, and where; empty where it did not."""
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    frames = list(reason.user_stack)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    cause = str(reason.reason).strip().splitlines()[0] if str(reason.reason).strip() else "a graph break"
+    return (
+        f"Dynamo cannot capture the whole model, so nothing is cached: {cause}{place}. A hook on the model does that: "
+        "with offloading by group or leaf, and with layerwise casting, use pipe.enable_model_cpu_offload() instead"
+    )
+
+
+def buffers_for(
+    session: Session, form: CompiledForm, branch: Branch, owner: Hashable, number: int, device: torch.device
+) -> list[torch.Tensor]:
+    """The branch's cache buffers for plan `number` that a form reads or writes; allocated once for a branch."""
+    held = branch.num_bytes if not branch.has_memory(owner) else 0
+    memory = branch.memory(owner)
+    if held:
+        session.allocated(-held)
+    buffers = []
+    for entry in form.reads:
+        name = (number, entry.input_name)
+        buffer = memory.get(name)
+        if buffer is None:
+            buffer = memory[name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+            torch._dynamo.mark_static_address(buffer, guard=False)
+            session.allocated(buffer.untyped_storage().nbytes())
+        buffers.append(buffer)
+    return buffers
+
+
+def forget(form: CompiledForm, buffers: Sequence[torch.Tensor]) -> None:
+    """Nothing was computed yet: entries that say so."""
+    for entry, buffer in zip(form.reads, buffers, strict=True):
+        if entry.initial is not None:
+            buffer.fill_(entry.initial)
+
+
+def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The outputs, with a copy of any that is a view of a cache buffer: the next step overwrites that one.
+
+    A reuse step may return such a view, where nothing but views comes after the tokens; samplers keep outputs.
+    """
+    cached = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+    return tuple(
+        value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in cached else value
+        for value in outputs
+    )
+
+
+def join(results: Sequence[tuple[Any, ...]], states: Sequence[AxisState]) -> tuple[Any, ...]:
+    """The outputs for a whole batch, from those for the samples of each plan."""
+    if len(results) == 1:
+        return results[0]
+    return tuple(join_samples(parts, state) for *parts, state in zip(*results, states, strict=True))
+
+
+def check_finite(latents: Sequence[torch.Tensor], step: int | None, calls: int) -> None:
+    """Raise `NonFiniteError` if any of the latents holds NaN or infinity."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in latents):
+        where = f"step {step}" if step is not None else f"call {calls}"
+        raise NonFiniteError(
+            f"the latents of {where} hold NaN or infinity: look at the step before, or at the model's dtype"
+        )

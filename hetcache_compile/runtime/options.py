@@ -1,0 +1,77 @@
+"""What the backend takes: one dataclass, and the inner compiler that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..passes.analysis.inputs import TokenInputs
+
+Compiled = Callable[..., Any]
+Compiler = Callable[[GraphModule, Sequence[Any]], Compiled]
+"""What makes a callable of a graph and inputs like those it will get."""
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """`torch.compile(..., options={...})` of the backend. Each field's `metadata["help"]` says what it is."""
+
+    inner: str | Compiled = field(
+        default="inductor", metadata={"help": "the backend that compiles each form: a name or a callable"}
+    )
+    inner_options: Mapping[str, Any] | None = field(default=None, metadata={"help": "options of that backend"})
+    mode: str | None = field(
+        default=None,
+        metadata={"help": 'a mode of Inductor, such as "reduce-overhead"; `torch.compile(..., mode=...)` is the same'},
+    )
+    token_inputs: TokenInputs | None = field(
+        default=None,
+        metadata={"help": "as in `rewrite`, for a model of packed tokens where it is not clear which input holds them"},
+    )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> BackendOptions:
+        """The options of a call of `torch.compile`.
+
+        Raises:
+            ValueError: there is no such option or mode.
+        """
+        given = dict(options or {})
+        names = [one.name for one in fields(cls)]
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ValueError(f"unknown options {unknown}: hetcache_backend takes {', '.join(names)}")
+        if mode is not None:
+            given["mode"] = mode
+        return cls(**given)
+
+    def compiler(self) -> Compiler:
+        """The function `(graph, inputs) -> callable` that compiles forms.
+
+        Raises:
+            ValueError: the inner compiler takes no mode, or there is no such mode.
+        """
+        patches = dict(self.inner_options or {})
+        if self.mode is not None and self.mode != "default":
+            if self.inner != "inductor":
+                raise ValueError(f"mode={self.mode!r} is Inductor's: the inner compiler {self.inner!r} takes none")
+            from torch._inductor import list_mode_options
+
+            modes = list_mode_options()
+            if self.mode not in modes:
+                raise ValueError(f"there is no mode {self.mode!r}: Inductor has {', '.join(modes)}")
+            patches = {**modes[self.mode], **patches}
+        if self.inner == "inductor":
+            from torch._inductor import compile_fx
+
+            inductor: Any = compile_fx.compile_fx
+            return lambda graph, inputs: inductor(graph, inputs, config_patches=patches)
+        compile_graph: Any = self.inner if callable(self.inner) else torch._dynamo.lookup_backend(self.inner)
+        if patches:
+            return lambda graph, inputs: compile_graph(graph, inputs, options=patches)
+        compiler: Compiler = compile_graph
+        return compiler

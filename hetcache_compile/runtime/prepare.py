@@ -1,0 +1,258 @@
+"""What happens once for a graph and a set of input shapes: capture, analysis, forms, compilation.
+
+`Prepared` keeps what was made; `dispatch` runs it. Everything here runs under Dynamo's compile lock: threads that meet
+a cold model at the same time take turns.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from ..errors import SessionError
+from ..passes.analysis.analyse import Analysis, analyse
+from ..passes.analysis.inputs import TokenInputs, is_state
+from ..passes.analysis.time_input import time_input
+from ..passes.forms.pipeline import in_process
+from ..passes.ir.axis import AxisState, Enter
+from ..passes.ir.cache import CacheEntry
+from ..passes.ir.form import Form
+from ..passes.ir.refusal import Refusal, UnsupportedGraphError
+from ..passes.writing.batch import SAMPLE_INDEX, take_samples
+from ..plan.plan import Plan
+from .capture import Program, capture, with_input_names
+from .options import Compiled, Compiler
+from .rewrite import check_weights, write_form
+
+LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
+"""Held while anything is made: capture must not run while Dynamo compiles in another thread."""
+MOST_FORMS = 24
+"""Compiled forms that are kept for one graph and set of shapes; the one not used for longest goes first."""
+
+
+@dataclass(frozen=True)
+class CompiledForm:
+    """A form, compiled.
+
+    Attributes:
+        run: takes the inputs that `pick` takes, the indices, and the cache's buffers.
+        pick: of all inputs of the graph, in a tuple, those that the form uses.
+        indices: names of what it takes of a plan.
+        reads: its cache entries, in order.
+    """
+
+    run: Compiled
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
+    indices: tuple[str, ...]
+    reads: tuple[CacheEntry, ...]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which inputs of a graph are what, by position."""
+
+    latents: tuple[int, ...]
+    conditions: tuple[int, ...]
+    time: int | None
+
+
+@dataclass
+class Prepared:
+    """A graph for one set of input shapes, and what was made of it.
+
+    With several plans, `parts` holds the graph for the samples of one plan, by the number of plans. Such a graph has
+    one more input, which is `samples[p]` for plan p, and says where the samples lie in each output.
+    """
+
+    program: Program
+    samples: tuple[tuple[torch.Tensor, ...], ...] = ((),)
+    outputs: tuple[AxisState, ...] = ()
+    parts: dict[int, Prepared] = field(default_factory=dict)
+    analyses: dict[Hashable, Analysis] = field(default_factory=dict)
+    forms: OrderedDict[Hashable, CompiledForm] = field(default_factory=OrderedDict)
+
+
+class Preparer:
+    """Makes what a graph's calls need, when they first need it.
+
+    Args:
+        graph: as Dynamo captured it.
+        compiler: of forms.
+        token_inputs: see `rewrite`.
+    """
+
+    def __init__(self, graph: GraphModule, compiler: Compiler, token_inputs: TokenInputs | None) -> None:
+        self.graph, self.compiler, self.token_inputs = graph, compiler, token_inputs
+
+    def capture(self, inputs: Sequence[Any]) -> Prepared:
+        """The program for inputs of these shapes.
+
+        Raises:
+            UnsupportedGraphError: it cannot be captured.
+        """
+        names = [node.name for node in self.graph.graph.nodes if node.op == "placeholder"]
+        return Prepared(with_input_names(capture(self.graph, tuple(inputs), {}), names))
+
+    def analyse(self, prepared: Prepared, plan: Plan) -> Analysis:
+        """The analysis for the plan's grid.
+
+        Raises:
+            UnsupportedGraphError: the graph cannot be rewritten.
+            GridMismatchError: the plan is for another grid.
+        """
+        if plan.grid not in prepared.analyses:
+            prepared.analyses[plan.grid] = analyse(prepared.program.module, plan.grid, self.token_inputs)
+        return prepared.analyses[plan.grid]
+
+    def time_of(self, prepared: Prepared) -> int | None:
+        """The position of the input that holds the time of a step."""
+        names = prepared.program.inputs
+        found = time_input([node for node in prepared.program.module.graph.nodes if node.name in names])
+        return None if found is None else names.index(found.name)
+
+    def roles(self, prepared: Prepared, analysis: Analysis, inputs: Sequence[Any]) -> Roles:
+        """Which input is what.
+
+        Raises:
+            UnsupportedGraphError: the graph is a part of a model, which cannot know what step it is in.
+        """
+        names = prepared.program.inputs
+        latents = tuple(number for number, name in enumerate(names) if name in analysis.token_sources)
+        time = self.time_of(prepared)
+        packed = all(node.op == "placeholder" for node, _ in analysis.of_type(Enter))
+        if time is None and packed and self.token_inputs is None:
+            raise UnsupportedGraphError(
+                [
+                    Refusal(
+                        "it takes tokens and no time: a part of a model, such as one block",
+                        help="compile the whole model, torch.compile(model, backend=hetcache_backend), in place of "
+                        "model.compile_repeated_blocks() or of its blocks",
+                    )
+                ]
+            )
+        conditions = tuple(
+            number
+            for number, (name, value) in enumerate(zip(names, inputs, strict=True))
+            if number not in (*latents, time) and is_condition(name, value)
+        )
+        return Roles(latents, conditions, time)
+
+    def part(self, prepared: Prepared, latents: Mapping[str, torch.Tensor], num_plans: int) -> Prepared:
+        """The graph for the samples of one plan: for every `num_plans`-th sample of the batch, the latents' dim 0.
+
+        Raises:
+            SessionError: the batch cannot be shared among the plans.
+            UnsupportedGraphError: the samples of a batch meet somewhere.
+        """
+        if num_plans == 1:
+            return prepared
+        first = next(iter(latents.values()), None)
+        if first is None:
+            raise SessionError("the session has several plans, but the latents of this model have no batch dim")
+        size = first.shape[0]
+        if size % num_plans:
+            raise SessionError(
+                f"the session has {num_plans} plans, but the batch has {size} samples: give a multiple of {num_plans}"
+            )
+        if num_plans not in prepared.parts:
+            program = prepared.program
+            module, outputs = take_samples(program.module, latents, size, size // num_plans)
+            in_spec = pytree.tree_structure((tuple(range(len(program.inputs) + 1)), {}))
+            program = replace(program, module=module, inputs=(*program.inputs, SAMPLE_INDEX), in_spec=in_spec)
+            samples = [torch.arange(p, size, num_plans, device=first.device) for p in range(num_plans)]
+            prepared.parts[num_plans] = Prepared(program, tuple((index,) for index in samples), outputs)
+        return prepared.parts[num_plans]
+
+    def form(self, prepared: Prepared, plan: Plan, kind: str, inputs: Sequence[Any]) -> CompiledForm:
+        """The compiled form of a kind for a plan's budgets, on buffers.
+
+        Raises:
+            UnsupportedGraphError: the graph has not what the plan asks for.
+            Exception: whatever the inner compiler raises.
+        """
+        options = plan.form_options.for_kind(kind)
+        key = (options, kind)
+        if key not in prepared.forms:
+            program = prepared.program
+            form = write_form(kind, program, self.analyse(prepared, plan), plan, options)
+            form, pick = without_unused_inputs(in_process(form, options), program)
+            device = device_of(inputs)
+            indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
+            buffers = [torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in form.reads]
+            mark_static(form, program, buffers)
+            run = self.compiler(form.module, [*pick(inputs), *indices, *buffers])
+            prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads)
+            check_weights(form, plan)
+            while len(prepared.forms) > MOST_FORMS:
+                prepared.forms.popitem(last=False)
+        prepared.forms.move_to_end(key)
+        return prepared.forms[key]
+
+
+def without_unused_inputs(form: Form, program: Program) -> tuple[Form, Callable[[Sequence[Any]], tuple[Any, ...]]]:
+    """The form without the model's inputs that it does not use, and what picks the others from a call's inputs."""
+    by_name = {name: number for number, name in enumerate(program.inputs)}
+    numbers: list[int] = []
+    constants: list[tuple[int, Any]] = []
+    for node in [node for node in form.module.graph.nodes if node.op == "placeholder"]:
+        if node.name in program.state:
+            if node.users:
+                constants.append((len(numbers) + len(constants), program.state[node.name]))
+            else:
+                form.module.graph.erase_node(node)
+        elif node.name in by_name:
+            if node.users:
+                numbers.append(by_name[node.name])
+            else:
+                form.module.graph.erase_node(node)
+    form.module.recompile()
+    return form, _picker(numbers, constants)
+
+
+def _picker(numbers: list[int], constants: list[tuple[int, Any]]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    if not numbers:
+        fixed = tuple(value for _, value in constants)
+        return lambda inputs: fixed
+    take = operator.itemgetter(*numbers)
+    if constants:
+
+        def pick(inputs: Sequence[Any]) -> tuple[Any, ...]:
+            values = [inputs[number] for number in numbers]
+            for place, value in constants:
+                values.insert(place, value)
+            return tuple(values)
+
+        return pick
+    return take if len(numbers) > 1 else lambda inputs: (take(inputs),)
+
+
+def mark_static(form: Form, program: Program, buffers: Sequence[torch.Tensor]) -> None:
+    """Tell compilers that weights and buffers stay where they are in memory: CUDA graphs need not copy them."""
+    for buffer in buffers:
+        torch._dynamo.mark_static_address(buffer, guard=False)
+    placeholders = [node for node in form.module.graph.nodes if node.op == "placeholder"]
+    cached = placeholders[len(placeholders) - len(form.reads) :]
+    for node in placeholders:
+        if node in cached or is_state(node.name) or node.name in program.state:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def is_condition(name: str, value: Any) -> bool:
+    """Text states, control latents, pooled embeddings: a tensor that may tell branches of guidance apart."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) or is_state(name):
+        return False
+    return value.ndim >= 2 and value.dtype != torch.bool
+
+
+def device_of(inputs: Sequence[Any]) -> torch.device:
+    """The device of the graph: the first that is not the CPU, if any."""
+    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
