@@ -166,8 +166,8 @@ def test_plans_remember_the_order(tmp_path) -> None:
 
 def test_a_model_without_a_time_is_refused() -> None:
     class Timeless(PolynomialDiT):
-        def forward(self, latents: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
-            return super().forward(latents, noise_level)
+        def forward(self, latents: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            return super().forward(latents, level)
 
     with pytest.raises(hetcache.UnsupportedGraphError, match="no input is called timestep"):
         hetcache.rewrite(Timeless(1), plan(1), (latents(), torch.tensor([1.0])))

@@ -179,12 +179,12 @@ def test_the_session_follows_the_weights_through_compilation() -> None:
 def test_a_step_that_turns_out_full_is_not_corrected() -> None:
     """A call that finds no cache is FULL whatever the plan says; then weights of another kind do not hold."""
     plan = plan_of(2, Prediction(1, True, corrects=True))
-    with hetcache.session(plan) as session:
-        for step, kind in enumerate(plan.steps):
-            planned = session.index("step_weights", torch.device("cpu"), kind=kind, step=step)
-            assert planned.numpy() == pytest.approx(plan.weights[step])
-        other = session.index("step_weights", torch.device("cpu"), kind=StepKind.FULL, step=2)
-        assert not other.any()
+    session = hetcache.session(plan)
+    for step, kind in enumerate(plan.steps):
+        planned = session.index("step_weights", torch.device("cpu"), kind=kind, step=step)
+        assert planned.numpy() == pytest.approx(plan.weights[step])
+    other = session.index("step_weights", torch.device("cpu"), kind=StepKind.FULL, step=2)
+    assert not other.any()
 
 
 def test_how_far_solvers_step() -> None:
@@ -278,7 +278,7 @@ def test_plans_with_and_without_weights_do_not_stand_in_for_each_other() -> None
         return session.stats.steps
 
     assert steps(plain) == {"FULL": 2, "PARTIAL": 0, "REUSE": 1}
-    with pytest.warns(UserWarning, match="other than moves"):
+    with pytest.warns(UserWarning, match="other than moves|all 3 calls ran plainly"):
         assert steps(plan) == {"FULL": 0, "PARTIAL": 0, "REUSE": 0}
     assert steps(plain) == {"FULL": 2, "PARTIAL": 0, "REUSE": 1}
 

@@ -118,7 +118,7 @@ def test_a_full_mask_makes_every_token_active():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"margin_ratio": 1.1}, {"context_ratio": -0.1}, {"cached_ratio": 2}, {"multiple": 0},
+        {"margin_ratio": 1.1}, {"context_ratio": -0.1}, {"cached_ratio": 2}, {"multiple": -1},
         {"num_inference_steps": 0}, {"schedule": "warp"}, {"schedule": "PF"}, {"schedule": ["F", "P"]},
         {"schedule": "teacache:0.1"}, {"schedule": ["F", "X"], "num_inference_steps": 2},
     ],

@@ -181,8 +181,7 @@ def warm_up(pipe: Any, request: EditRequest, plan: Plan | None, progress: Progre
         run_pipeline(pipe, _short(request, 1), "compiling the plain model", progress, decode=False)
         return 0.0
     kinds = tuple(kind for kind in StepKind if kind in plan.steps)
-    nothing = plan.timesteps[:0]
-    with session(replace(plan, steps=kinds, timesteps=nothing, distances=nothing, weights=plan.weights[:0])) as opened:
+    with session(plan.with_steps(kinds)) as opened:
         run_pipeline(pipe, _short(request, len(kinds)), "compiling the forms", progress, decode=False)
     return opened.stats.compile_seconds
 

@@ -136,6 +136,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
 
     def run_step(self, session: Session, inputs: Buffers) -> Buffers:
         """The step of the session that comes now."""
+        session.tried_calls += 1
         if len(session.plans) > 1:
             raise SessionError("an engine has one mask for all samples of a batch: open a session with one plan")
         self.check_plan(session.plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Protocol, Self
@@ -324,6 +324,14 @@ class Plan:
         """The same partition with other step kinds."""
         steps = make_schedule(schedule, len(self.steps), self.distances if self.distances.size else None)
         return replace(self, steps=steps, schedule=schedule_name(schedule), weights=self.weights[:0])
+
+    def with_steps(self, steps: Sequence[StepKind]) -> Plan:
+        """The same partition with other steps, any number of them, of which no times and no weights are known."""
+        nothing = np.zeros(0)
+        return replace(
+            self, steps=tuple(steps), schedule="list", timesteps=nothing, sigmas=nothing, distances=nothing,
+            weights=self.weights[:0],
+        )  # fmt: skip
 
     def tokens_of(self, kind: TokenKind) -> NDArray[np.bool_]:
         """Bool `[T', H', W']`: the tokens of one kind."""

@@ -106,6 +106,7 @@ class CompiledGraph:
         session = current_session()
         if session is None:
             return self.run_plain(inputs)
+        session.tried_calls += 1
         shapes = self._varying(inputs)
         key = (shapes, session.route_key)
         route = self._routes.get(key)

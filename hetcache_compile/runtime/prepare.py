@@ -190,10 +190,10 @@ class Preparer:
             mark_static(form, program, buffers)
             run = self.compiler(form.module, [*pick(inputs), *indices, *buffers])
             prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads)
-            check_weights(form, plan)
             while len(prepared.forms) > MOST_FORMS:
                 prepared.forms.popitem(last=False)
         prepared.forms.move_to_end(key)
+        check_weights(prepared.forms[key].indices, plan)
         return prepared.forms[key]
 
 

@@ -60,7 +60,7 @@ class Forms:
         if different := self.plan.form_options.differences(plan.form_options):
             raise SessionError(f"these forms are for a plan with another {different}: rewrite the model for this one")
         for form in self.by_kind.values():
-            check_weights(form, plan)
+            check_weights(form.indices, plan)
         return Forms(self.program, self.analysis, plan, self.by_kind)
 
     def full(self, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
@@ -104,14 +104,14 @@ def write_form(kind: str, program: Program, analysis: Analysis, plan: Plan, opti
         UnsupportedGraphError: the graph has not what the plan asks for.
     """
     form = pipeline.write_form(kind, program.module, analysis, options or plan.form_options)
-    check_weights(form, plan)
+    check_weights(form.indices, plan)
     return form
 
 
-def check_weights(form: Form, plan: Plan) -> None:
+def check_weights(indices: Sequence[str], plan: Plan) -> None:
     """Raise `UnsupportedGraphError` if the plan has weights that the form cannot take. Plans share forms whether they
     have weights or not, so forms that were made for another plan have to be checked too."""
-    if plan.weights.size and STEP_WEIGHTS not in form.indices:
+    if plan.weights.size and STEP_WEIGHTS not in indices:
         reason = "something other than moves comes after the last token, where a step's weights cannot reach it"
         raise UnsupportedGraphError([Refusal(reason, help="make the plan with multistep=0")])
 

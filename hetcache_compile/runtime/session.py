@@ -177,7 +177,7 @@ class Session:
         self.strict, self.check_finite = strict, check_finite
         self.stats = Stats()
         self.is_open = False
-        self.refused_calls = self.foreign_calls = 0
+        self.tried_calls = self.refused_calls = self.foreign_calls = 0
         self._warned: set[str] = set()
         self._topics: set[str | None] = set()
         self._models: Any = WeakIdKeyDictionary()
@@ -389,6 +389,8 @@ class Session:
     def _say_what_did_not_run(self) -> None:
         if self.stats.kinds or all(kind is StepKind.FULL for kind in self.plan.steps):
             return
+        if self.tried_calls > self.refused_calls:
+            return  # the others raised errors that somebody has seen
         if self.refused_calls:
             reason = f"all {self.refused_calls} calls ran plainly, for the reasons said before"
         elif self.foreign_calls:
