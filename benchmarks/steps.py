@@ -24,7 +24,8 @@ import hetcache_compile as hetcache
 from hetcache_compile.passes.analysis.flops import flop_counter
 from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.provenance import processor_name
-from hetcache_compile.runtime.backend import hetcache_backend, inner_backend
+from hetcache_compile.runtime.backend import hetcache_backend
+from hetcache_compile.runtime.options import BackendOptions
 from hetcache_compile.runtime.timing import Stopwatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,8 +79,8 @@ def measure_cache(model, kwargs: dict, forms) -> dict[str, int]:
     with hetcache.session(plan) as session:
         sizes = []
         for _ in range(2):
-            for _ in plan.steps:
-                compiled(**kwargs)
+            for step in range(len(plan.steps)):
+                compiled(**{**kwargs, "timestep": kwargs["timestep"] - step})
             sizes.append(session.stats.cache_bytes)
     return {
         "planned_bytes": forms.buffer_bytes,
@@ -116,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     model, kwargs = build(args.width, args.layers, args.control_layers, args.device, dtype)
-    inner = inner_backend(args.inner, None)
+    inner = BackendOptions(args.inner).compiler()
     num_tokens = int(np.prod(GRID))
 
     runs, flops, forms = {}, {}, None

@@ -33,26 +33,31 @@ from ..plan.schedule import StepKind
 from ..runtime.dispatch import check_finite, time_value
 from ..runtime.session import Call, Session, current_session
 from ..runtime.timing import Stopwatch
-from .manifest import FormSpec, Manifest, TensorSpec
-from .runners import RUNNERS, Runner, form_of
+from .manifest import FormSpec, Manifest, TensorSpec, check_files
+from .runners import RUNNERS, TENSORRT_PROVIDERS, Runner, form_of
 
 Buffers = dict[Any, torch.Tensor]
 
 
-def load(folder: str | PathLike[str], provider: str = "ort-cpu") -> Engine:
+def load(folder: str | PathLike[str], provider: str = "ort-cpu", *, verify: bool = True) -> Engine:
     """Load what `hetcache-export` wrote.
 
     Args:
         folder: its `--out`.
         provider: `ort-cpu`, `ort-cuda`, `tensorrt` or `tensorrt-rtx`.
+        verify: compare the files with the hashes in the manifest, which reads them once.
 
     Raises:
-        EngineError: no export folder, or the provider cannot run here.
+        EngineError: no export folder, a file in it is missing or damaged, or the provider cannot run here.
         MissingExtraError: the provider's package is not installed.
     """
     if provider not in RUNNERS:
         raise EngineError(f"unknown provider {provider!r}: give one of {', '.join(RUNNERS)}")
     manifest = Manifest.load(Path(folder))
+    if verify:
+        kind = TENSORRT_PROVIDERS[provider][0] if provider in TENSORRT_PROVIDERS else None
+        if kind is None or kind in manifest.engines:
+            check_files(Path(folder), manifest, kind)
     runner = RUNNERS[provider](Path(folder), manifest, provider)
     return Engine(manifest, runner, Plan.load(Path(folder) / manifest.plan.file))
 

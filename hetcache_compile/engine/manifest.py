@@ -215,6 +215,33 @@ class Manifest:
             raise EngineError(f"{folder / MANIFEST_FILE}: {error}") from error
 
 
+def check_files(folder: Path, manifest: Manifest, kind: str | None) -> None:
+    """Compare the files that a provider reads with the hashes that the exporter wrote down.
+
+    Args:
+        folder: the export.
+        manifest: of it.
+        kind: of the engines that will run, or None for the ONNX files and their weights.
+
+    Raises:
+        EngineError: a file is missing, or holds something else than what was exported.
+    """
+    if kind is None:
+        files = {form.file: form.sha256 for form in manifest.forms.values()}
+        files[manifest.weights.file] = manifest.weights.sha256
+    else:
+        files = {engine.file: engine.sha256 for engine in manifest.engines[kind].forms.values()}
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise EngineError(f"{path} is missing: export the model again")
+        if sha256_of(path) != expected:
+            raise EngineError(
+                f"{path} is damaged or was changed after the export: export the model again, "
+                "or load it with verify=False"
+            )
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:

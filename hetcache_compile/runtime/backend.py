@@ -6,14 +6,33 @@ shapes, by grid, and by what forms know of a plan. A new mask with the same budg
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from .dispatch import CompiledGraph
 from .options import BackendOptions, Compiled
-from .session import own_session
+from .session import HetCacheWarning, own_session
+
+
+def warn_of_recompile_limit() -> None:
+    """Say when Dynamo will compile this model no more: further shapes and changed models run eagerly, uncached."""
+    compile_id = CompileContext.current_compile_id()
+    limit = getattr(torch._dynamo.config, "recompile_limit", None)
+    if compile_id is None or limit is None or compile_id.frame_compile_id is None:
+        return
+    if compile_id.frame_compile_id + 1 >= limit:
+        warnings.warn(
+            f"hetcache: Dynamo has compiled this model {limit} times, which is its limit: for another shape, or after "
+            "another change to the model, it runs eagerly and uncached. TORCH_LOGS=recompiles shows why; "
+            "torch._dynamo.config.recompile_limit is the limit",
+            HetCacheWarning,
+            stacklevel=2,
+        )
 
 
 def hetcache_backend(
@@ -39,6 +58,7 @@ def hetcache_backend(
         ValueError: there is no such option or mode.
     """
     compiled = CompiledGraph(graph, BackendOptions.of(options, mode))
+    warn_of_recompile_limit()
     if own_session() is None:
         compiled.plain = compiled.compiler(graph, list(example_inputs))
     return compiled

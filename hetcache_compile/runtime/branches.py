@@ -57,7 +57,7 @@ class Branch:
 
     owner: Hashable | None = None
     step: int | None = None
-    weights: Hashable | None = None
+    weights: int | None = None
     conditions: tuple[Remembered, ...] = ()
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None

@@ -34,7 +34,7 @@ class Program:
         inputs: names of the other placeholders, in the order of the flattened `(args, kwargs)`.
         in_spec: tree of `(args, kwargs)`.
         out_spec: tree of the model's own output.
-        assumed: inputs that the graph is right for only if they have these values (see `known`).
+        assumed: inputs that the graph is right for only if they have these values (see `assumed_values`).
     """
 
     module: GraphModule
@@ -44,6 +44,24 @@ class Program:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     assumed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def with_weights_of(self, model: nn.Module) -> Program:
+        """The program with the tensors that the model holds now; itself if they are the same.
+
+        Raises:
+            SessionError: a weight is gone, or has another shape, type or device: the graph is another one.
+        """
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        changed: dict[str, torch.Tensor] = {}
+        for name, tensor in self.state.items():
+            target = self.targets[name]
+            now = held.get(target, tensor)
+            if now is tensor:
+                continue
+            if (now.shape, now.dtype, now.device) != (tensor.shape, tensor.dtype, tensor.device):
+                raise SessionError(f"{target} has another shape, type or device than before: rewrite the model anew")
+            changed[name] = now
+        return replace(self, state={**self.state, **changed}) if changed else self
 
     def flat_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """One value for each placeholder, in order.

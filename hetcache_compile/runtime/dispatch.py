@@ -6,16 +6,18 @@ between calls is in a `Route`, made once for a graph, its shapes and what forms 
 
 from __future__ import annotations
 
-import operator
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError
+from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
 from ..passes.ir.axis import AxisState
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
@@ -25,8 +27,12 @@ from .options import BackendOptions, Compiled
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles, device_of
 from .session import Call, Session, current_session
 from .timing import Stopwatch
+from .weights import Weights
 
 GRAPH_BREAK = "graph break"
+ASSUMED = "another value of an input that the graph depends on"
+MOST_ROUTES = 64
+"""Sets of shapes and options of plans for which one graph keeps its forms; the oldest goes first."""
 
 
 class NotCachedError(Exception):
@@ -35,31 +41,6 @@ class NotCachedError(Exception):
     def __init__(self, message: str, topic: str | None = None) -> None:
         super().__init__(message)
         self.topic = topic
-
-
-class Weights:
-    """The weights among a graph's inputs, and whether they changed.
-
-    A weight is known to change when it is another tensor, in other memory, or when it was written in place; torch
-    counts that for all but tensors of inference mode and writes through `.data`.
-    """
-
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        self.numbers = [n for n, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)]
-        self.pick: Callable[[Sequence[Any]], Any] | None = operator.itemgetter(*self.numbers) if self.numbers else None
-        self.counted = not any(inputs[number].is_inference() for number in self.numbers)
-
-    def now(self, inputs: Sequence[Any]) -> Hashable:
-        """A value that is another one after they changed."""
-        if self.pick is None:
-            return None
-        weights = self.pick(inputs) if len(self.numbers) > 1 else (self.pick(inputs),)
-        versions = sum(map(_VERSION, weights)) if self.counted else 0
-        return versions, sum(map(_ADDRESS, weights))
-
-
-_VERSION = operator.attrgetter("_version")
-_ADDRESS = torch.Tensor.data_ptr
 
 
 @dataclass
@@ -99,7 +80,7 @@ class CompiledGraph:
         self._plain: dict[Hashable, Compiled] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._prepared: dict[Hashable, Prepared] = {}
-        self._routes: dict[Hashable, Route | NotCachedError] = {}
+        self._routes: OrderedDict[Hashable, Route | NotCachedError] = OrderedDict()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, as the open session says, or plainly."""
@@ -112,6 +93,8 @@ class CompiledGraph:
         route = self._routes.get(key)
         if route is None:
             route = self._routes[key] = self.find_route(session, inputs, shapes)
+            while len(self._routes) > MOST_ROUTES:
+                self._routes.popitem(last=False)
         if isinstance(route, Route):
             try:
                 with torch.no_grad():
@@ -143,7 +126,7 @@ class CompiledGraph:
             SessionError: the batch cannot be shared among the session's plans.
         """
         plan = session.plan
-        with LOCK, torch.no_grad():
+        with LOCK, normal_mode():
             try:
                 if shapes not in self._prepared:
                     self._prepared[shapes] = self.preparer.capture(inputs)
@@ -183,20 +166,21 @@ class CompiledGraph:
         start = time.perf_counter()
         roles = route.roles
         self._check_assumed(route, inputs)
+        anchor = route.weights.anchor(inputs)
+        model = self if anchor is None else anchor
         call = Call(
-            model=self._anchor(route, inputs),
+            model=model,
             owner=route.key,
             time=None if roles.time is None else time_value(inputs[roles.time]),
             latents=[inputs[number] for number in roles.latents],
             conditions=[inputs[number] for number in roles.conditions],
-            weights=route.weights.now(inputs),
+            weights=lambda thorough: route.weights.generation(model, inputs, thorough),
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
         if turn.kind is StepKind.FULL and session.check_finite:
             check_finite(call.latents, turn.step, len(session.stats.kinds))
-        plans = range(len(session.plans))
-        buffers = [buffers_for(session, form, turn.branch, route.key, p, route.device) for p in plans]
+        buffers = self._buffers(session, form, turn.branch, route)
         compile_seconds = time.perf_counter() - start
         if turn.kind is StepKind.FULL:
             session.begun_full(turn)
@@ -212,8 +196,27 @@ class CompiledGraph:
         session.finish(turn, call, watch.stop(), compile_seconds)
         return join(results, route.part.outputs)
 
+    def _buffers(self, session: Session, form: CompiledForm, branch: Branch, route: Route) -> list[list[torch.Tensor]]:
+        """The buffers of each plan's samples.
+
+        Raises:
+            NotCachedError: there is not enough memory for them.
+        """
+        plans = range(len(session.plans))
+        try:
+            return [buffers_for(session, form, branch, route.key, p, route.device) for p in plans]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            session.release()
+            needed = len(plans) * sum(entry.num_bytes for entry in form.reads) / 2**30
+            raise NotCachedError(
+                f"there is not enough memory for the {needed:.2g} GiB of a cache: make the plan with a smaller "
+                "cached_ratio or merged_ratio, or without context_extrapolation"
+            ) from error
+
     def _make_form(self, session: Session, route: Route, kind: StepKind, inputs: Sequence[Any]) -> CompiledForm:
-        with LOCK:
+        with LOCK, normal_mode():
             try:
                 given = (*inputs, *route.part.samples[0])
                 form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given)
@@ -221,21 +224,14 @@ class CompiledGraph:
                 raise self._refusal(error) from error
         return form
 
-    def _anchor(self, route: Route, inputs: Sequence[Any]) -> Any:
-        """What the model is known by: Dynamo may run one graph for two modules of the same structure (two experts)."""
-        numbers = route.weights.numbers
-        return inputs[numbers[0]] if numbers else self
-
     def _check_assumed(self, route: Route, inputs: Sequence[Any]) -> None:
+        """Raise `NotCachedError` if an input that the graph was captured for has another value."""
         program = route.prepared.program
         for name, value in program.assumed.items():
             if not holds(remember([value])[0], inputs[program.inputs.index(name)]):
                 raise NotCachedError(
                     f"the graph was captured for another value of {name}, on which its shape depends", ASSUMED
                 )
-
-
-ASSUMED = "another value of an input that the graph depends on"
 
 
 def varying_inputs(graph: GraphModule) -> Callable[[Sequence[Any]], Hashable]:
@@ -260,11 +256,18 @@ def _may_vary(value: Any) -> bool:
 
 
 def signature_of(inputs: Sequence[Any]) -> Hashable:
-    """What makes a graph static: shapes, types and devices of tensors, values of anything else."""
+    """What makes a graph static: shapes, strides, types and devices of tensors, values of anything else."""
     return tuple(
-        (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+        (tuple(value.shape), value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
         for value in inputs
     )
+
+
+@contextmanager
+def normal_mode() -> Iterator[None]:
+    """Tensors made here are of no inference mode, whatever mode the call is in: later calls may be in another one."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def time_value(time: Any) -> float:
@@ -281,11 +284,14 @@ def graph_break_of(graph: GraphModule) -> str:
         return ""
     frames = list(reason.user_stack)
     place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    cause = str(reason.reason).strip().splitlines()[0] if str(reason.reason).strip() else "a graph break"
-    return (
-        f"Dynamo cannot capture the whole model, so nothing is cached: {cause}{place}. A hook on the model does that: "
-        "with offloading by group or leaf, and with layerwise casting, use pipe.enable_model_cpu_offload() instead"
-    )
+    cause = next(iter(str(reason.reason).strip().splitlines()), "a graph break")
+    help = "torch.compile(model, fullgraph=True) shows more"
+    if any("hooks" in Path(frame.filename).parts or "hook" in frame.name for frame in frames):
+        help = (
+            "a hook on the model does that; for offloading use pipe.enable_model_cpu_offload() in place of group "
+            "offloading, and leave layerwise casting off"
+        )
+    return f"Dynamo cannot capture the whole model, so nothing is cached: {cause}{place}: {help}"
 
 
 def buffers_for(
@@ -301,7 +307,8 @@ def buffers_for(
         name = (number, entry.input_name)
         buffer = memory.get(name)
         if buffer is None:
-            buffer = memory[name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+            with normal_mode():
+                buffer = memory[name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
             torch._dynamo.mark_static_address(buffer, guard=False)
             session.allocated(buffer.untyped_storage().nbytes())
         buffers.append(buffer)

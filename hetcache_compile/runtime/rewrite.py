@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,14 +31,17 @@ class Forms:
     `full(*args, **kwargs)` returns `(output, cache)`; the others take the cache first and return the next one. `full`
     begins an edit; `run("full", cache, args, kwargs)` goes on with one, so that later predictions can start from what
     was computed before. A cache is a dict from `CacheEntry.input_name` to tensor; forms never change one in place.
-    Other plans with
-    the same budgets can use the same forms: pass their indices with `for_plan`.
+    Other plans with the same budgets can use the same forms: pass their indices with `for_plan`.
+
+    Forms run on the weights that the model has now, loaded and fused since or not. A cache knows nothing of that: after
+    a change begin with a full step.
     """
 
     program: Program
     analysis: Analysis
     plan: Plan
     by_kind: Mapping[str, Form]
+    model: nn.Module | None = None
 
     @property
     def cache_entries(self) -> tuple[CacheEntry, ...]:
@@ -52,7 +55,7 @@ class Forms:
 
     @property
     def buffer_bytes(self) -> int:
-        """Size of the buffers that a session keeps for one branch (see `passes.layout`)."""
+        """Size of the buffers that a session keeps for one branch (see `passes.forms.all_rows`)."""
         return sum(entry.num_bytes for entry in pipeline.in_process(self.by_kind["full"], self.plan.form_options).reads)
 
     def for_plan(self, plan: Plan) -> Forms:
@@ -61,7 +64,7 @@ class Forms:
             raise SessionError(f"these forms are for a plan with another {different}: rewrite the model for this one")
         for form in self.by_kind.values():
             check_weights(form.indices, plan)
-        return Forms(self.program, self.analysis, plan, self.by_kind)
+        return Forms(self.program, self.analysis, plan, self.by_kind, self.model)
 
     def full(self, *args: Any, **kwargs: Any) -> tuple[Any, Cache]:
         """The plain model, and a fresh cache."""
@@ -78,9 +81,11 @@ class Forms:
     def run(
         self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any], step: int | None = None
     ) -> tuple[Any, Cache]:
-        """Run the form `kind`; with `step`, the number of a step, as the plan's weights say (see `passes.blend`)."""
+        """Run the form `kind`; with `step`, the number of a step, as the plan's weights say (see
+        `passes.forms.step_weights`)."""
         form = self.by_kind[kind]
-        inputs = self.program.flat_inputs(args, kwargs)
+        program = self.program if self.model is None else self.program.with_weights_of(self.model)
+        inputs = program.flat_inputs(args, kwargs)
         device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
         values = {name: getattr(self.plan, name) for name in form.indices}
         if step is not None and self.plan.weights.size:
@@ -138,8 +143,9 @@ def rewrite(
         UnsupportedGraphError: with every reason why the graph cannot be rewritten.
         GridMismatchError: the plan is for another grid.
     """
-    program = capture(getattr(model, "_orig_mod", model), args, kwargs or {})
-    return write_forms(program, analyse(program.module, plan.grid, token_inputs), plan)
+    model = getattr(model, "_orig_mod", model)
+    program = capture(model, args, kwargs or {})
+    return replace(write_forms(program, analyse(program.module, plan.grid, token_inputs), plan), model=model)
 
 
 def write_forms(program: Program, analysis: Analysis, plan: Plan) -> Forms:

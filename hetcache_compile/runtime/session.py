@@ -109,7 +109,7 @@ class Call:
         time: what the model is given; None if it is given none.
         latents: the tensors that hold tokens.
         conditions: other tensors that tell branches of guidance apart.
-        weights: what the weights are now.
+        weights: a number that changes with the weights; given True, every weight is looked at.
     """
 
     model: Any
@@ -117,7 +117,7 @@ class Call:
     time: float | None
     latents: Sequence[torch.Tensor]
     conditions: Sequence[torch.Tensor]
-    weights: Hashable = None
+    weights: Callable[[bool], int] = lambda thorough: 0
 
 
 @dataclass(slots=True)
@@ -129,12 +129,14 @@ class Turn:
         step: of the plan; None where the plan does not know it.
         branch: whose buffers it uses.
         fresh: whether the branch holds nothing that the call could go on from.
+        weights: the number of the weights that it runs on.
     """
 
     kind: StepKind
     step: int | None
     branch: Branch
     fresh: bool
+    weights: int
     _reading: Reading
     _track: Track
     _changed: set[int]
@@ -280,12 +282,14 @@ class Session:
             self._note_unplanned(call, reading)
         branch, changed = track.branch_of(reading, call.conditions)
         step = reading.step
-        continues = branch.owner == call.owner and branch.weights == call.weights and not changed
+        planned = StepKind.FULL if step is None else self.plan.steps[step]
+        weights = call.weights(planned is not StepKind.REUSE)
+        continues = branch.owner == call.owner and branch.weights == weights and not changed
         follows = continues and reading.fits and (branch.step is None or step is None or step - branch.step <= 1)
-        kind = self.plan.steps[step] if follows and step is not None else StepKind.FULL
+        kind = planned if follows else StepKind.FULL
         self._free_idle_models(model, step)
         model.calls += 1
-        return Turn(kind, step, branch, not continues, reading, track, changed)
+        return Turn(kind, step, branch, not continues, weights, reading, track, changed)
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step is about to overwrite the cache: an error must not leave half of one."""
@@ -295,7 +299,7 @@ class Session:
         """The call was made."""
         branch, track = turn.branch, turn._track
         if turn.kind is StepKind.FULL:
-            branch.owner, branch.weights = call.owner, call.weights
+            branch.owner, branch.weights = call.owner, turn.weights
         branch.step = turn.step
         if track.name is None:
             branch.keep(call.conditions, turn._changed)

@@ -1,0 +1,83 @@
+"""Whether a model's weights changed since its cache was filled."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+WINDOW = 256
+"""Weights that are looked at in a call that computes nothing; all of a model that has no more."""
+State = tuple[tuple[int, ...], tuple[int, ...]]
+"""Addresses of some weights, and how often each was written in place."""
+
+_address = torch.Tensor.data_ptr
+_version = operator.attrgetter("_version")
+
+
+@dataclass
+class Seen:
+    """The weights of one model as they were last seen, by window, how often they changed, and where to look next."""
+
+    states: list[State]
+    generation: int = 0
+    next: int = 0
+
+
+class Weights:
+    """The weights among a graph's inputs.
+
+    A weight changes when it is another tensor, in other memory, or written in place, which torch counts for all but
+    tensors of inference mode and writes through `.data`. A call that computes looks at every weight. One that only
+    reads the cache looks at `WINDOW` of them, spread over the whole model, and at others the next time: loading,
+    moving, casting and fusing change weights everywhere.
+
+    Args:
+        inputs: of a call.
+    """
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        numbers = [number for number, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)]
+        self._first = numbers[0] if numbers else None
+        self._counted = not any(inputs[number].is_inference() for number in numbers)
+        count = -(-len(numbers) // WINDOW)
+        # Of one number alone an itemgetter makes no tuple.
+        windows = [numbers[start::count] for start in range(count)]
+        self._windows = [operator.itemgetter(*(window * 2 if len(window) == 1 else window)) for window in windows]
+        self._models: Any = WeakIdKeyDictionary()
+
+    def anchor(self, inputs: Sequence[Any]) -> Any:
+        """What the model is known by: its first weight. Dynamo may run one graph for two modules of one structure."""
+        return None if self._first is None else inputs[self._first]
+
+    def generation(self, model: Any, inputs: Sequence[Any], thorough: bool) -> int:
+        """A number that is another one after the weights changed.
+
+        Args:
+            model: its anchor.
+            inputs: of the call.
+            thorough: whether to look at every weight.
+        """
+        seen = self._models.get(model)
+        if seen is None:
+            self._models[model] = Seen(self._all(inputs))
+            return 0
+        if not self._windows:
+            return 0
+        if thorough or self._state(seen.next, inputs) != seen.states[seen.next]:
+            states = self._all(inputs)
+            if states != seen.states:
+                seen.states, seen.generation = states, seen.generation + 1
+        seen.next = (seen.next + 1) % len(self._windows)
+        return int(seen.generation)
+
+    def _all(self, inputs: Sequence[Any]) -> list[State]:
+        return [self._state(window, inputs) for window in range(len(self._windows))]
+
+    def _state(self, window: int, inputs: Sequence[Any]) -> State:
+        weights = self._windows[window](inputs)
+        return tuple(map(_address, weights)), tuple(map(_version, weights)) if self._counted else ()
