@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..capture.rewrite import Forms
 from ..engine.manifest import MANIFEST_FILE, Manifest
 from ..errors import MissingExtraError, NotEnoughMemoryError, is_out_of_memory
 from ..passes.analysis.inputs import TokenInputs
 from ..plan.plan import Plan
-from ..runtime.rewrite import Forms
 from .model.options import ExportOptions, Progress
 from .model.sample_call import CallShape
 from .model.samples import sample_tensors, write_samples

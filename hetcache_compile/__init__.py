@@ -9,6 +9,7 @@ with hetcache.session(plan) as session:
 """
 
 from .calibration.calibration import Calibration
+from .capture.rewrite import Forms, rewrite
 from .errors import (
     CalibrationError,
     GridMismatchError,
@@ -30,7 +31,6 @@ from .plan.plan import Plan
 from .plan.schedule import PRESETS, StepKind
 from .provenance import __version__ as __version__
 from .runtime.backend import hetcache_backend
-from .runtime.rewrite import Forms, rewrite
 from .runtime.session import Session, session
 
 __all__ = [

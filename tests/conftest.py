@@ -15,11 +15,11 @@ import torch
 from models import Case
 
 from hetcache_compile import Forms, Plan
+from hetcache_compile.capture.capture import Program, capture
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
 from hetcache_compile.passes.ir.contract import Budgets
 from hetcache_compile.passes.ir.form import Form
 from hetcache_compile.passes.writing.write import WRITERS
-from hetcache_compile.runtime.capture import Program, capture
 
 SLOW = ("zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli")
 """The files that take half a minute and more, the slowest first."""

@@ -15,9 +15,9 @@ import torch
 from torch.fx import Interpreter, Node
 
 from hetcache_compile import Plan
+from hetcache_compile.capture.capture import Program
 from hetcache_compile.passes.analysis.analyse import Analysis
 from hetcache_compile.passes.ir.axis import Accumulate, Attend, Leave, Tokens
-from hetcache_compile.runtime.capture import Program
 
 
 def computed_rows(tokens: Tokens, active: Sequence[bool]) -> torch.Tensor:

@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 from zoo.entry import Entry
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture.capture import Program, capture
+from hetcache_compile.capture.rewrite import Forms
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
 from hetcache_compile.passes.ir.axis import Accumulate, Attend
 from hetcache_compile.passes.writing.write import WRITERS
 from hetcache_compile.plan.plan import Plan
 from hetcache_compile.plan.schedule import StepKind
-from hetcache_compile.runtime.capture import Program, capture
-from hetcache_compile.runtime.rewrite import Forms
 
 TOLERANCE = 1e-5  # relative to the largest value of an output; fp32 rounding through a few layers stays below
 

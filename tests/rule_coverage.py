@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from hetcache_compile.capture.capture import capture
 from hetcache_compile.passes.analysis.analyse import analyse
 from hetcache_compile.passes.analysis.inputs import TokenInputs
 from hetcache_compile.passes.ir.axis import Parts, Piece, Tokens
@@ -24,7 +25,6 @@ from hetcache_compile.passes.ir.refusal import GridMismatchError, UnsupportedGra
 from hetcache_compile.passes.rules.table import RULES
 from hetcache_compile.passes.testing.oracle import wrong_rules
 from hetcache_compile.passes.testing.samples import ACCEPTED
-from hetcache_compile.runtime.capture import capture
 
 NO_RULE = "no rule for this operator"
 

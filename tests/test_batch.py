@@ -33,10 +33,10 @@ from zoo import ENTRIES
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
+from hetcache_compile.capture.capture import capture
 from hetcache_compile.passes.analysis.analyse import analyse
 from hetcache_compile.passes.ir.axis import Tokens
 from hetcache_compile.passes.writing.batch import join_samples, take_samples
-from hetcache_compile.runtime.capture import capture
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 STEPS = "FPRPFRP"

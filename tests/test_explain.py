@@ -15,12 +15,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture.capture import capture
+from hetcache_compile.capture.explain import Explanation, explain, write_picture
 from hetcache_compile.cli.main import app
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.passes.analysis.flops import graph_flops
 from hetcache_compile.reference.demo import save_random_checkpoint
-from hetcache_compile.runtime.capture import capture
-from hetcache_compile.runtime.explain import Explanation, explain, write_picture
 
 QUARTER = NUM_TOKENS // 4
 

@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture.rewrite import Forms
 from hetcache_compile.passes.analysis.normalise import (
     PASSES,
     drop_asserts,
@@ -28,7 +29,6 @@ from hetcache_compile.passes.analysis.normalise import (
 )
 from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.passes.ir.refusal import module_path, shape_of, source_line
-from hetcache_compile.runtime.rewrite import Forms
 
 aten = torch.ops.aten
 

@@ -134,10 +134,10 @@ def test_a_weight_is_no_time() -> None:
             super().__init__(1)
             self.timestep_scale = nn.Parameter(torch.tensor([500.0]))
 
-        def forward(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return super().forward(latents, t * self.timestep_scale)
+        def forward(self, latents: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            return super().forward(latents, level * self.timestep_scale)
 
-    with pytest.raises(UnsupportedGraphError, match=r"(?s)no input is called timestep.*latents, t$"):
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)no input is called timestep.*latents, level"):
         hetcache.rewrite(Scaled(), plan(1), (torch.randn(1, 3, *GRID), torch.ones(1)))
 
 

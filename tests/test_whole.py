@@ -13,10 +13,10 @@ from test_reject import REFUSED
 from torch import nn
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture.rewrite import Forms
 from hetcache_compile.passes.rules import attention, dims, indexing, patches
 from hetcache_compile.passes.rules import rule as query
 from hetcache_compile.passes.rules import table as rules
-from hetcache_compile.runtime.rewrite import Forms
 
 ones = torch.ones
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ...capture.rewrite import Forms, rewrite
 from ...engine.engine import BUDGETS, sized
 from ...engine.manifest import FormSpec, Manifest
 from ...engine.runners import TENSORRT_PROVIDERS, TensorRTRunner, has_driver
 from ...errors import HetCacheError, MissingExtraError
 from ...plan.plan import Plan
-from ...runtime.rewrite import Forms, rewrite
 from ..model.load_samples import read
 from ..model.sample_call import CallShape
 from ..model.samples import SAMPLES_FOLDER

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
+from ...capture.rewrite import Forms
 from ...engine.engine import Engine
 from ...engine.manifest import Manifest
 from ...engine.runners import OrtRunner
 from ...errors import ExportError
 from ...passes.forms.merge import LOG_SIZE
 from ...plan.schedule import StepKind
-from ...runtime.rewrite import Forms
 from ..model.options import Progress
 from ..model.samples import sample_tensors, write_samples
 from ..model.source import Source

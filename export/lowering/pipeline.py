@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
+from ...capture.capture import Program
 from ...passes.ir.form import Form
 from ...passes.ir.pipeline import run_passes
-from ...runtime.capture import Program
 from ..model.options import FIRST_FUSED_OPSET
 from .attention import spell_out_attention
 from .choose_by_logic import choose_by_logic

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from ...capture.rewrite import Forms
 from ...engine.engine import BUDGETS
 from ...engine.manifest import FormSpec
-from ...runtime.rewrite import Forms
 from . import load_samples
 
 SAMPLES_FOLDER = "sample_inputs"

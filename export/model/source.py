@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...capture.rewrite import Forms, rewrite
 from ...engine.manifest import ModelSpec
 from ...errors import ExportError, Refusal, UnsupportedGraphError
 from ...passes.analysis.inputs import TokenInputs
 from ...plan.plan import Plan
-from ...runtime.rewrite import Forms, rewrite
 from .sample_call import REMEDY, CallShape, read_call, sample_call
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...capture.rewrite import Forms, write_form
 from ...engine.engine import flat_inputs
 from ...engine.manifest import CacheSpec, DynamicDim, FormSpec, Manifest, PlanSpec, TensorSpec, WeightsSpec
 from ...errors import ExportError
@@ -16,7 +17,6 @@ from ...passes.analysis.flops import graph_flops
 from ...passes.ir.cache import CacheEntry
 from ...passes.ir.form import Form
 from ...provenance import __version__
-from ...runtime.rewrite import Forms, write_form
 from ..lowering.pipeline import Lowered, lower
 from ..model.options import ExportOptions
 from ..model.source import Source, describe_model

@@ -17,6 +17,7 @@ import torch
 from ..calibration.calibration import Calibration
 from ..calibration.output_weights import step_lengths
 from ..calibration.record import DEFAULTS, Array, Costs, Measured
+from ..capture.rewrite import Forms, rewrite, write_forms
 from ..edit.editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from ..edit.media import Clip
 from ..errors import CalibrationError
@@ -28,7 +29,6 @@ from ..plan.partition import TokenKind
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import hetcache_backend
-from ..runtime.rewrite import Forms, rewrite, write_forms
 from ..runtime.session import session
 from .quality import describe_clip
 

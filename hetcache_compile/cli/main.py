@@ -260,12 +260,12 @@ def explain(
     """Show what the analysis finds in a model: where tokens are born and die, caches, FLOPs of each form."""
     import numpy as np
 
+    from ..capture.explain import explain as explain_forms
+    from ..capture.explain import write_picture
+    from ..capture.rewrite import rewrite
     from ..edit.editing import load_pipeline
     from ..edit.first_call import call_of_function, call_of_pipeline
     from ..plan.plan import Plan
-    from ..runtime.explain import explain as explain_forms
-    from ..runtime.explain import write_picture
-    from ..runtime.rewrite import rewrite
 
     if ":" in model and not Path(model).exists():
         call = call_of_function(model)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ..capture.capture import first_line
 from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
 from ..passes.ir.axis import AxisState
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
 from .branches import Branch, holds, remember
-from .capture import first_line
 from .options import BackendOptions, Compiled
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles, device_of
 from .session import Call, Session, current_session

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._dynamo.source import LocalSource
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from ..capture.capture import Program, capture, with_input_names
+from ..capture.rewrite import check_weights, write_form
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
 from ..passes.analysis.inputs import TokenInputs, is_state
@@ -28,9 +31,7 @@ from ..passes.ir.form import Form
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
-from .capture import Program, capture, with_input_names
 from .options import Compiled, Compiler
-from .rewrite import check_weights, write_form
 
 LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
 """Held while anything is made: capture must not run while Dynamo compiles in another thread."""
@@ -235,12 +236,20 @@ def _picker(numbers: list[int], constants: list[tuple[int, Any]]) -> Callable[[S
 
 
 def mark_static(form: Form, program: Program, buffers: Sequence[torch.Tensor]) -> None:
-    """Tell compilers that weights and buffers stay where they are in memory: CUDA graphs need not copy them."""
+    """Tell Inductor that weights and cache buffers stay where they are in memory.
+
+    CUDA graphs then read and overwrite them in place; they copy other inputs, and are not recorded at all where one of
+    these is overwritten. AOTAutograd reads this from what Dynamo leaves on its graphs, so a form is marked like one.
+    """
     for buffer in buffers:
         torch._dynamo.mark_static_address(buffer, guard=False)
-    placeholders = [node for node in form.module.graph.nodes if node.op == "placeholder"]
-    cached = placeholders[len(placeholders) - len(form.reads) :]
+    module = form.module
+    module.meta["dynamo_compile_id"] = None
+    setattr(module, "_param_name_to_source", {})  # noqa: B010  a plain attribute, no submodule
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    cached = set(placeholders[len(placeholders) - len(form.reads) :])
     for node in placeholders:
+        node._dynamo_source = LocalSource(node.name)
         if node in cached or is_state(node.name) or node.name in program.state:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
