@@ -35,12 +35,27 @@ MOST_ROUTES = 64
 """Sets of shapes and options of plans for which one graph keeps its forms; the oldest goes first."""
 
 
-class NotCachedError(Exception):
-    """A call cannot be cached: it runs plainly. `topic` groups reasons of one kind."""
+@dataclass(frozen=True)
+class Refused:
+    """Why calls run plainly.
 
-    def __init__(self, message: str, topic: str | None = None) -> None:
-        super().__init__(message)
-        self.topic = topic
+    Attributes:
+        reason: in a sentence.
+        topic: groups reasons of one kind.
+        cause: what was raised, if something was.
+    """
+
+    reason: str
+    topic: str | None = None
+    cause: Exception | None = None
+
+
+class NotCachedError(Exception):
+    """A call cannot be cached: it runs plainly."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused.reason)
+        self.refused = refused
 
 
 @dataclass
@@ -76,11 +91,11 @@ class CompiledGraph:
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self._broken_by = graph_break_of(graph)
-        self._varying = varying_inputs(graph)
+        self._varying = varying_inputs(graph, self.preparer.floats)
         self._plain: dict[Hashable, Compiled] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._prepared: dict[Hashable, Prepared] = {}
-        self._routes: OrderedDict[Hashable, Route | NotCachedError] = OrderedDict()
+        self._routes: OrderedDict[Hashable, Route | Refused] = OrderedDict()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, as the open session says, or plainly."""
@@ -99,11 +114,11 @@ class CompiledGraph:
             try:
                 with torch.no_grad():
                     return self.run_step(session, route, inputs)
-            except NotCachedError as refusal:
-                route = refusal
-                if refusal.topic != ASSUMED:
-                    self._routes[key] = refusal
-        session.refused(str(route), route.__cause__, route.topic)
+            except NotCachedError as error:
+                route = error.refused
+                if route.topic != ASSUMED:
+                    self._routes[key] = route
+        session.refused(route.reason, route.cause, route.topic)
         return self.run_plain(inputs)
 
     def run_plain(self, inputs: Sequence[Any]) -> Any:
@@ -118,7 +133,7 @@ class CompiledGraph:
                     self._plain[key] = self.compiler(self.graph, list(inputs))
         return self._plain[key](*inputs)
 
-    def find_route(self, session: Session, inputs: Sequence[Any], shapes: Hashable) -> Route | NotCachedError:
+    def find_route(self, session: Session, inputs: Sequence[Any], shapes: Hashable) -> Route | Refused:
         """What calls of these shapes need for the session's plan, or why they run plainly.
 
         Raises:
@@ -134,7 +149,7 @@ class CompiledGraph:
                 prepared = self._prepared[shapes]
                 analysis = self.preparer.analyse(prepared, plan)
                 if self._broken_by:
-                    return NotCachedError(self._broken_by, GRAPH_BREAK)
+                    return Refused(self._broken_by, GRAPH_BREAK)
                 roles = self.preparer.roles(prepared, analysis, inputs)
                 names = prepared.program.inputs
                 latents = {names[number]: inputs[number] for number in roles.latents}
@@ -143,23 +158,12 @@ class CompiledGraph:
             except GridMismatchError as error:
                 if self.preparer.time_of(self._prepared[shapes]) is not None:
                     raise
-                return self._refusal(error)  # an encoder that is compiled too
+                return refused_by(error)  # an encoder that is compiled too
             except SessionError:
                 raise
             except Exception as error:
-                return self._refusal(error)
+                return refused_by(error)
         return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs))
-
-    def _refusal(self, error: Exception) -> NotCachedError:
-        if isinstance(error, UnsupportedGraphError | GridMismatchError):
-            refusal = NotCachedError(f"hetcache runs this graph unchanged, because {error}")
-        else:
-            refusal = NotCachedError(
-                f"hetcache runs this graph unchanged, because making it failed: {type(error).__name__}: "
-                f"{first_line(error)}"
-            )
-        refusal.__cause__ = error
-        return refusal
 
     def run_step(self, session: Session, route: Route, inputs: Sequence[Any]) -> Any:
         """One call inside a session: choose the form, make it if need be, run it on the branch's buffers."""
@@ -210,10 +214,11 @@ class CompiledGraph:
                 raise
             session.release()
             needed = len(plans) * sum(entry.num_bytes for entry in form.reads) / 2**30
-            raise NotCachedError(
+            reason = (
                 f"there is not enough memory for the {needed:.2g} GiB of a cache: make the plan with a smaller "
                 "cached_ratio or merged_ratio, or without context_extrapolation"
-            ) from error
+            )
+            raise NotCachedError(Refused(reason, cause=error)) from error
 
     def _make_form(self, session: Session, route: Route, kind: StepKind, inputs: Sequence[Any]) -> CompiledForm:
         with LOCK, normal_mode():
@@ -221,7 +226,7 @@ class CompiledGraph:
                 given = (*inputs, *route.part.samples[0])
                 form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given)
             except Exception as error:
-                raise self._refusal(error) from error
+                raise NotCachedError(refused_by(error)) from error
         return form
 
     def _check_assumed(self, route: Route, inputs: Sequence[Any]) -> None:
@@ -229,24 +234,31 @@ class CompiledGraph:
         program = route.prepared.program
         for name, value in program.assumed.items():
             if not holds(remember([value])[0], inputs[program.inputs.index(name)]):
-                raise NotCachedError(
-                    f"the graph was captured for another value of {name}, on which its shape depends", ASSUMED
-                )
+                reason = f"the graph was captured for another value of {name}, on which its shape depends"
+                raise NotCachedError(Refused(reason, ASSUMED))
 
 
-def varying_inputs(graph: GraphModule) -> Callable[[Sequence[Any]], Hashable]:
+def refused_by(error: Exception) -> Refused:
+    """What an error says of why calls run plainly."""
+    known = isinstance(error, UnsupportedGraphError | GridMismatchError)
+    reason = str(error) if known else f"making it failed: {type(error).__name__}: {first_line(error)}"
+    return Refused(f"hetcache runs this graph unchanged, because {reason}", cause=error)
+
+
+def varying_inputs(graph: GraphModule, floats: frozenset[int]) -> Callable[[Sequence[Any]], Hashable]:
     """A function of inputs that tells apart what the graph may be called with.
 
     Dynamo guards the shapes that it captured, so only symbolic ones and Python values may vary.
     """
-    varying = [
-        number
-        for number, node in enumerate(node for node in graph.graph.nodes if node.op == "placeholder")
-        if _may_vary(node.meta.get("example_value"))
-    ]
-    if not varying:
+    places = list(enumerate(graph.graph.find_nodes(op="placeholder")))
+    varying = [n for n, node in places if n not in floats and _may_vary(node.meta.get("example_value"))]
+    if not varying and not floats:
         return lambda inputs: None
-    return lambda inputs: signature_of([inputs[number] for number in varying])
+
+    def signature(inputs: Sequence[Any]) -> Hashable:
+        return signature_of([inputs[n] for n in varying]), tuple(float(inputs[n]) for n in floats)
+
+    return signature
 
 
 def _may_vary(value: Any) -> bool:

@@ -6,6 +6,7 @@ a cold model at the same time take turns.
 
 from __future__ import annotations
 
+import copy
 import operator
 import threading
 from collections import OrderedDict
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 from torch._dynamo.source import LocalSource
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..capture.capture import Program, capture, with_input_names
@@ -92,6 +94,7 @@ class Preparer:
 
     def __init__(self, graph: GraphModule, compiler: Compiler, token_inputs: TokenInputs | None) -> None:
         self.graph, self.compiler, self.token_inputs = graph, compiler, token_inputs
+        self.floats = wrapped_floats(graph)
 
     def capture(self, inputs: Sequence[Any]) -> Prepared:
         """The program for inputs of these shapes.
@@ -100,7 +103,9 @@ class Preparer:
             UnsupportedGraphError: it cannot be captured.
         """
         names = [node.name for node in self.graph.graph.nodes if node.op == "placeholder"]
-        return Prepared(with_input_names(capture(self.graph, tuple(inputs), {}), names))
+        return Prepared(
+            with_input_names(capture(with_numbers(self.graph, inputs, self.floats), tuple(inputs), {}), names)
+        )
 
     def analyse(self, prepared: Prepared, plan: Plan) -> Analysis:
         """The analysis for the plan's grid.
@@ -196,6 +201,40 @@ class Preparer:
         prepared.forms.move_to_end(key)
         check_weights(prepared.forms[key].indices, plan)
         return prepared.forms[key]
+
+
+def with_numbers(graph: GraphModule, inputs: Sequence[Any], floats: frozenset[int]) -> GraphModule:
+    """The graph with numbers in place of its inputs that are numbers: sizes, and floats that Dynamo makes symbolic.
+
+    The inputs stay, unused. Dynamo hands a float over as a tensor, and asks for its item.
+    """
+    graph = GraphModule(graph, copy.deepcopy(graph.graph))
+    places = list(graph.graph.find_nodes(op="placeholder"))
+    for number, (node, value) in enumerate(zip(places, inputs, strict=True)):
+        if isinstance(value, int | float):
+            _put(node, value)
+        elif number in floats:
+            for item in [user for user in node.users if user.target == "item"]:
+                _put(item, float(value))
+                graph.graph.erase_node(item)
+    graph.recompile()
+    return graph
+
+
+def _put(node: Node, value: float) -> None:
+    """Let every user of a node have a number in its place."""
+
+    def number(used: Node) -> Any:
+        return value if used is node else used
+
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg(user.args, number), map_arg(user.kwargs, number)
+
+
+def wrapped_floats(graph: GraphModule) -> frozenset[int]:
+    """The inputs that are floats of Python which Dynamo hands over as tensors. It tells while it compiles only."""
+    places = enumerate(graph.graph.find_nodes(op="placeholder"))
+    return frozenset(n for n, node in places if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
 
 
 def without_unused_inputs(form: Form, program: Program) -> tuple[Form, Callable[[Sequence[Any]], tuple[Any, ...]]]:

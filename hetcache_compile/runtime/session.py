@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -33,6 +33,12 @@ _BRANCH: ContextVar[str | None] = ContextVar("hetcache_branch", default=None)
 _OPEN: weakref.WeakSet[Session] = weakref.WeakSet()
 """Sessions that are open in any thread or context. One that nobody holds any more is open no more."""
 _LOCK = threading.RLock()
+
+
+def _reset(variable: ContextVar[Any], token: Token[Any]) -> None:
+    """Put a context variable back, unless a generator went on in another context, where it was never set."""
+    with contextlib.suppress(ValueError):
+        variable.reset(token)
 
 
 class HetCacheWarning(UserWarning):
@@ -231,7 +237,7 @@ class Session:
         try:
             yield self
         finally:
-            _SESSION.reset(token)
+            _reset(_SESSION, token)
 
     def restart(self) -> None:
         """Begin an edit anew with the next call, as happens by itself where time starts over. Memory is kept for it."""
@@ -257,7 +263,7 @@ class Session:
         try:
             yield
         finally:
-            _BRANCH.reset(token)
+            _reset(_BRANCH, token)
 
     # Calls
 
@@ -478,7 +484,7 @@ def observe_diffusers() -> None:
             with name_calls(self, name, *args, **kwargs) as value:
                 yield value
         finally:
-            _BRANCH.reset(token)
+            _reset(_BRANCH, token)
 
     CacheMixin.cache_context = cache_context
     if end_pipeline is None:

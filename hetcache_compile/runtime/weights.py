@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-WINDOW = 256
-"""Weights that are looked at in a call that computes nothing; all of a model that has no more."""
+FEW = 256
+"""A model of at most so many weights is looked at whole in every call."""
+WINDOW = 48
+"""Weights of a larger one that are looked at in a call that computes nothing."""
 State = tuple[tuple[int, ...], tuple[int, ...]]
 """Addresses of some weights, and how often each was written in place."""
 
@@ -33,7 +35,7 @@ class Weights:
 
     A weight changes when it is another tensor, in other memory, or written in place, which torch counts for all but
     tensors of inference mode and writes through `.data`. A call that computes looks at every weight. One that only
-    reads the cache looks at `WINDOW` of them, spread over the whole model, and at others the next time: loading,
+    reads the cache looks at some of a large model's, spread over all of it, and at others the next time: loading,
     moving, casting and fusing change weights everywhere.
 
     Args:
@@ -44,7 +46,7 @@ class Weights:
         numbers = [number for number, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)]
         self._first = numbers[0] if numbers else None
         self._counted = not any(inputs[number].is_inference() for number in numbers)
-        count = -(-len(numbers) // WINDOW)
+        count = 1 if 0 < len(numbers) <= FEW else -(-len(numbers) // WINDOW)
         # Of one number alone an itemgetter makes no tuple.
         windows = [numbers[start::count] for start in range(count)]
         self._windows = [operator.itemgetter(*(window * 2 if len(window) == 1 else window)) for window in windows]
