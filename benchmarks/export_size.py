@@ -22,7 +22,8 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
-from hetcache_compile.export.exporter import ExportOptions, export_model, versions
+from hetcache_compile.export.exporter import ExportOptions, export_model
+from hetcache_compile.export.onnx.describe import versions
 from hetcache_compile.provenance import processor_name
 
 RESULTS = Path(__file__).parent / "results"

@@ -45,7 +45,7 @@ class Peer:
 
 @dataclass
 class Rival:
-    """One peer at one setting, as a `methods.Runner`.
+    """One peer at one setting, as a `methods.RunEdit`.
 
     Without `timed` it runs eagerly, once. With it, `ways` says which ways are tried on the first clip; the fastest is
     kept in `best` by peer, where other settings find it.

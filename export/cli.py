@@ -56,7 +56,7 @@ def export(
     text_tokens: Annotated[int, typer.Option(help="Text tokens of a call.", min=1)] = 512,
     call: Annotated[
         Path | None,
-        typer.Option(help="A real call of the model: its keyword arguments, saved with torch.save. See the README."),
+        typer.Option(help="A real call's keyword arguments, saved with torch.save, as docs/export.md shows."),
     ] = None,
     token_input: TokenInput = None,
     baseline: Annotated[bool, typer.Option(help="Export the unmodified model too, to measure against.")] = True,

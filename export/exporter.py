@@ -14,13 +14,13 @@ from ..passes.analysis.inputs import TokenInputs
 from ..plan.plan import Plan
 from .model.options import ExportOptions, Progress
 from .model.sample_call import CallShape
-from .model.samples import sample_tensors, write_samples
+from .model.sample_inputs import sample_tensors, write_samples
 from .model.source import Source, load_source, rewrite_source
-from .onnx.describe import PLAN_FILE, describe, versions
+from .onnx.describe import PLAN_FILE, describe
 from .onnx.folder import new_folder
 from .serving import write_triton
 
-__all__ = ["ExportOptions", "export_model", "versions"]
+__all__ = ["ExportOptions", "export_model"]
 
 Check = Callable[[Path, Manifest, Source, Forms, Progress], Manifest]
 """Called as `check(folder, manifest, source, forms, progress)`; returns the manifest with what it found."""

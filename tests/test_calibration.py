@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind, reference
-from hetcache_compile.bench.calibrate import calibrate, inner_products, kind_masks, measure_clip, recorded
+from hetcache_compile.bench.calibrate import calibrate, computed_by, inner_products, kind_masks, measure_clip, recorded
 from hetcache_compile.bench.quality import weights_digest
 from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
 from hetcache_compile.calibration.record import Costs, Measured
@@ -427,3 +427,20 @@ def test_errors_count_as_they_are_amplified(calibrated):
     ).steps
     errors = [expect(known, steps, known.timesteps, 0.5).error for known in (measured, louder)]
     assert errors[1] == pytest.approx(2 * errors[0])
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["its own forward", "a forward of another library"])
+def test_a_model_computes_otherwise_only_for_a_while(patched: bool) -> None:
+    model = torch.nn.Identity()
+    if patched:
+        model.forward = torch.negative
+
+    def fail() -> None:
+        with computed_by(model, lambda x: 3 * x):
+            assert model(2) == 6
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert model(torch.tensor(2)) == (-2 if patched else 2)
+    assert ("forward" in vars(model)) == patched

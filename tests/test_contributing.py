@@ -6,13 +6,14 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hetcache_compile.passes.ir.editor import PassError
 from hetcache_compile.passes.rules.table import RULES, elementwise
 from hetcache_compile.passes.testing import samples
 from hetcache_compile.passes.testing.oracle import SIZES, check_rows
@@ -100,6 +101,12 @@ def test_add_a_form_pass() -> None:
     assert {entry.dtype for entry in names["forms"].cache_entries} == {torch.float32}
     errors = (names["partial"] - names["plain"]).abs()
     assert 1e-6 < errors.max() < 2e-3
+    for kind in ("partial", "reuse"):
+        before, after = (names[forms].by_kind[kind].reads for forms in ("forms", "smaller"))
+        assert [e.input_name for e in after] == [e.input_name for e in before], "an entry keeps its place"
+    mixed = {**names["forms"].by_kind, "reuse": names["smaller"].by_kind["reuse"]}
+    with pytest.raises(PassError, match=r"the reuse form reads past_output\.0 as float16 .*has it as float32 "):
+        replace(names["forms"], by_kind=mixed)
 
 
 def test_add_a_zoo_model() -> None:

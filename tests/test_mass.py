@@ -16,7 +16,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind
-from hetcache_compile.bench.calibrate import Call, attention_mass
+from hetcache_compile.bench.calibrate import RecordedCall, attention_mass
 from hetcache_compile.calibration.record import Measured
 from hetcache_compile.passes.kernels import token_choice as choose
 
@@ -54,7 +54,9 @@ def test_it_is_that_of_the_attention_matrices(
     model, plan = captured(case), plan_with(8, case.grid, **options)
     calls = [model.call(seed) for seed in range(2)]
     with torch.no_grad():
-        attentions, measured = attention_mass(model.forms(plan), [Call((), kwargs, torch.empty(0)) for kwargs in calls])
+        attentions, measured = attention_mass(
+            model.forms(plan), [RecordedCall((), kwargs, torch.empty(0)) for kwargs in calls]
+        )
     assert sorted(attentions) == sorted(name for name, _ in model.model.named_modules() if name.endswith(".attn1"))
     assert (measured > 0).all()
     assert measured.sum(axis=1) == pytest.approx(1)
@@ -81,7 +83,7 @@ class Linear(torch.nn.Module):
 
 def measure(model: torch.nn.Module, plan: hetcache.Plan, **kwargs: Any) -> tuple[tuple[str, ...], np.ndarray]:
     forms = hetcache.rewrite(model, plan, (), kwargs, token_inputs={"hidden_states": 1})
-    return attention_mass(forms, [Call((), kwargs, torch.empty(0))])
+    return attention_mass(forms, [RecordedCall((), kwargs, torch.empty(0))])
 
 
 def test_what_text_gets_is_left_out() -> None:

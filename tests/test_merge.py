@@ -14,7 +14,7 @@ import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, UnsupportedGraphError
 from hetcache_compile.passes.forms.merge import MergeContext
 from hetcache_compile.passes.kernels import kmeans as clustering
-from hetcache_compile.passes.kernels.kmeans import EMPTY, ITERATIONS, centroids, nearest_centres
+from hetcache_compile.passes.kernels.kmeans import EMPTY, KEY_ITERATIONS, centroids, nearest_centres
 from hetcache_compile.plan.partition import merge_context
 
 CASE = Case("vace", config=(("num_layers", 1), ("vace_layers", (0,))))
@@ -146,7 +146,7 @@ def keys(count: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> torc
 def lloyd(rows: np.ndarray, cluster: np.ndarray, count: int) -> np.ndarray:
     """Clusters of `rows` [C, E], number by number."""
     centres = np.stack([rows[cluster == number].mean(0) for number in range(count)])
-    for _ in range(ITERATIONS):
+    for _ in range(KEY_ITERATIONS):
         cluster = ((rows[:, None] - centres) ** 2).sum(-1).argmin(1)
         for number in set(cluster):
             centres[number] = rows[cluster == number].mean(0)

@@ -21,7 +21,7 @@ def reasons_of(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[hetcache.Re
     return caught.value.reasons
 
 
-ADD_RULE = "add one to RULES in passes/rules.py"
+ADD_RULE = "add one to RULES in passes/rules/table.py"
 
 # name: what a block does, the operator that no form can hold, why, and what would help
 REFUSED: dict[str, tuple[Op, str, str, str]] = {
@@ -93,12 +93,12 @@ def test_two_bad_operations_are_one_error() -> None:
     operands: add (2, 30, 14) [token axis at dim 1]
     module: blocks.mixer
     source: {__file__}:{line + 2}: y = y + x.cummax(1)[0]
-    help: add one to RULES in passes/rules.py
+    help: add one to RULES in passes/rules/table.py
 - aten.kthvalue.default: no rule for this operator
     operands: add (2, 30, 14) [token axis at dim 1]
     module: blocks.mixer
     source: {__file__}:{line + 3}: return y - x.kthvalue(2, 1, keepdim=True)[0]
-    help: add one to RULES in passes/rules.py"""
+    help: add one to RULES in passes/rules/table.py"""
     )
 
 
@@ -193,7 +193,7 @@ def test_a_model_that_changes_a_buffer() -> None:
 
 
 class Deciding(nn.Module):
-    """Branches on what its weights make of the input; a branch on inputs alone is assumed, see `known`."""
+    """Branches on what its weights make of the input; a branch on inputs alone is assumed, see `assumed_values`."""
 
     def __init__(self) -> None:
         super().__init__()

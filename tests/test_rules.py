@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetcache_compile.passes.ir.axis import FREE, Grid, Place, Tokens
+from hetcache_compile.passes.ir.axis import FREE, OnGrid, Place, Tokens
 from hetcache_compile.passes.rules.table import RULES
-from hetcache_compile.passes.testing.oracle import SIZES, Call, S, Sizes, T, call, check_rows
+from hetcache_compile.passes.testing.oracle import SIZES, OpCall, S, Sizes, T, call, check_rows
 from hetcache_compile.passes.testing.samples import ACCEPTED, FRAMES
 
 aten = torch.ops.aten
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("whole", ACCEPTED, ids=str)
-def test_partial_rows_are_the_rows_of_the_whole(whole: Call, sizes: Sizes) -> None:
+def test_partial_rows_are_the_rows_of_the_whole(whole: OpCall, sizes: Sizes) -> None:
     check_rows(whole, sizes)
 
 
@@ -32,7 +32,7 @@ def test_every_rule_has_a_sample_with_tokens() -> None:
 PATCH = call(aten.conv3d.default, T("bctYX"), T("dc122"), T("d"), [1, 2, 2])
 MOVED = call(aten.permute.default, T("bdtyx"), [0, 1, 4, 3, 2])
 DOUBLED = call(aten.cat.default, [T("bdtyx"), T("bdtyx")], 3)
-STRUCTURE: list[tuple[Call, str]] = [
+STRUCTURE: list[tuple[OpCall, str]] = [
     # a convolution into patches makes the grid, and nothing else does
     (PATCH, "bdtyx"),
     (call(aten.conv3d.default, T("bdtyx"), T("kd111")), "bktyx"),
@@ -74,16 +74,16 @@ STRUCTURE: list[tuple[Call, str]] = [
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(("whole", "result"), STRUCTURE, ids=str)
-def test_where_the_token_axis_is(whole: Call, result: str, sizes: Sizes) -> None:
+def test_where_the_token_axis_is(whole: OpCall, result: str, sizes: Sizes) -> None:
     assert check_rows(whole, sizes) == T(result).state(sizes)
 
 
 def test_an_image_is_a_video_of_one_frame() -> None:
     patch = call(aten.conv2d.default, T("bcYX"), T("dc22"), None, [2, 2])
-    assert check_rows(patch, SIZES["all is n"]) == Grid(frozenset({(Place(2), Place(3))}))
+    assert check_rows(patch, SIZES["all is n"]) == OnGrid(frozenset({(Place(2), Place(3))}))
     assert check_rows(patch, SIZES["primes"]) == FREE  # 7 frames are no batch of videos of 2 frames
     frames = call(aten.conv2d.default, T("kcYX"), T("dc22"), None, [2, 2])
-    assert check_rows(frames, {**SIZES["primes"], "k": 14}) == Grid(
+    assert check_rows(frames, {**SIZES["primes"], "k": 14}) == OnGrid(
         frozenset({(Place(0, outer=7), Place(2), Place(3))})
     )
 
@@ -91,13 +91,13 @@ def test_an_image_is_a_video_of_one_frame() -> None:
 def test_the_grid_in_another_order_is_no_token_axis() -> None:
     """Places are kept even where the order of the dims is wrong; only neighbours in the right order are tokens."""
     for sizes in SIZES.values():
-        assert isinstance(check_rows(call(aten.reshape.default, MOVED, S("bdN")), sizes), Grid)
+        assert isinstance(check_rows(call(aten.reshape.default, MOVED, S("bdN")), sizes), OnGrid)
 
 
 def test_a_folded_birth() -> None:
     for sizes in SIZES.values():
         assert check_rows(call(aten.view.default, PATCH, S("b(dN)")), sizes) == Tokens(1, outer=sizes["d"])
-        assert check_rows(FRAMES, sizes) == (Tokens(2) if sizes["t"] == 1 else Grid(frozenset({frames_of(sizes)})))
+        assert check_rows(FRAMES, sizes) == (Tokens(2) if sizes["t"] == 1 else OnGrid(frozenset({frames_of(sizes)})))
 
 
 def frames_of(sizes: Sizes) -> tuple[Place, ...]:

@@ -14,7 +14,7 @@ from hetcache_compile.passes.rules.rule import Rule
 from hetcache_compile.passes.rules.table import elementwise, fresh, like_first
 from hetcache_compile.passes.testing.oracle import (
     SIZES,
-    Call,
+    OpCall,
     RefusedError,
     S,
     Sizes,
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class No:
-    call: Call
+    call: OpCall
     reason: str
     holds: bool = False
     sizes: tuple[str, ...] = tuple(SIZES)
@@ -125,7 +125,7 @@ REFUSED = [
 ]
 
 
-def rows_hold(whole: Call, sizes: Sizes) -> bool:
+def rows_hold(whole: OpCall, sizes: Sizes) -> bool:
     """Whether each result is whole, or has a dim with the active rows, when operands hold active rows alone."""
     active, _ = choose_rows(sizes)
     try:
@@ -142,7 +142,7 @@ def is_some_rows_of(part: torch.Tensor, result: torch.Tensor, active: torch.Tens
     return any(part.shape == c.shape and torch.allclose(part, c) for c in candidates)
 
 
-def run(whole: Call, sizes: Sizes, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+def run(whole: OpCall, sizes: Sizes, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
     """The results of a call; with `rows`, of the same call on these rows of its token operands."""
     generator = torch.Generator().manual_seed(0)
 
@@ -170,7 +170,7 @@ def test_refused_for_a_reason(no: No, sizes: Sizes) -> None:
 
 # The oracle itself: it has to catch rules that are wrong.
 
-WRONG: list[tuple[Call, Rule]] = [
+WRONG: list[tuple[OpCall, Rule]] = [
     (call(aten.softmax.int, T("bnd"), 1), elementwise),
     (call(aten.cumsum.default, T("bnd"), 1), elementwise),
     (call(aten.flip.default, T("bnd"), [1]), elementwise),
@@ -189,6 +189,6 @@ WRONG: list[tuple[Call, Rule]] = [
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(("whole", "rule"), WRONG, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_a_wrong_rule_is_caught(whole: Call, rule: Rule, sizes: Sizes) -> None:
+def test_a_wrong_rule_is_caught(whole: OpCall, rule: Rule, sizes: Sizes) -> None:
     with pytest.raises((AssertionError, RuntimeError)):
         check_rows(whole, sizes, {whole.op: rule})

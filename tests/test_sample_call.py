@@ -14,6 +14,7 @@ import hetcache_compile as hetcache
 from hetcache_compile import Plan, engine
 from hetcache_compile.engine.manifest import Manifest
 from hetcache_compile.export.model.sample_call import CallShape, read_call, sample_call
+from hetcache_compile.export.model.source import describe_model
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
@@ -159,3 +160,15 @@ def test_a_mask_that_the_graph_depends_on_is_part_of_the_export(export_command, 
     kwargs["encoder_attention_mask"][0, -1] = False
     with pytest.raises(hetcache.HetCacheError, match="another value of encoder_attention_mask"):
         loaded.model_inputs(kwargs)
+
+
+def test_a_config_has_one_hash_in_every_process() -> None:
+    """diffusers lists the arguments that have their defaults in the order of a set, which differs between processes."""
+    model = BY_NAME["FluxTransformer2DModel"].build()
+    described = describe_model(model)
+    assert described.config["patch_size"] == model.config.patch_size
+    assert not any(name.startswith("_") for name in described.config)
+    model.register_to_config(_use_default_values=["b", "a"])
+    assert describe_model(model) == described
+    model.register_to_config(patch_size=model.config.patch_size + 1)
+    assert describe_model(model).config_sha256 != described.config_sha256

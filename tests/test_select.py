@@ -13,8 +13,9 @@ from models import Case, TinyDiT, tiny_call
 import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, UnsupportedGraphError
 from hetcache_compile.passes.ir.contract import ALWAYS, CANDIDATE, NEVER, STRATEGIES
+from hetcache_compile.passes.kernels import kmeans
 from hetcache_compile.passes.kernels import token_choice as choose
-from hetcache_compile.passes.kernels.token_choice import attention_mass, choose_active, kmeans, spread
+from hetcache_compile.passes.kernels.token_choice import attention_mass, choose_active, spread
 from hetcache_compile.plan.options import SELECTIONS
 from hetcache_compile.plan.partition import TokenKind
 
@@ -70,7 +71,7 @@ def test_kmeans_ends_where_no_row_has_a_nearer_centre() -> None:
     labels = torch.arange(200) % 5
     states = middles[labels] + torch.randn(200, 8, generator=generator)
     counts = torch.arange(200) >= 20
-    cluster, distance = kmeans(states, counts, 5)
+    cluster, distance = kmeans.clusters_of_states(states, counts, 5)
     assert (cluster[~counts] == 5).all()
     found, truth = cluster[counts], labels[counts]
     centres = torch.stack([states[counts][found == number].mean(dim=0) for number in range(5)])
@@ -83,7 +84,7 @@ def test_kmeans_ends_where_no_row_has_a_nearer_centre() -> None:
 @pytest.mark.parametrize("iterations", [0, 1, 10])
 def test_kmeans_is_lloyds_step_by_step(iterations: int, monkeypatch) -> None:
     """States without clusters, where every step moves rows: one row and one centre at a time, from the same seeds."""
-    monkeypatch.setattr(choose, "ITERATIONS", iterations)
+    monkeypatch.setattr(kmeans, "STATE_ITERATIONS", iterations)
     states = np.random.default_rng(0).normal(size=(90, 5))
     counts = np.random.default_rng(1).random(90) < 0.8
     counted = np.flatnonzero(counts)
@@ -94,7 +95,7 @@ def test_kmeans_is_lloyds_step_by_step(iterations: int, monkeypatch) -> None:
         members = [[row for row in counted if labels[-1][row] == number] for number in range(7)]
         assert all(members)
         before, centres = centres, np.stack([states[rows].mean(axis=0) for rows in members])
-    cluster, distance = kmeans(torch.from_numpy(states), torch.from_numpy(counts), 7)
+    cluster, distance = kmeans.clusters_of_states(torch.from_numpy(states), torch.from_numpy(counts), 7)
     assert cluster[counts].tolist() == np.array(labels[-1])[counts].tolist()
     assert (cluster[~counts] == 7).all()
     expected = ((states - before[labels[-1]]) ** 2).sum(axis=1)
@@ -103,7 +104,7 @@ def test_kmeans_is_lloyds_step_by_step(iterations: int, monkeypatch) -> None:
 
 
 def test_kmeans_with_fewer_rows_than_clusters() -> None:
-    cluster, distance = kmeans(torch.eye(6), torch.arange(6) < 3, 16)
+    cluster, distance = kmeans.clusters_of_states(torch.eye(6), torch.arange(6) < 3, 16)
     assert len(set(cluster[:3].tolist())) == 3
     assert float(distance[:3].max()) < 1e-6
 

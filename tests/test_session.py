@@ -182,6 +182,19 @@ def test_no_memory_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         check(run(fast, calls), run(model, calls))
 
 
+def test_layerwise_casting_is_one_warning() -> None:
+    """Its hooks cut the model into dozens of graphs."""
+    model = wan()
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    fast, calls = compiled(model), [call(model, seed=seed) for seed in range(2)]
+    with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FP")):
+        warnings.simplefilter("always")
+        check(run(fast, calls), run(model, calls))
+    reason, closing = messages(caught)
+    assert "layerwise casting: use pipe.enable_model_cpu_offload()" in reason
+    assert "calls ran plainly" in closing
+
+
 class Breaks(TinyDiT):
     """Cut in two by a call that Dynamo cannot follow."""
 
@@ -197,7 +210,7 @@ def test_graph_breaks_are_one_warning() -> None:
     with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FPRPR")) as session:
         warnings.simplefilter("always")
         check(run(fast, calls), run(model, calls))
-    said = [text for text in messages(caught) if "Dynamo cannot capture the whole model" in text]
+    said = [text for text in messages(caught) if "Dynamo hands over a part of a model" in text]
     assert len(said) == 1
     assert "test_session.py" in said[0]
     assert session.stats.kinds == []

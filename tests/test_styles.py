@@ -3,6 +3,7 @@ layout, einops; Python branches, lists as inputs, dataclasses as outputs."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -197,3 +198,18 @@ def test_an_attention_operator_without_a_rule_says_so() -> None:
     with pytest.raises(hetcache.UnsupportedGraphError, match=r"flash_attention\.default: no rule"):
         hetcache.rewrite(model(), plan, kwargs=draw())
     hetcache.register_attention(torch.ops.hetcache_tests.flash_attention.default, rows=-3)
+
+
+class Outspoken(ComplexRope):
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        warnings.warn("of the model", FutureWarning, stacklevel=1)
+        return super().forward(**inputs)
+
+
+def test_capturing_shows_the_warnings_of_the_model_only() -> None:
+    """torch warns of a class of its own whenever it copies a tree."""
+    plan = hetcache.Plan.from_token_mask(np.arange(N) < 9, GRID)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hetcache.rewrite(Outspoken(), plan, kwargs=CASES["complex rope"][1]())
+    assert {str(warning.message) for warning in caught} == {"of the model"}

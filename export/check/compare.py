@@ -24,11 +24,9 @@ from ...errors import HetCacheError, MissingExtraError
 from ...plan.plan import Plan
 from ..model.load_samples import read
 from ..model.sample_call import CallShape
-from ..model.samples import SAMPLES_FOLDER
+from ..model.sample_inputs import SAMPLES_FOLDER
 from ..model.source import load_source
 from .verify import TOLERANCES
-
-Arrays = dict[str, Any]
 
 
 def compare(folder: Path, model: str, component: str = "transformer") -> dict[str, bool]:
@@ -122,7 +120,7 @@ def as_polygraphy(name: str, form: FormSpec, function: Any) -> Any:
                 metadata.add(spec.name, spec.dtype, [s if isinstance(s, int) else -1 for s in spec.shape])
             return metadata
 
-        def infer_impl(self, feed_dict: Arrays) -> Any:
+        def infer_impl(self, feed_dict: dict[str, Any]) -> Any:
             results = function({key: torch.as_tensor(value) for key, value in feed_dict.items()})
             names = [spec.name for spec in form.outputs]
             self.inference_time = 0.0

@@ -20,10 +20,9 @@ from ...files import atomically
 from ...plan.schedule import StepKind
 from ...provenance import processor_name
 from ..model.options import Progress
-from ..model.samples import SAMPLES_FOLDER, read_samples
+from ..model.sample_inputs import SAMPLES_FOLDER, read_samples
 
 ORDER = ("plain", "full", "partial", "reuse")
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -72,7 +71,7 @@ def bench_engine(folder: Path, provider: str, rounds: int, progress: Progress) -
     return result
 
 
-def some_indices(engine: Engine, num_active: int) -> Tensors:
+def some_indices(engine: Engine, num_active: int) -> dict[str, torch.Tensor]:
     """Evenly spread active tokens; all others are context."""
     num_tokens = engine.manifest.plan.num_tokens
     is_active = torch.zeros(num_tokens, dtype=torch.bool)
@@ -111,14 +110,14 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def prepare(engine: Engine, folder: Path, indices: Tensors) -> dict[str, Timed]:
+def prepare(engine: Engine, folder: Path, indices: dict[str, torch.Tensor]) -> dict[str, Timed]:
     """Every form on fixed memory: `partial` and `reuse` read the very buffers that `full` writes.
 
     Inputs are the samples of the export, with other `indices` if given.
     """
     manifest = engine.manifest
     names = {entry.output: entry.input for entry in manifest.cache}
-    cache: Tensors = {}
+    cache: dict[str, torch.Tensor] = {}
     timed: dict[str, Timed] = {}
     for kind in (kind for kind in ORDER if kind in manifest.forms):
         samples = {name: tensor.to(engine.device) for name, tensor in read_samples(folder, kind).items()}
@@ -130,7 +129,9 @@ def prepare(engine: Engine, folder: Path, indices: Tensors) -> dict[str, Timed]:
         cache.update({name: tensor for name, tensor in written.items() if name not in cache})
         results = outputs | {output: written[name] for output, name in names.items() if name in written}
 
-        def call(run: Any = run, inputs: Tensors = inputs, results: Tensors = results) -> None:
+        def call(
+            run: Any = run, inputs: dict[str, torch.Tensor] = inputs, results: dict[str, torch.Tensor] = results
+        ) -> None:
             run(inputs, results)
 
         timed[kind] = Timed(call, load_seconds)

@@ -17,7 +17,7 @@ from ...errors import ExportError
 from ...passes.forms.merge import LOG_SIZE
 from ...plan.schedule import StepKind
 from ..model.options import Progress
-from ..model.samples import sample_tensors, write_samples
+from ..model.sample_inputs import sample_tensors, write_samples
 from ..model.source import Source
 
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ...passes.ir.editor import TRACES
-from ...passes.ir.graphs import Call
+from ...passes.ir.graphs import AddNode
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Lowering:
 LoweringPass = Callable[[Lowering], Lowering]
 
 
-def before(place: Node, name: str) -> Call:
+def before(place: Node, name: str) -> AddNode:
     """A function that adds nodes in front of `place`, with its traces, the name of the pass, and a fake value."""
 
     def call(op: Any, *args: Any, **kwargs: Any) -> Node:

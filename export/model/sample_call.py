@@ -62,7 +62,7 @@ def sample_call(model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[
     """
     parameters = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(shape.seed)
-    call = Call(dict(getattr(model, "config", {})), frozenset(parameters), shape, dtype, generator)
+    call = InputMaker(dict(getattr(model, "config", {})), frozenset(parameters), shape, dtype, generator)
     kwargs: dict[str, Any] = {}
     unknown = []
     for name, parameter in parameters.items():
@@ -81,7 +81,7 @@ def sample_call(model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[
 
 
 @dataclass(frozen=True)
-class Call:
+class InputMaker:
     """What an input of `INPUTS` may look at: the config, the names of all inputs, and the plan."""
 
     config: Mapping[str, Any]
@@ -195,24 +195,24 @@ FRAMES_FIRST = "temporal_compression_ratio"
 SIGMAS = frozenset({"img_ids", "img_shapes", "t"})
 """Inputs of models whose time runs from 0 to 1."""
 
-INPUTS: dict[str, Callable[[Call], Any]] = {
+INPUTS: dict[str, Callable[[InputMaker], Any]] = {
     "hidden_states": lambda call: call.latents(call.size("in_channels")),
-    "x": Call.latents_list,
-    "timestep": Call.time,
-    "t": Call.time,
-    "encoder_hidden_states": Call.text,
-    "cap_feats": Call.text_list,
-    "encoder_attention_mask": Call.text_mask,
+    "x": InputMaker.latents_list,
+    "timestep": InputMaker.time,
+    "t": InputMaker.time,
+    "encoder_hidden_states": InputMaker.text,
+    "cap_feats": InputMaker.text_list,
+    "encoder_attention_mask": InputMaker.text_mask,
     "pooled_projections": lambda call: call.randn(call.shape.batch, call.size("pooled_projection_dim")),
-    "guidance": Call.guidance,
-    "img_ids": Call.positions,
-    "txt_ids": Call.text_positions,
-    "img_shapes": Call.pictures_of_sequence,
+    "guidance": InputMaker.guidance,
+    "img_ids": InputMaker.positions,
+    "txt_ids": InputMaker.text_positions,
+    "img_shapes": InputMaker.pictures_of_sequence,
     "num_frames": lambda call: call.shape.plan.grid[0],
     "height": lambda call: call.shape.plan.grid[1],
     "width": lambda call: call.shape.plan.grid[2],
     "rope_interpolation_scale": lambda call: (8 / 25, 32, 32),
-    "image_rotary_emb": Call.rotary_table,
+    "image_rotary_emb": InputMaker.rotary_table,
     "ofs": lambda call: torch.full((1,), 2.0) if call.config.get("ofs_embed_dim") else None,
     "control_hidden_states": lambda call: call.latents(call.size("vace_in_channels")),
     "control_hidden_states_scale": lambda call: torch.ones(len(call.config["vace_layers"]), dtype=call.dtype),

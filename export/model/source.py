@@ -125,8 +125,12 @@ def rewrite_source(source: Source, plan: Plan, token_inputs: TokenInputs | None 
 
 
 def describe_model(model: nn.Module) -> ModelSpec:
-    """Class and config of a model, with a hash that tells configs apart."""
+    """Class and config of a model, with a hash that tells configs apart.
+
+    What diffusers notes for itself is left out: paths, versions, and which arguments had their defaults, a list whose
+    order is another one in each process.
+    """
     config = json.loads(json.dumps(dict(getattr(model, "config", {})), default=str, sort_keys=True))
-    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
     text = json.dumps(config, sort_keys=True)
     return ModelSpec(type(model).__name__, config, hashlib.sha256(text.encode()).hexdigest())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ CHUNK = 2**16
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of the model, without its arguments' meaning."""
 
     args: tuple[Any, ...]
@@ -71,11 +70,11 @@ class Call:
 class Recorder:
     """Calls by step, then in the order in which a step makes them: the branches of guidance."""
 
-    steps: list[list[Call]] = field(default_factory=list)
+    steps: list[list[RecordedCall]] = field(default_factory=list)
 
     def record(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook."""
-        self.steps[-1].append(Call(args, kwargs, output))
+        self.steps[-1].append(RecordedCall(args, kwargs, output))
 
 
 def velocity_of(output: Any) -> torch.Tensor:
@@ -282,8 +281,7 @@ def log_amplification(
         return recorder.steps[min(step, probe - 1)][branch].output if step <= probe else compute(*args, **kwargs)
 
     changed: list[torch.Tensor] = []
-    # Also right where another library has put its own forward there.
-    with patch.object(pipe.transformer, "forward", replay):
+    with computed_by(pipe.transformer, replay):
         run_pipeline(pipe, request, f"an error at step {probe}", progress, decode=False, latents=changed)
     errors = [
         [float((changed[step] - latents[step])[..., mask].double().square().sum()) for mask in masks]
@@ -292,6 +290,18 @@ def log_amplification(
     before, after = np.array(errors)
     known = (before > 0) & (after > 0)
     return np.asarray(0.5 * np.log(np.where(known, after, 1) / np.where(known, before, 1)))
+
+
+@contextmanager
+def computed_by(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a model compute otherwise for a while; also right where another library has put its own `forward` there."""
+    before = {name: value for name, value in vars(model).items() if name == "forward"}
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        vars(model).update(before)
 
 
 @contextmanager
@@ -312,7 +322,7 @@ def recorded(pipe: Any, progress: Progress) -> Iterator[tuple[Recorder, Progress
 
 
 def partial_differences(
-    forms: Forms, calls: Sequence[Call], source: int, targets: Sequence[int]
+    forms: Forms, calls: Sequence[RecordedCall], source: int, targets: Sequence[int]
 ) -> Iterator[torch.Tensor]:
     """By how much PARTIAL steps on the FULL cache of `source` miss the uncached velocities of `targets`.
 
@@ -341,7 +351,7 @@ def mean_correlation(products: Array) -> float:
     return float(products[apart].sum()) / total if total > 0 else 0.0
 
 
-def attention_mass(forms: Forms, calls: Iterable[Call]) -> tuple[tuple[str, ...], Array]:
+def attention_mass(forms: Forms, calls: Iterable[RecordedCall]) -> tuple[tuple[str, ...], Array]:
     """Where generative tokens look: the module paths of L attentions, and `[L, 3]`, whose rows sum to 1.
 
     The share of each kind of tokens in the attention that generative tokens give to tokens (in FULL steps, text left

@@ -23,7 +23,7 @@ from ..plan.schedule import StepKind, make_schedule
 
 FULL = "full"
 
-Runner = Callable[[Any, EditRequest, Progress], tuple[Run, dict[str, Any]]]
+RunEdit = Callable[[Any, EditRequest, Progress], tuple[Run, dict[str, Any]]]
 """Another library's cache or solver: edits with a pipeline that it leaves as it was; says what else to record of it.
 
 It warms up by itself. It raises `MethodError` where it cannot run; the cell then holds the reason.
@@ -46,7 +46,7 @@ class Method:
     schedule: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
-    runner: Runner | None = None
+    runner: RunEdit | None = None
 
     @property
     def needs_calibration(self) -> bool:

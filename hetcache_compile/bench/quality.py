@@ -1,6 +1,6 @@
 """`hetcache bench quality`: how much faster each method is, and how far its result is from the uncached one.
 
-Methods are those of `methods.py`. Every clip x method is a *cell*. Cells are written as they are done, and a run that
+Methods are those of `methods`. Every clip x method is a *cell*. Cells are written as they are done, and a run that
 was cut short goes on with those that are missing.
 """
 

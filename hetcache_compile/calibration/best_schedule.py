@@ -80,7 +80,7 @@ def optimal_schedule(
         timesteps: `[S]` of the edit, decreasing.
         share: M / N of its plan.
         method: how outputs are predicted and corrected.
-        lengths: `[S]` of its solver, see `multistep.step_lengths`.
+        lengths: `[S]` of its solver, see `output_weights.step_lengths`.
 
     Raises:
         PlanError: the budget cannot be kept.

@@ -1,13 +1,13 @@
 """What a schedule is expected to leave wrong in the latents: a calibration's additive model, run by run.
 
 A *run* is a computed step and the steps after it that predict, up to the next computed one, which may correct them (see
-`multistep`). What a run leaves wrong has an expected squared error, known from the calibration. Later steps make more
-or less of it, by the calibration's `amplification`. The unit is the mean square of an output times that of the whole
-path, so that the root of a schedule's error is a share of what the path moves. Active and inactive tokens count alike,
-whatever their area. What a run adds:
+`output_weights`). What a run leaves wrong has an expected squared error, known from the calibration. Later steps make
+more or less of it, by the calibration's `amplification`. The unit is the mean square of an output times that of the
+whole path, so that the root of a schedule's error is a share of what the path moves. Active and inactive tokens count
+alike, whatever their area. What a run adds:
 
-* Active tokens (as generative ones, see `multistep.active_kind`): a run goes from one computed step, FULL or PARTIAL,
-  to the next. The output of a PARTIAL step is off by what was recorded for the last FULL step as its source.
+* Active tokens (as generative ones, see `output_weights.active_kind`): a run goes from one computed step, FULL or
+  PARTIAL, to the next. The output of a PARTIAL step is off by what was recorded for the last FULL step as its source.
 * Inactive tokens (as context, also where a plan's margin is narrower than the calibration's): from one FULL step to the
   next. The FULL step before is taken to be as far back again.
 
@@ -35,7 +35,7 @@ class RecordedErrors:
         calibration: what was measured.
         timesteps: `[S]`, those of the edit; any number of them.
         method: how outputs are predicted and corrected.
-        lengths: `[S]` of `multistep.step_lengths`; by default those of Euler's method in flow matching.
+        lengths: `[S]` of `output_weights.step_lengths`; by default those of Euler's method in flow matching.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RecordedErrors:
         self.inactive_runs = self._inactive_runs()
 
     def runs(self, full: Index, computed: Index, stops: Index) -> tuple[Array, Array]:
-        """See `shortest.ErrorModel`."""
+        """See `schedule_search.ErrorModel`."""
         points = computed[:, ::-1]
         noise = self._noise_of(full, points)
         to_full = self._left(self.active, points, noise, stops, np.zeros(len(stops)))
@@ -70,7 +70,7 @@ class RecordedErrors:
         return to_full / 2, np.where(self.allowed[full, stops][:, None], to_partial / 2, np.inf)
 
     def last_runs(self, full: Index, computed: Index) -> Array:
-        """See `shortest.ErrorModel`."""
+        """See `schedule_search.ErrorModel`."""
         points = computed[:, ::-1]
         stops = np.full(len(full), len(self.lengths))
         left = self._left(self.active, points, self._noise_of(full, points), stops, None)

@@ -11,7 +11,8 @@ one kind. Two facts keep the record small:
 What an error of one step does to the result is measured too (`amplification`): early errors on generated tokens grow
 as the model goes on from them, while those on known tokens are healed by the control input.
 
-`calibrate.py` measures; `run_errors.py` says what a schedule is expected to cost, and `shortest.py` searches for one.
+`bench.calibrate` measures. `error_model` says what a schedule is expected to leave wrong, and `schedule_search` looks
+for the best one.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Record:
         clips: names of the clips measured so far.
         costs: seconds by step kind, or None while they are not measured.
         one_step: whether the solver moves the latents by its step's length times the output, and by nothing else (see
-            `multistep.step_lengths`).
+            `output_weights.step_lengths`).
         settings: what was measured: model, machine, options.
     """
 

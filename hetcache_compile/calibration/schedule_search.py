@@ -1,6 +1,6 @@
 """The best schedule under a budget: a shortest path over the steps that are computed.
 
-What a run adds to a schedule's error (see `run_errors`) depends on the last FULL step and on the last `order + 1`
+What a run adds to a schedule's error (see `error_model`) depends on the last FULL step and on the last `order + 1`
 computed steps, and, by one factor, on the number of PARTIAL steps. The steps are the states of a dynamic programme (a
 PARTIAL step before the last FULL one counts as exact), which is solved for one factor at a time. All steps of one kind
 cost the same, hence the numbers of FULL and PARTIAL steps *are* the cost. They are kept as axes of each state's table,

@@ -6,6 +6,7 @@ Composite operators (linear, norms, attention) stay whole: the passes read a gra
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -146,7 +147,9 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         UnsupportedGraphError: there is none.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch warns of a class of its own when it copies its trees. Neither we nor users can mend that.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             exported: ExportedProgram = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
             exported = exported.run_decompositions({})
     except Exception as error:

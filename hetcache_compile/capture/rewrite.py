@@ -16,7 +16,9 @@ from ..passes.analysis.inputs import TokenInputs
 from ..passes.forms import pipeline
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.contract import STEP_WEIGHTS, FormOptions
+from ..passes.ir.editor import PassError
 from ..passes.ir.form import Form
+from ..passes.ir.graphs import device_of
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..plan.plan import Plan
 from .capture import Program, capture
@@ -42,6 +44,21 @@ class Forms:
     plan: Plan
     by_kind: Mapping[str, Form]
     model: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `PassError` if a form reads a cache entry that no step before it can have written."""
+        full = self.by_kind["full"]
+        known = {entry.input_name: entry for entry in (*full.reads, *full.writes)}
+        for kind, form in self.by_kind.items():
+            for entry in form.reads:
+                found = known.get(entry.input_name)
+                if found == entry or kind == "full":
+                    continue
+                theirs = "has no such entry" if found is None else f"has it as {_tensor(found)}"
+                raise PassError(
+                    f"the {kind} form reads {entry.input_name} as {_tensor(entry)}; the full form {theirs}: a pass has "
+                    "to change an entry in every form"
+                )
 
     @property
     def cache_entries(self) -> tuple[CacheEntry, ...]:
@@ -86,7 +103,7 @@ class Forms:
         form = self.by_kind[kind]
         program = self.program if self.model is None else self.program.with_weights_of(self.model)
         inputs = program.flat_inputs(args, kwargs)
-        device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+        device = device_of(inputs)
         values = {name: getattr(self.plan, name) for name in form.indices}
         if step is not None and self.plan.weights.size:
             values[STEP_WEIGHTS] = self.plan.weights[step]
@@ -100,6 +117,11 @@ class Forms:
         num_outputs = len(results) - len(form.writes)
         written = {e.input_name: t for e, t in zip(form.writes, results[num_outputs:], strict=True)}
         return pytree.tree_unflatten(results[:num_outputs], self.program.out_spec), {**cache, **written}
+
+
+def _tensor(entry: CacheEntry) -> str:
+    """How an entry lies in memory, such as `float16 [1, 2, 30, 8], rows context`."""
+    return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}, rows {entry.rows}"
 
 
 def write_form(kind: str, program: Program, analysis: Analysis, plan: Plan, options: FormOptions | None = None) -> Form:

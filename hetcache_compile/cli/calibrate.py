@@ -18,11 +18,11 @@ from .bench import clip_of_files
 from .common import (
     ContextRatio,
     Device,
-    Frames,
     GuidanceScale,
     Height,
     Inner,
     Margin,
+    NumFrames,
     Seed,
     Steps,
     TextTokens,
@@ -34,7 +34,9 @@ from .common import (
 
 BESIDE_MODEL = "model.hetcal"
 """Where a model's folder holds its calibration."""
-LEFT_ALONE = "not searched, but yours to set: context_ratio, selection, merging (see README for what they bring)"
+LEFT_ALONE = (
+    "not searched, but yours to set: context_ratio, selection, merging (docs/plan-options.md says what they bring)"
+)
 CalibrationFile = Annotated[
     str | None,
     typer.Option(
@@ -58,7 +60,7 @@ def calibrate(
     prompt: Annotated[list[str] | None, typer.Option(help="What to generate inside each mask, or none.")] = None,
     height: Height = 128,
     width: Width = 128,
-    num_frames: Frames = 17,
+    num_frames: NumFrames = 17,
     steps: Steps = 50,
     guidance_scale: GuidanceScale = None,
     max_sequence_length: TextTokens = None,

@@ -11,7 +11,7 @@ from ..errors import PlanError
 from ..plan.options import PlanOptions
 from ..plan.schedule import preset_options
 
-Schedule = Annotated[
+ScheduleName = Annotated[
     str | None,
     typer.Option(
         help="full, quality, balanced, fast, paper-slow, paper-fast, teacache:THRESHOLD, optimal:BUDGET "
@@ -42,7 +42,7 @@ More = Annotated[
     typer.Option("--set", help="Another option of a plan: selection=hetcache, merged_ratio=0.25, ... Repeatable."),
 ]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
-Frames = Annotated[
+NumFrames = Annotated[
     int, typer.Option(help="Frames to edit: one more than a multiple of what the VAE takes together (Wan: 4).", min=1)
 ]
 Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
@@ -56,7 +56,7 @@ Inner = Annotated[str, typer.Option(help="The torch.compile backend that compile
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 
 
-def chosen(
+def options_of(
     context: typer.Context, schedule: str | None, more: list[str] | None = None, **options: Any
 ) -> dict[str, Any]:
     """Options of a plan, but for those that the user did not give and that a preset or a model decides.

@@ -31,16 +31,16 @@ from .common import (
     ContextRatio,
     Device,
     Extrapolation,
-    Frames,
     Height,
     Inner,
     Margin,
     More,
-    Schedule,
+    NumFrames,
+    ScheduleName,
     Steps,
     Width,
     check_size,
-    chosen,
+    options_of,
     torch_device,
     torch_dtype,
 )
@@ -62,7 +62,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     edit: Annotated[str, typer.Option(help="remove: take the object away; replace: put in another.")] = "remove",
     steps: Steps = 50,
-    schedule: Schedule = None,
+    schedule: ScheduleName = None,
     margin: Margin = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     inner: Inner = "inductor",
@@ -92,7 +92,7 @@ def demo(
     _edit(
         pipe, request, out, schedule, inner,
         baseline=True, eager=eager, calibration=Calibration.load(reference.CALIBRATION),
-        **chosen(context, schedule, margin=margin),
+        **options_of(context, schedule, margin=margin),
     )  # fmt: skip
 
 
@@ -107,13 +107,13 @@ def edit(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/edit"),
     height: Height = 480,
     width: Width = 832,
-    num_frames: Frames = 81,
+    num_frames: NumFrames = 81,
     start_frame: Annotated[int, typer.Option(help="First frame of the video to edit.", min=0)] = 0,
     steps: Steps = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="A plan from `hetcache plan`, in place of the options.")] = None,
-    schedule: Schedule = None,
+    schedule: ScheduleName = None,
     calibration: CalibrationFile = None,
     margin: Margin = None,
     context_ratio: ContextRatio = 0.05,
@@ -165,7 +165,7 @@ def edit(
     _edit(
         pipe, request, out, schedule, inner,
         baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration,
-        **chosen(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation),
+        **options_of(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation),
     )  # fmt: skip
 
 
@@ -181,10 +181,10 @@ def make_plan(
     ] = None,
     height: Height = 480,
     width: Width = 832,
-    num_frames: Frames = 81,
+    num_frames: NumFrames = 81,
     steps: Steps = 50,
     reference_images: Annotated[int, typer.Option(help="How many reference images the edit has.", min=0)] = 0,
-    schedule: Schedule = None,
+    schedule: ScheduleName = None,
     budget: Annotated[
         str | None, typer.Option(help="The best schedule under 3x, a time factor, or 2%, an expected error.")
     ] = None,
@@ -214,7 +214,9 @@ def make_plan(
         schedule = OPTIMAL + budget
     schedule = default_schedule(known) if schedule is None else schedule
     pixels = read_mask(mask, num_frames, height, width)
-    options = chosen(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation)
+    options = options_of(
+        context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation
+    )
     pipe = None
     if model is not None:
         with console.status(f"loading {model}"):
@@ -252,7 +254,7 @@ def explain(
     ],
     height: Height = 480,
     width: Width = 832,
-    num_frames: Frames = 81,
+    num_frames: NumFrames = 81,
     active: Annotated[float, typer.Option(help="Share of tokens that are active.", min=0.0, max=1.0)] = 0.25,
     token_input: TokenInput = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .html file.")] = None,

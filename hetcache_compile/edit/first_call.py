@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ class ModelCall:
     grid: Grid
 
 
-class _FirstCallError(Exception):
-    """Carries the arguments of a pipeline's first model call out of the pipeline."""
+class _StopError(Exception):
+    """Ends a pipeline at its first model call. Only an error does so before the model has computed."""
 
 
 def call_of_function(name: str) -> ModelCall:
@@ -56,14 +57,17 @@ def call_of_pipeline(pipe: Any, height: int, width: int, num_frames: int) -> Mod
         num_inference_steps=1,
     )
 
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
     def stop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _FirstCallError(args, kwargs)
+        calls.append((args, kwargs))
+        raise _StopError
 
     handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        run_eager(pipe, request, lambda *_: None)
-    except _FirstCallError as first:
-        args, kwargs = first.args
+        with suppress(_StopError):
+            run_eager(pipe, request, lambda *_: None)
     finally:
         handle.remove()
+    args, kwargs = calls[0]
     return ModelCall(pipe.transformer.eval(), args, kwargs, make_plan(pipe, request, "full").grid)

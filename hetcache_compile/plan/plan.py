@@ -67,17 +67,18 @@ class Plan:
         sigmas: float64 `[S]`, the scheduler's noise levels, or empty: some models are given these.
         distances: float64 `[S]` of `time_distances`, or empty.
         schedule: how `steps` was asked for.
-        extrapolation: order at which outputs that a step does not compute are predicted (see `passes.extrapolate`).
+        extrapolation: order at which outputs that a step does not compute are predicted (see
+            `passes.forms.extrapolate`).
         context_extrapolation: 1 where cached K/V are predicted from two FULL steps, which takes their memory twice (see
-            `passes.predict`); 0 where they are read as they are.
-        selection: how the context among the active tokens is chosen (see `partition.SELECTIONS`). Where full steps
-            choose it (`passes.select`), `active_index` is what they start from.
-        context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.merge`), or empty
-            where none are merged.
-        weights: float32 `[S, 2, extrapolation + 2]` of every step's outputs (see `multistep.step_weights`), or empty
-            where steps go by their times.
-        merging: how cached tokens are merged (see `partition.MERGINGS`). Where full steps cluster the keys of each
-            attention (`passes.cluster`), they start from `context_cluster`.
+            `passes.forms.predict`); 0 where they are read as they are.
+        selection: how the context among the active tokens is chosen (see `options.SELECTIONS`). Where full steps
+            choose it (`passes.forms.select`), `active_index` is what they start from.
+        context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.forms.merge`), or
+            empty where none are merged.
+        weights: float32 `[S, 2, extrapolation + 2]` of every step's outputs (see `output_weights.step_weights`), or
+            empty where steps go by their times.
+        merging: how cached tokens are merged (see `options.MERGINGS`). Where full steps cluster the keys of each
+            attention (`passes.kernels.kmeans`), they start from `context_cluster`.
     """
 
     grid: Grid
@@ -205,7 +206,7 @@ class Plan:
 
     @property
     def token_standing(self) -> NDArray[np.int64]:
-        """Int64 `[N]`: whether FULL steps may choose a token (see `passes.choose`): context only."""
+        """Int64 `[N]`: whether FULL steps may choose a token (see `passes.kernels.token_choice`): context only."""
         kept = np.where(self.active_mask, ALWAYS, NEVER)
         return np.where(self.token_kind == TokenKind.CONTEXT, CANDIDATE, kept).astype(np.int64)
 

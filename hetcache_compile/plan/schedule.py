@@ -88,7 +88,8 @@ def make_schedule(
             explicit list with one kind for each step.
         num_steps: number of model steps.
         distances: `[num_steps]`, needed for `"teacache:d"` (see `time_distances`).
-        search: from a budget to the best schedule of so many steps, needed for `"optimal:..."` (see `optimal.py`).
+        search: from a budget to the best schedule of so many steps, needed for `"optimal:..."` (see
+            `best_schedule.optimal_schedule`).
 
     Raises:
         PlanError: an unknown name, a list of another length, or a first step that is not FULL.

@@ -6,12 +6,13 @@ between calls is in a `Route`, made once for a graph, its shapes and what forms 
 
 from __future__ import annotations
 
+import re
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +21,17 @@ from torch.fx import GraphModule
 from ..capture.capture import first_line
 from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
 from ..passes.ir.axis import AxisState
+from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
 from .branches import Branch, holds, remember
 from .options import BackendOptions, Compiled
-from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles, device_of
+from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
 from .session import Call, Session, current_session
 from .timing import Stopwatch
 from .weights import Weights
 
-GRAPH_BREAK = "graph break"
+PART = "a part of a model"
 ASSUMED = "another value of an input that the graph depends on"
 MOST_ROUTES = 64
 """Sets of shapes and options of plans for which one graph keeps its forms; the oldest goes first."""
@@ -140,6 +142,8 @@ class CompiledGraph:
             GridMismatchError: the plan is for another grid than this model's.
             SessionError: the batch cannot be shared among the session's plans.
         """
+        if self._broken_by:
+            return Refused(part_of_a_model(self._broken_by), PART)
         plan = session.plan
         with LOCK, normal_mode():
             try:
@@ -148,22 +152,30 @@ class CompiledGraph:
                     self._weights[shapes] = Weights(inputs)
                 prepared = self._prepared[shapes]
                 analysis = self.preparer.analyse(prepared, plan)
-                if self._broken_by:
-                    return Refused(self._broken_by, GRAPH_BREAK)
                 roles = self.preparer.roles(prepared, analysis, inputs)
                 names = prepared.program.inputs
                 latents = {names[number]: inputs[number] for number in roles.latents}
                 part = self.preparer.part(prepared, latents, len(session.plans))
                 self.preparer.analyse(part, plan)
             except GridMismatchError as error:
-                if self.preparer.time_of(self._prepared[shapes]) is not None:
+                if self._is_whole(shapes):
                     raise
-                return refused_by(error)  # an encoder that is compiled too
+                return Refused(part_of_a_model(str(error)), PART, error)  # or an encoder, compiled too
             except SessionError:
                 raise
             except Exception as error:
-                return refused_by(error)
+                if self._is_whole(shapes):
+                    return refused_by(error)
+                return Refused(part_of_a_model(reason_of(error)), PART, error)
         return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs))
+
+    def _is_whole(self, shapes: Hashable) -> bool:
+        """Whether the graph is known to be given a time and to attend: a part of a model does not, nor an encoder."""
+        prepared = self._prepared.get(shapes)
+        if prepared is None or self.preparer.time_of(prepared) is None:
+            return False
+        attention = torch.ops.aten.scaled_dot_product_attention.default
+        return bool(prepared.program.module.graph.find_nodes(op="call_function", target=attention))
 
     def run_step(self, session: Session, route: Route, inputs: Sequence[Any]) -> Any:
         """One call inside a session: choose the form, make it if need be, run it on the branch's buffers."""
@@ -240,9 +252,14 @@ class CompiledGraph:
 
 def refused_by(error: Exception) -> Refused:
     """What an error says of why calls run plainly."""
-    known = isinstance(error, UnsupportedGraphError | GridMismatchError)
-    reason = str(error) if known else f"making it failed: {type(error).__name__}: {first_line(error)}"
-    return Refused(f"hetcache runs this graph unchanged, because {reason}", cause=error)
+    return Refused(f"hetcache runs this graph unchanged, because {reason_of(error)}", cause=error)
+
+
+def reason_of(error: Exception) -> str:
+    """All that a refusal says; of other errors what they are."""
+    if isinstance(error, UnsupportedGraphError | GridMismatchError):
+        return str(error)
+    return f"making it failed: {type(error).__name__}: {first_line(error)}"
 
 
 def varying_inputs(graph: GraphModule, floats: frozenset[int]) -> Callable[[Sequence[Any]], Hashable]:
@@ -297,13 +314,22 @@ def graph_break_of(graph: GraphModule) -> str:
     frames = list(reason.user_stack)
     place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     cause = next(iter(str(reason.reason).strip().splitlines()), "a graph break")
-    help = "torch.compile(model, fullgraph=True) shows more"
-    if any("hooks" in Path(frame.filename).parts or "hook" in frame.name for frame in frames):
+    return f"{cause}{place}"
+
+
+def part_of_a_model(reason: str) -> str:
+    """What to say of a graph that is no whole model; a hook that calls it is on the stack."""
+    help = (
+        "Hooks on parts of the model do that (group offloading, layerwise casting: use pipe.enable_model_cpu_offload() "
+        "instead), model.compile_repeated_blocks(), and graph breaks: TORCH_LOGS=graph_breaks names them"
+    )
+    hooks = [f for f in traceback.extract_stack() if re.search(r"(diffusers|accelerate)[\\/]hooks\b", f.filename)]
+    if hooks:
         help = (
-            "a hook on the model does that; for offloading use pipe.enable_model_cpu_offload() in place of group "
-            "offloading, and leave layerwise casting off"
+            f"The hook {hooks[-1].name} at {hooks[-1].filename}:{hooks[-1].lineno} does that; for offloading use "
+            "pipe.enable_model_cpu_offload() in place of group offloading, and leave layerwise casting off"
         )
-    return f"Dynamo cannot capture the whole model, so nothing is cached: {cause}{place}: {help}"
+    return f"Dynamo hands over a part of a model, which runs uncached, because {reason}. {help}"
 
 
 def buffers_for(

@@ -30,6 +30,7 @@ from ..passes.forms.pipeline import in_process
 from ..passes.ir.axis import AxisState, Enter
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.form import Form
+from ..passes.ir.graphs import device_of
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
@@ -298,9 +299,3 @@ def is_condition(name: str, value: Any) -> bool:
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) or is_state(name):
         return False
     return value.ndim >= 2 and value.dtype != torch.bool
-
-
-def device_of(inputs: Sequence[Any]) -> torch.device:
-    """The device of the graph: the first that is not the CPU, if any."""
-    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
-    return next((device for device in devices if device.type != "cpu"), devices[0])

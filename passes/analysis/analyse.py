@@ -15,10 +15,10 @@ from ..ir.axis import (
     Edit,
     Enter,
     Flow,
-    Grid,
     Keep,
     Leave,
     Never,
+    OnGrid,
     Parts,
     Piece,
     Reborn,
@@ -146,8 +146,12 @@ def _flow(
     if node.op != "call_function" or rule is None:
         if not carries_tokens:
             return Flow(FREE)
-        return refuse(node, states, "no rule for this operator", help="add one to RULES in passes/rules.py")
-    if not carries_tokens and not is_patchify(node) and not any(isinstance(states[o], Grid | Parts) for o in operands):
+        return refuse(node, states, "no rule for this operator", help="add one to RULES in passes/rules/table.py")
+    if (
+        not carries_tokens
+        and not is_patchify(node)
+        and not any(isinstance(states[o], OnGrid | Parts) for o in operands)
+    ):
         return Flow(FREE)
     query = Query(node, states, grid)
     answer = rule(query)

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ..ir.axis import AxisState, Choose, Flow, Piece, Resize, Tokens, Uncut
+from ..ir.axis import AxisState, Flow, JoinPieces, Piece, Resize, Tokens, Uncut
 from ..ir.refusal import shape_of
 from ..rules.rule import Query, Rule, position, wrap
 
@@ -85,4 +85,4 @@ def _joined(node: Node, states: Mapping[Node, AxisState], grid: tuple[int, int, 
         ends.append(state.end)
     if tokens is None or ends[-1] != tokens.size(q.num_tokens):
         return None
-    return Flow(tokens, (Choose(tuple(operands), tuple(ends[1:]), tokens),))
+    return Flow(tokens, (JoinPieces(tuple(operands), tuple(ends[1:]), tokens),))

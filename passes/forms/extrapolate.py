@@ -4,7 +4,7 @@ Between steps the model's output moves on a smooth curve over the time of the fl
 its last `order` values beside the latest one, and the times when all of them were computed. Wherever a form reads a
 cached output it gets the Lagrange polynomial through these points at the present time: order 0 repeats, order 1 is a
 straight line (TaylorSeer, arXiv 2503.06923, extrapolates features over the step number). Or it gets what the plan's
-weights make of the points (see `blend`).
+weights make of the points (see `step_weights.blend`).
 
 =========  ==========================================================================
 form       after the pass
@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from ..ir.cache import CacheEntry
 from ..ir.editor import FormEditor, FormPass
-from ..ir.graphs import Call
+from ..ir.graphs import AddNode
 from .history import Points, lagrange_weights, points_of, weighted_sum
 from .step_weights import blend, only_moves_follow, take_weights
 from .times import arithmetic_of, latest_time, time_of
@@ -98,7 +98,7 @@ def _show(form: FormEditor, source: Node, value: Node, readers: list[Node]) -> N
     form.outputs = [value if result is source else result for result in form.outputs]
 
 
-def predict(call: Call, entry: CacheEntry, points: Points, now: Node) -> None:
+def predict(call: AddNode, entry: CacheEntry, points: Points, now: Node) -> None:
     """Every reader of the cached output gets the polynomial's value at time `now`, row by row."""
     cached = points.values[0]
     readers = list(cached.users)

@@ -10,7 +10,7 @@ from torch.fx import Node
 from ..ir.axis import Tokens
 from ..ir.cache import CacheEntry
 from ..ir.editor import FormEditor
-from ..ir.graphs import Call
+from ..ir.graphs import AddNode
 from .times import NOT_COMPUTED, arithmetic_of
 
 aten = torch.ops.aten
@@ -37,11 +37,11 @@ class Points:
         """How many rows have times of their own."""
         return self.times_entry.shape[1]
 
-    def time(self, call: Call, age: int) -> Node:
+    def time(self, call: AddNode, age: int) -> Node:
         """`[rows]`: when the value of this age was computed."""
         return call(aten.select.int, self.times, 0, age)
 
-    def known(self, call: Call, age: int) -> Node:
+    def known(self, call: AddNode, age: int) -> Node:
         """Bool `[rows]`: whether there is a value of this age."""
         return call(aten.gt.Scalar, self.time(call, age), 0.5 * NOT_COMPUTED)
 
@@ -67,7 +67,7 @@ def times_of(entry: CacheEntry, order: int) -> CacheEntry:
     )  # fmt: skip
 
 
-def lagrange_weights(call: Call, points: Points, now: Node) -> list[Node]:
+def lagrange_weights(call: AddNode, points: Points, now: Node) -> list[Node]:
     """The weight `[rows]` of each value at time `now`. Values that were never computed count for nothing."""
     ages = range(len(points.values))
     times, known = ([read(call, age) for age in ages] for read in (points.time, points.known))
@@ -84,7 +84,7 @@ def lagrange_weights(call: Call, points: Points, now: Node) -> list[Node]:
     return weights
 
 
-def weighted_sum(call: Call, entry: CacheEntry, terms: list[tuple[Node, Node]]) -> Node:
+def weighted_sum(call: AddNode, entry: CacheEntry, terms: list[tuple[Node, Node]]) -> Node:
     """The sum of `value * weight` over pairs of these, with weights `[rows]`, in the entry's type.
 
     Memory that was never written may hold NaN, which a weight of 0 does not take away: such a value counts as 0.

@@ -25,7 +25,7 @@ from torch.fx import Node
 from ..ir.axis import Tokens
 from ..ir.cache import CacheEntry
 from ..ir.editor import FormEditor, FormPass
-from ..ir.graphs import Call
+from ..ir.graphs import AddNode
 from .times import NOT_COMPUTED, arithmetic_of, latest_time, time_of
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ class PredictContext(FormPass):
             return
         time = time_of(form, self.time_input)
         call = form.at_start()
-        times_entry = times_of(entries[0])
+        times_entry = full_step_times(entries[0])
         now = latest_time(call, time, times_entry.dtype)
         times = form.read(times_entry)
         if form.kind == "partial":
@@ -79,7 +79,7 @@ def older(entry: CacheEntry) -> CacheEntry:
     return replace(entry, name=f"{entry.name}.1", role="older")
 
 
-def times_of(entry: CacheEntry) -> CacheEntry:
+def full_step_times(entry: CacheEntry) -> CacheEntry:
     """`[2]`: when the last two FULL steps were, latest first; `NOT_COMPUTED` where there was none."""
     return replace(
         entry, name="times", role="times", layer=None, rows="none", dim=0, shape=(2,), dtype=arithmetic_of(entry),
@@ -90,7 +90,7 @@ def times_of(entry: CacheEntry) -> CacheEntry:
 class _Line:
     """How far the line goes beyond the latest value, in units of the last interval; whether there is no interval."""
 
-    def __init__(self, call: Call, times: Node, now: Node) -> None:
+    def __init__(self, call: AddNode, times: Node, now: Node) -> None:
         self.call = call
         latest, before = (call(aten.select.int, times, 0, i) for i in range(2))
         apart = call(aten.sub.Tensor, latest, before)

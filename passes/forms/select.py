@@ -2,7 +2,7 @@
 
 The choice is data: the full form emits `active_index`, the partial form reads it as it reads any other part of the
 cache. No shape changes, nothing is compiled anew. It needs keys and values of all tokens in the cache, since any
-context token may become active (see `layout`).
+context token may become active (see `all_rows`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..ir.cache import CacheEntry
 from ..ir.contract import NUM_QUERIES
 from ..ir.editor import FormEditor, FormPass
 from ..ir.form import Trait
-from ..ir.graphs import Call
+from ..ir.graphs import AddNode
 from ..ir.refusal import Refusal, UnsupportedGraphError, shape_of
 from ..kernels.token_choice import NUM_CLUSTERS
 from .attention_mass import Attention, add_mass, find_attentions
@@ -83,7 +83,7 @@ def _refusal(reason: str) -> UnsupportedGraphError:
     return UnsupportedGraphError([Refusal(reason, help="make the plan with selection='uniform'")])
 
 
-def _states(call: Call, found: Attention, num_tokens: int) -> Node:
+def _states(call: AddNode, found: Attention, num_tokens: int) -> Node:
     """Hidden states of the tokens as `[N, E]`: what one attention's keys are projected from.
 
     Where there is no one projection of them, the keys themselves.

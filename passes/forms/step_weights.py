@@ -21,7 +21,7 @@ from torch.fx import Node
 from ..ir.cache import CacheEntry
 from ..ir.contract import ACTIVE, INACTIVE, STEP_WEIGHTS
 from ..ir.editor import FormEditor
-from ..ir.graphs import Call
+from ..ir.graphs import AddNode
 from ..ir.indices import mask_of, rows_of
 from .history import Points, lagrange_weights, weighted_sum
 from .times import arithmetic_of
@@ -66,7 +66,7 @@ def only_moves_follow(node: Node) -> bool:
 
 
 def blend(
-    call: Call, entry: CacheEntry, points: Points, now: Node, weights: StepWeights, computed: Node | None, kind: str
+    call: AddNode, entry: CacheEntry, points: Points, now: Node, weights: StepWeights, computed: Node | None, kind: str
 ) -> Node:
     """What everything behind a cached output should see in place of it: the weighted sum.
 
@@ -94,7 +94,7 @@ def blend(
     return weighted_sum(call, entry, list(zip(values, final[len(final) - len(values) :], strict=True)))
 
 
-def _active_rows(call: Call, entry: CacheEntry, points: Points, weights: StepWeights) -> Node:
+def _active_rows(call: AddNode, entry: CacheEntry, points: Points, weights: StepWeights) -> Node:
     """Bool `[rows]`: active tokens, and rows that are no tokens, which all computed steps compute."""
     zeros = call(aten.zeros_like.default, points.time(call, 0))
     if entry.rows != "tokens":
@@ -107,14 +107,14 @@ def _active_rows(call: Call, entry: CacheEntry, points: Points, weights: StepWei
     return call(aten.ne.Scalar, call(aten.index_copy.default, zeros, 0, index, ones), 0)
 
 
-def _by_row(call: Call, table: Node, column: int, active: Node) -> Node:
+def _by_row(call: AddNode, table: Node, column: int, active: Node) -> Node:
     """`[rows]`: one weight of the plan, of the kind that each row is of."""
     of_kind = call(aten.select.int, table, 1, column)
     pair = [call(aten.select.int, of_kind, 0, kind) for kind in (ACTIVE, INACTIVE)]
     return call(aten.where.self, active, *pair)
 
 
-def _follows_plan(call: Call, points: Points, now: Node, planned: list[Node]) -> Node:
+def _follows_plan(call: AddNode, points: Points, now: Node, planned: list[Node]) -> Node:
     """Bool `[rows]`: the plan has weights for this step, the points that they need are there, and time moved on."""
     nonzero = [call(aten.ne.Scalar, weight, 0) for weight in planned]
     some = nonzero[0]

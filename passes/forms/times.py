@@ -9,7 +9,7 @@ from ..analysis.inputs import is_state, plain_name
 from ..analysis.time_input import time_input
 from ..ir.cache import CacheEntry
 from ..ir.editor import FormEditor
-from ..ir.graphs import Call
+from ..ir.graphs import AddNode
 from ..ir.refusal import Refusal, UnsupportedGraphError
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ def arithmetic_of(entry: CacheEntry) -> torch.dtype:
     return torch.promote_types(entry.dtype, torch.float32)
 
 
-def latest_time(call: Call, time: Node, dtype: torch.dtype) -> Node:
+def latest_time(call: AddNode, time: Node, dtype: torch.dtype) -> Node:
     """The time of a step, `[1]`. Where tokens have their own, the latest: those of a given first frame stand at 0."""
     flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=dtype), [-1])
     now: Node = call(aten.amax.default, flat, [0])

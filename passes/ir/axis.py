@@ -12,7 +12,7 @@ The rows of a dim that holds tokens, in the words of `Tokens`:
     folded with batch, heads    B x N, N x H                    Tokens(dim, outer=B), Tokens(dim, inner=H)
 
 An *edit* is one thing the partial form has to do differently at a node. The analysis attaches edits to nodes,
-and each form is one reading of the same edits (see `forms`).
+and each form is one reading of the same edits (see `writing.write`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Free:
 
 
 @dataclass(frozen=True)
-class Grid:
+class OnGrid:
     """Computed whole, and laid out on the token grid.
 
     Each guess has a `Place` for every one of T', H', W' that is larger than 1, in order. Guesses are hints, never
@@ -114,7 +114,7 @@ class Piece:
     """The rows `start` to `end` of a token axis that is laid out as `tokens`, cut out at the slices `cuts`.
 
     A partial form does not cut: the node holds all the rows it would hold as `tokens`, and those outside the piece
-    mean nothing. So it may go only where rows are independent, until all pieces are put together again (`Choose`).
+    mean nothing. So it may go only where rows are independent, until all pieces are put together again (`JoinPieces`).
     """
 
     tokens: Tokens
@@ -126,7 +126,7 @@ class Piece:
         return f"rows {self.start} to {self.end} of the {self.tokens}"
 
 
-AxisState = Free | Grid | Tokens | Parts | Piece
+AxisState = Free | OnGrid | Tokens | Parts | Piece
 FREE = Free()
 
 
@@ -202,7 +202,7 @@ class Uncut:
 
 
 @dataclass(frozen=True)
-class Choose:
+class JoinPieces:
     """Pieces are put together: take each row from its piece. `ends` are the rows at which the pieces end."""
 
     pieces: tuple[Node, ...]
@@ -210,7 +210,7 @@ class Choose:
     tokens: Tokens
 
 
-Edit = Gather | Resize | Enter | Leave | Attend | Accumulate | Keep | Uncut | Choose
+Edit = Gather | Resize | Enter | Leave | Attend | Accumulate | Keep | Uncut | JoinPieces
 
 
 @dataclass(frozen=True)

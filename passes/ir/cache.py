@@ -11,7 +11,7 @@ import torch
 from .axis import Tokens
 
 Rows = Literal["context", "tokens", "none"]
-Group = Literal["key_values", "output", "hidden", "selection"]
+EntryGroup = Literal["key_values", "output", "hidden", "selection"]
 Role = Literal["key", "value", "sum", "whole", "log_size", "older", "times", "index", "mass"]
 
 
@@ -43,7 +43,7 @@ class CacheEntry:
     dtype: torch.dtype
     module: str
     tokens: Tokens
-    group: Group = "key_values"
+    group: EntryGroup = "key_values"
     role: Role = "whole"
     layer: int | None = None
     initial: float | None = None

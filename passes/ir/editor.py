@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .cache import CacheEntry
 from .form import ContextRead, Form, Trait
-from .graphs import Call, device_of, fake_mode, has_side_effect, inline, verify_shapes
+from .graphs import AddNode, device_of, fake_mode, has_side_effect, inline, verify_shapes
 
 TRACES = ("stack_trace", "nn_module_stack")
 """What a node's `meta` says of the model's code."""
@@ -45,8 +45,8 @@ class FormEditor:
         copies: dict[Node, Node] = {}
         results = list(self.graph.graph_copy(form.module.graph, copies))  # type: ignore[arg-type]
         self.graph.output(tuple(results))
-        self.mode, self.device = fake_mode(form.module), device_of(form.module)
         placeholders = self.placeholders
+        self.mode, self.device = fake_mode(form.module), device_of(node.meta.get("val") for node in placeholders)
         num_reads, num_indices = len(form.reads), len(form.indices)
         given = len(placeholders) - num_reads - num_indices
         self.model_inputs = tuple(placeholders[:given])
@@ -110,6 +110,27 @@ class FormEditor:
             self.reads[entry] = self._placeholder(self.placeholders[-1], name, entry.shape, entry.dtype)
         return self.reads[entry]
 
+    def replace_read(self, old: CacheEntry, new: CacheEntry) -> Node:
+        """Read `new` in place of `old`, from an input in the same place. It may have another type, but no other shape.
+
+        What used the old entry goes on with the new one, cast to the old type. A pass that changes the type of keys or
+        values comes last in its list: `KeepAllRows` takes whatever is not the input itself for a prediction.
+
+        Returns:
+            The input that holds the new entry.
+        """
+        assert new.shape == old.shape, f"{new.input_name} has shape {new.shape}, it replaces one of {old.shape}"
+        before = self.reads[old]
+        given = self._placeholder(before, new.input_name.replace(".", "_"), new.shape, new.dtype)
+        same = new.dtype == old.dtype
+        cast = given if same else self.at_start()(torch.ops.aten._to_copy.default, given, dtype=old.dtype)
+        before.replace_all_uses_with(cast)
+        self.graph.erase_node(before)
+        replaced = {old: (new, given)}
+        self.reads = dict(replaced.get(entry, (entry, node)) for entry, node in self.reads.items())
+        self.context_reads = [replace(read, entry=new) if read.entry == old else read for read in self.context_reads]
+        return given
+
     def change_reads(self, changed: Callable[[CacheEntry], CacheEntry]) -> None:
         """Let every entry that the form reads be what `changed` makes of it: its input gets another shape."""
         for node, entry in [(node, changed(entry)) for entry, node in self.reads.items()]:
@@ -118,7 +139,7 @@ class FormEditor:
         self.reads = {changed(entry): node for entry, node in self.reads.items()}
         self.context_reads = [replace(read, entry=changed(read.entry)) for read in self.context_reads]
 
-    def before(self, place: Node, *, traced: bool = False) -> Call:
+    def before(self, place: Node, *, traced: bool = False) -> AddNode:
         """A function that adds nodes in front of `place`; `traced`: with its traces, as what it stands for."""
 
         def call(op: Any, *args: Any, **kwargs: Any) -> Node:
@@ -130,15 +151,15 @@ class FormEditor:
 
         return call
 
-    def after(self, place: Node) -> Call:
+    def after(self, place: Node) -> AddNode:
         """A function that adds nodes right behind `place`."""
         return self.before(place.next)
 
-    def at_start(self) -> Call:
+    def at_start(self) -> AddNode:
         """A function that adds nodes in front of the whole body."""
         return self.before(next(node for node in self.graph.nodes if node.op != "placeholder"))
 
-    def at_end(self) -> Call:
+    def at_end(self) -> AddNode:
         """A function that adds nodes behind the whole body."""
         return self.before(self.graph.output_node())
 

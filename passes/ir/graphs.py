@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .refusal import shape_of
 
-Call = Callable[..., Node]
+AddNode = Callable[..., Node]
 """`call(op, *args, **kwargs)` adds a node to a graph."""
 
 
@@ -87,8 +87,7 @@ def fake_mode(module: GraphModule) -> FakeTensorMode:
     return mode
 
 
-def device_of(module: GraphModule) -> torch.device:
-    """Where the graph runs: the first device of its inputs that is not the CPU, if any."""
-    values = (node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder")
-    devices = [value.device for value in values if isinstance(value, torch.Tensor)]
+def device_of(inputs: Iterable[Any]) -> torch.device:
+    """Where a graph with these inputs runs: the first device of a tensor among them that is not the CPU, if any."""
+    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
     return next((device for device in devices if device.type != "cpu"), devices[0])

@@ -8,12 +8,12 @@ import torch
 from torch.fx import Node
 
 from .axis import Tokens
-from .graphs import Call
+from .graphs import AddNode
 
 aten = torch.ops.aten
 
 
-def rows_of(tokens: Tokens, selected: Node, num_tokens: int, device: torch.device, call: Call) -> Node:
+def rows_of(tokens: Tokens, selected: Node, num_tokens: int, device: torch.device, call: AddNode) -> Node:
     """The positions along a token axis (in the full form) of the selected tokens and of all whole rows, in order."""
     if tokens.plain:
         return selected
@@ -31,7 +31,7 @@ def rows_of(tokens: Tokens, selected: Node, num_tokens: int, device: torch.devic
     return _folded(rows, tokens, num_tokens, device, call)
 
 
-def mask_of(tokens: Tokens, active: Node, call: Call) -> Node:
+def mask_of(tokens: Tokens, active: Node, call: AddNode) -> Node:
     """Bool `[size]`: which positions along a token axis hold active tokens, or rows that are no tokens.
 
     Args:
@@ -53,7 +53,7 @@ def mask_of(tokens: Tokens, active: Node, call: Call) -> Node:
     return call(aten.reshape.default, folded, [-1])
 
 
-def runs_of(tokens: Tokens, selected: Node, num_tokens: int, call: Call) -> Node:
+def runs_of(tokens: Tokens, selected: Node, num_tokens: int, call: AddNode) -> Node:
     """The positions of the selected tokens in every run of a token axis that is not folded."""
     parts, start = [], 0
     for length in tokens.whole[:-1]:
@@ -63,11 +63,11 @@ def runs_of(tokens: Tokens, selected: Node, num_tokens: int, call: Call) -> Node
     return parts[0] if len(parts) == 1 else call(aten.cat.default, parts)
 
 
-def _shifted(index: Node, offset: int, call: Call) -> Node:
+def _shifted(index: Node, offset: int, call: AddNode) -> Node:
     return call(aten.add.Scalar, index, offset) if offset else index
 
 
-def _folded(rows: Node, tokens: Tokens, num_tokens: int, device: torch.device, call: Call) -> Node:
+def _folded(rows: Node, tokens: Tokens, num_tokens: int, device: torch.device, call: AddNode) -> Node:
     """Positions in a dim that runs over outer x rows x inner."""
 
     def steps(count: int, step: int, shape: list[int]) -> Any:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..ir.contract import ALWAYS, CANDIDATE, NEVER
+from .kmeans import clusters_of_states
 
 NUM_CLUSTERS = 16
-ITERATIONS = 10
 BLOCK = 2**24
 """Attention scores that are held at a time."""
 
@@ -71,7 +71,7 @@ def choose_active(
     if strategy == "attention":
         score = relevance.float()
     else:
-        cluster, distance = kmeans(states.float(), standing == CANDIDATE, num_clusters)
+        cluster, distance = clusters_of_states(states.float(), standing == CANDIDATE, num_clusters)
         score = spread(-distance if strategy == "kmeans" else relevance, cluster, num_clusters + 1)
     score = score.nan_to_num(-torch.finfo(torch.float32).max)
     score = score.masked_fill(standing == ALWAYS, torch.inf).masked_fill(standing == NEVER, -torch.inf)
@@ -82,35 +82,6 @@ def choose_active(
 @choose_active.register_fake
 def _(relevance: Tensor, states: Tensor, standing: Tensor, num_active: int, strategy: str, num_clusters: int) -> Tensor:
     return relevance.new_empty(num_active, dtype=torch.int64)
-
-
-def kmeans(states: Tensor, counts: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Lloyd's K-means of the rows that count, seeded with rows spread evenly over them: the same for the same states.
-
-    Args:
-        states: float `[N, E]`.
-        counts: bool `[N]`; other rows form a cluster of their own, number `num_clusters`.
-        num_clusters: at most; a cluster that loses all its rows stays where it was.
-
-    Returns:
-        int64 `[N]` clusters and float `[N]` squared distances to their centres.
-    """
-    first = torch.argsort(counts.logical_not().to(torch.uint8), stable=True)  # rows that count, in order
-    numbers = torch.arange(num_clusters, device=states.device)
-    places = (numbers + 0.5) / num_clusters
-    centres = states[first[(places * counts.sum()).long().clamp(max=states.shape[0] - 1)]]
-    squares = states.square().sum(dim=1, keepdim=True)
-    cluster = torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
-    distance = squares[:, 0]
-    for iteration in range(ITERATIONS + 1):
-        distances = squares - 2 * states @ centres.T + centres.square().sum(dim=1)
-        distance, cluster = distances.min(dim=1)
-        if iteration < ITERATIONS:
-            # Not one_hot, which reads its input back to check it.
-            member = ((cluster[:, None] == numbers) & counts[:, None]).to(states.dtype)
-            sizes = member.sum(dim=0)[:, None]
-            centres = torch.where(sizes > 0, member.T @ states / sizes.clamp(min=1), centres)
-    return torch.where(counts, cluster, num_clusters), distance.clamp(min=0)
 
 
 def spread(score: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:

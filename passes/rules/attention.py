@@ -205,7 +205,7 @@ def flex_attention(q: Query) -> Flow | Never:
     )
 
 
-RULES: dict[Any, Any] = {
+RULES: dict[Any, Rule] = {
     torch.ops.higher_order.flex_attention: flex_attention,
     aten.scaled_dot_product_attention.default: attention,
     aten.matmul.default: matmul,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..ir.axis import FREE, AxisState, Enter, Flow, Grid, Leave, Parts, Place, Resize, Tokens
+from ..ir.axis import FREE, AxisState, Enter, Flow, Leave, OnGrid, Parts, Place, Resize, Tokens
 from ..ir.refusal import shape_of
 from .reshape import merge, move, split
-from .rule import Query, align, grid_of, move_dims, position, works_along, wrap
+from .rule import Query, Rule, align, grid_of, move_dims, position, works_along, wrap
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ def reshape(q: Query) -> Flow | str:
     """
     operand, state = q.first()
     old, new = shape_of(operand), q.shape
-    if 0 in old or not isinstance(state, Tokens | Grid):
+    if 0 in old or not isinstance(state, Tokens | OnGrid):
         return Flow(FREE)
     if isinstance(state, Tokens):
         place = move(Place(state.dim, state.outer, state.inner), old, new)
@@ -289,7 +289,7 @@ def as_real(q: Query) -> Flow | str:
     return Flow(move_dims(q.first()[1], lambda d: d))
 
 
-RULES: dict[Any, Any] = {
+RULES: dict[Any, Rule] = {
     aten.view.default: reshape,
     aten._unsafe_view.default: reshape,
     aten.reshape.default: reshape,

@@ -10,7 +10,7 @@ from torch.fx import Node
 from ..ir.axis import Edit, Flow, Gather, Reborn, Resize, Tokens
 from ..ir.refusal import shape_of
 from .dims import cut, rows_before
-from .rule import Query, align, move_dims, position, works_along, wrap
+from .rule import Query, Rule, align, move_dims, position, works_along, wrap
 
 aten = torch.ops.aten
 
@@ -157,7 +157,7 @@ SOURCES: dict[Any, str] = {
 
 WITH_VECTOR = (aten.index_add.default, aten.index_copy.default)
 
-RULES: dict[Any, Any] = {
+RULES: dict[Any, Rule] = {
     **dict.fromkeys(SOURCES, scatter),
     aten.gather.default: gather,
     aten.index_select.default: take,

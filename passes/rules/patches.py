@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..ir.axis import FREE, AxisState, Flow, Grid, Place, Tokens
+from ..ir.axis import FREE, AxisState, Flow, OnGrid, Place, Tokens
 from ..ir.refusal import shape_of
 from .reshape import split
 from .rule import Query, grid_of, works_along
@@ -35,13 +35,13 @@ def convolution(q: Query) -> Flow | str:
         pointwise = set(kernel + stride) == {1} and shape_of(operand)[2:] == q.shape[2:]
         dims = {1} if pointwise else set(range(1, rank))
         return works_along(state, dims, "it convolves over the token axis")  # case 1
-    guesses = set(_coarser(q, state, stride)) if isinstance(state, Grid) else set()  # case 2
+    guesses = set(_coarser(q, state, stride)) if isinstance(state, OnGrid) else set()  # case 2
     if is_patchify(q.node):
         guesses |= set(_patches(q))  # case 3
     return Flow(grid_of(guesses))
 
 
-def _coarser(q: Query, state: Grid, stride: list[int]) -> Iterator[tuple[Place, ...]]:
+def _coarser(q: Query, state: OnGrid, stride: list[int]) -> Iterator[tuple[Place, ...]]:
     """The guesses that a convolution over a grid leaves standing."""
     old = shape_of(q.node.args[0])  # type: ignore[arg-type]
     for guess in state.guesses:

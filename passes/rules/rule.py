@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from torch.fx import Node
 
-from ..ir.axis import FREE, AxisState, Edit, Flow, Gather, Grid, Never, Reborn, Tokens
+from ..ir.axis import FREE, AxisState, Edit, Flow, Gather, Never, OnGrid, Reborn, Tokens
 from ..ir.refusal import shape_of
 
 
@@ -54,8 +54,16 @@ class Query:
 
 
 Answer = Flow | str | Reborn | Never
-Rule = Callable[[Query], Answer]
 """The flow of a node, or why it cannot be computed on the active tokens alone (a string), or not at all."""
+
+
+class Rule(Protocol):
+    """What a table of rules holds for an operator: a function that says what becomes of the token axis in it."""
+
+    __name__: str
+
+    def __call__(self, q: Query, /) -> Answer:
+        """What it says of one node."""
 
 
 def wrap(dim: int, rank: int) -> int:
@@ -76,7 +84,7 @@ def move_dims(state: AxisState, new_dim: Callable[[int], int | None]) -> AxisSta
         dim = new_dim(state.dim)
         assert dim is not None
         return state.at(dim)
-    if isinstance(state, Grid):
+    if isinstance(state, OnGrid):
         moved = (tuple((p, new_dim(p.dim)) for p in guess) for guess in state.guesses)
         kept = [guess for guess in moved if all(dim is not None for _, dim in guess)]
         return grid_of(tuple(replace(p, dim=dim) for p, dim in guess) for guess in kept)  # type: ignore[arg-type]
@@ -93,9 +101,9 @@ def works_along(state: AxisState, dims: set[int], reason: str, keeps_rank: bool 
 
 
 def grid_of(guesses: Any) -> AxisState:
-    """`Grid`, or `FREE` where no guess is left."""
+    """`OnGrid`, or `FREE` where no guess is left."""
     known = frozenset(guesses)
-    return Grid(known) if known else FREE
+    return OnGrid(known) if known else FREE
 
 
 def align(q: Query, operands: list[Node], rank: int, own_dims: tuple[int, ...] = ()) -> Flow | str:
@@ -131,7 +139,7 @@ def _common_grid(states: Mapping[Node, AxisState], rank: int, own_dims: tuple[in
     guesses = []
     for operand, state in states.items():
         shift = rank - len(shape_of(operand))
-        if isinstance(state, Grid):
+        if isinstance(state, OnGrid):
             guesses.append(frozenset(tuple(replace(p, dim=p.dim + shift) for p in guess) for guess in state.guesses))
     common = frozenset.intersection(*guesses) if guesses else frozenset()
     return grid_of(guess for guess in common if not any(place.dim in own_dims for place in guess))

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..analysis.analyse import Analysis
-from ..ir.axis import FREE, AxisState, Edit, Enter, Flow, Grid, Leave, Place, Reborn, Tokens
+from ..ir.axis import FREE, AxisState, Edit, Enter, Flow, Leave, OnGrid, Place, Reborn, Tokens
 from ..ir.cache import CacheEntry
 from ..ir.contract import Budgets
 from ..rules.rule import Query, Rule
@@ -63,7 +63,7 @@ class T:
         if "n" in self.dims:
             return Tokens(self.dims.index("n"))
         if set("tyx") <= set(self.dims):
-            return Grid(frozenset({tuple(Place(self.dims.index(letter)) for letter in "tyx" if sizes[letter] != 1)}))
+            return OnGrid(frozenset({tuple(Place(self.dims.index(letter)) for letter in "tyx" if sizes[letter] != 1)}))
         return FREE
 
 
@@ -78,7 +78,7 @@ class S:
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """A call; its operands may be calls too. An operand that is one object in two places is one tensor."""
 
     op: Any
@@ -92,16 +92,18 @@ class Call:
     def leaves(self) -> list[Any]:
         """Everything that is no call, those inside operands included."""
         leaves = pytree.tree_leaves([self.args, self.kwargs])
-        return [x for leaf in leaves for x in (leaf.leaves() if isinstance(leaf, Call) else [leaf])]
+        return [x for leaf in leaves for x in (leaf.leaves() if isinstance(leaf, OpCall) else [leaf])]
 
     def ops(self) -> set[Any]:
         """Every operator called."""
-        return {self.op}.union(*(x.ops() for x in pytree.tree_leaves([self.args, self.kwargs]) if isinstance(x, Call)))
+        return {self.op}.union(
+            *(x.ops() for x in pytree.tree_leaves([self.args, self.kwargs]) if isinstance(x, OpCall))
+        )
 
 
-def call(op: Any, *args: Any, **kwargs: Any) -> Call:
+def call(op: Any, *args: Any, **kwargs: Any) -> OpCall:
     """`op(*args, **kwargs)`, to be made with the sizes of a run."""
-    return Call(op, args, kwargs)
+    return OpCall(op, args, kwargs)
 
 
 def resolve(text: str, sizes: Sizes) -> list[int]:
@@ -129,7 +131,7 @@ class RefusedError(Exception):
 class Trace:
     """A call as a graph of its own, with the states and edits that the rules give its nodes."""
 
-    def __init__(self, whole: Call, sizes: Sizes, rules: Mapping[Any, Rule] = RULES) -> None:
+    def __init__(self, whole: OpCall, sizes: Sizes, rules: Mapping[Any, Rule] = RULES) -> None:
         self.sizes, self.rules = sizes, rules
         self.grid = (sizes["t"], sizes["y"], sizes["x"])
         self.graph, self.mode = Graph(), FakeTensorMode()
@@ -150,7 +152,7 @@ class Trace:
         """The node, or the value, that stands for an operand."""
         if isinstance(operand, S):
             return resolve(operand.dims, self.sizes)
-        if not isinstance(operand, T | Call):
+        if not isinstance(operand, T | OpCall):
             return operand
         if id(operand) not in self._known:
             self._known[id(operand)] = self._tensor(operand) if isinstance(operand, T) else self._node(operand)
@@ -166,7 +168,7 @@ class Trace:
             self.edits[node] = (Enter(state),)
         return node
 
-    def _node(self, operand: Call) -> Node:
+    def _node(self, operand: OpCall) -> Node:
         args, kwargs = pytree.tree_map(self.add, (operand.args, operand.kwargs))
         return self._call(operand.op, args, kwargs)
 
@@ -188,7 +190,7 @@ class Trace:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def check_rows(whole: Call, sizes: Sizes, rules: Mapping[Any, Rule] = RULES) -> AxisState:
+def check_rows(whole: OpCall, sizes: Sizes, rules: Mapping[Any, Rule] = RULES) -> AxisState:
     """Run a call, and its partial form on the cache that its full form gives; compare row by row.
 
     Where a token tensor ends, its active rows are spoiled in the cache.
@@ -236,7 +238,7 @@ def positions(tokens: Tokens, active: torch.Tensor, num_tokens: int) -> torch.Te
 UNINITIALISED = (aten.empty_like.default, aten.new_empty.default)
 
 
-def wrong_rules(calls: Iterable[Call]) -> list[str]:
+def wrong_rules(calls: Iterable[OpCall]) -> list[str]:
     """The calls whose partial form does not give the rows of the full one, each with what went wrong."""
     wrong = []
     for whole in calls:

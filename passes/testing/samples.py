@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..rules.table import ELEMENTWISE
-from .oracle import Call, S, T, call
+from .oracle import OpCall, S, T, call
 
 aten = torch.ops.aten
 END = torch.iinfo(torch.int64).max
@@ -47,7 +47,7 @@ DTYPES: dict[Any, tuple[torch.dtype, ...]] = {
 }
 
 
-def elementwise_calls() -> list[Call]:
+def elementwise_calls() -> list[OpCall]:
     """Each elementwise operator with each pattern for as many tensors as it takes."""
     calls = []
     for op in ELEMENTWISE:
@@ -69,25 +69,25 @@ def elementwise_calls() -> list[Call]:
     return calls
 
 
-def index_below(dims: str, bound: int) -> Call:
+def index_below(dims: str, bound: int) -> OpCall:
     """Indices between 0 and `bound` - 1, drawn from data."""
     below = call(aten.clamp.default, call(aten.mul.Scalar, T(dims), 1.3), 0.0, bound - 0.5)
     return call(aten.to.dtype, below, torch.int64)
 
 
-def norms(op: Any, *dims_and_weights: tuple[str, str]) -> list[Call]:
+def norms(op: Any, *dims_and_weights: tuple[str, str]) -> list[OpCall]:
     """A norm over trailing dims, with weights and without."""
     with_weights = [call(op, T(dims), S(weights), T(weights)) for dims, weights in dims_and_weights]
     return with_weights + [call(op, T(dims), S(weights)) for dims, weights in dims_and_weights]
 
 
-def attention(q: str | Call, k: str | Call, v: str | Call, *more: Any, **kwargs: Any) -> Call:
+def attention(q: str | OpCall, k: str | OpCall, v: str | OpCall, *more: Any, **kwargs: Any) -> OpCall:
     """Attention over operands that are given by their dims."""
     operands = [T(x) if isinstance(x, str) else x for x in (q, k, v)]
     return call(aten.scaled_dot_product_attention.default, *operands, *more, **kwargs)
 
 
-def self_attention_of_one_tensor(dims: str) -> Call:
+def self_attention_of_one_tensor(dims: str) -> OpCall:
     """Its query, key and value are one node."""
     operand = T(dims)
     return call(aten.scaled_dot_product_attention.default, operand, operand, operand)
@@ -103,7 +103,7 @@ IN_BATCH = call(aten.view.default, T("bnd"), S("(bn)d"))
 IN_FEATURES = call(aten.view.default, T("bnhe"), S("b(nh)e"))
 JOINT_IN_BOTH = call(aten.reshape.default, call(aten.transpose.int, JOINT, 1, 2), S("-e"))
 FRAMES = call(aten.view.default, T("bnd"), S("bt(yx)d"))
-FOLDED: list[Call] = [
+FOLDED: list[OpCall] = [
     *(call(aten.add.Tensor, axis, T("d")) for axis in (IN_BATCH, FRAMES)),
     call(aten.add.Tensor, IN_BATCH, call(aten.view.default, T("bNd"), S("(bn)d"))),
     call(aten.add.Tensor, IN_FEATURES, call(aten.view.default, T("bNhe"), S("b(nh)e"))),
@@ -147,7 +147,7 @@ FOLDED: list[Call] = [
     call(aten.linear.default, call(aten.transpose.int, JOINT_IN_BOTH, 0, 0), T("ke")),
 ]
 
-ACCEPTED: list[Call] = [
+ACCEPTED: list[OpCall] = [
     *FOLDED,
     *elementwise_calls(),
     call(aten.add.Tensor, T("bdtyx"), T("d111")),

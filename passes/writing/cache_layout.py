@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..analysis.analyse import Analysis
 from ..ir.axis import Accumulate, Attend, Keep, Leave, Tokens
-from ..ir.cache import CacheEntry, Group, Role, Rows, with_rows
+from ..ir.cache import CacheEntry, EntryGroup, Role, Rows, with_rows
 from ..ir.contract import Budgets
 from ..ir.refusal import module_path, shape_of
 
@@ -43,9 +43,9 @@ def cache_layout(analysis: Analysis, budgets: Budgets) -> dict[tuple[Node, Role]
     return layout
 
 
-def _ends(analysis: Analysis) -> list[tuple[Leave | Keep, Group]]:
+def _ends(analysis: Analysis) -> list[tuple[Leave | Keep, EntryGroup]]:
     """Where token tensors become whole: first those a reuse step reads, then those inside the model."""
-    ends: list[tuple[Leave | Keep, Group]] = [
+    ends: list[tuple[Leave | Keep, EntryGroup]] = [
         (edit, "output" if node in analysis.after else "hidden")
         for node, edits in analysis.edits.items()
         for edit in edits

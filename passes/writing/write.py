@@ -11,7 +11,7 @@ Accumulate  emit the sum over context   add the cached sum              -
 Leave       emit the token tensor       write into the cached tensor    read the cached tensor
 Keep        emit the tensor             emit the tensor                 read the cached tensor
 Uncut       -                           leave out the cut               -
-Choose      -                           take each row from its piece    -
+JoinPieces  -                           take each row from its piece    -
 ==========  ==========================  ==============================  ============================
 
 The reuse form holds only what comes after the last `Leave` and `Keep`. `WRITERS` names the writers; a new form is one
@@ -28,7 +28,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..analysis.analyse import Analysis
-from ..ir.axis import Accumulate, Attend, Choose, Enter, Gather, Keep, Leave, Parts, Piece, Resize, Tokens, Uncut
+from ..ir.axis import Accumulate, Attend, Enter, Gather, JoinPieces, Keep, Leave, Parts, Piece, Resize, Tokens, Uncut
 from ..ir.cache import CacheEntry, Role, with_rows
 from ..ir.contract import Budgets
 from ..ir.form import ContextRead, Form
@@ -56,6 +56,7 @@ class FormWriter:
         self.mask_columns: list[Node] = []
         self.gathered: dict[tuple[Node, Tokens], Node] = {}
         self.row_indices: dict[tuple[Node, Tokens, bool], Node] = {}
+        self.device = device_of(node.meta.get("val") for node in self._placeholders())
         for node in self._placeholders():
             self.copy(node, shape_of(node))
 
@@ -78,10 +79,9 @@ class FormWriter:
         return self.reads[entry]
 
     def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Node:
-        mode, device = fake_mode(self.source), device_of(self.source)
         node = self.graph.placeholder(name)
-        with mode:
-            node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+        with fake_mode(self.source):
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=self.device)
         self.expected[node] = shape
         return node
 
@@ -105,7 +105,7 @@ class FormWriter:
         """The rows that `selected` names along a token axis, with whole rows or `runs_only`; made once."""
         key = (selected, tokens.at(0), runs_only)
         if key not in self.row_indices:
-            number, device = prod(self.analysis.grid), device_of(self.source)
+            number = prod(self.analysis.grid)
 
             def call(op: Any, *args: Any, **kwargs: Any) -> Node:
                 return self.call(op, args, near, kwargs)
@@ -113,7 +113,7 @@ class FormWriter:
             self.row_indices[key] = (
                 runs_of(tokens, selected, number, call)
                 if runs_only
-                else rows_of(tokens, selected, number, device, call)
+                else rows_of(tokens, selected, number, self.device, call)
             )
         return self.row_indices[key]
 
@@ -278,7 +278,7 @@ def _pieces(writer: FormWriter, node: Node, active_index: Node) -> bool:
         if isinstance(edit, Uncut):
             writer.new[node] = writer.new[edit.operand]
             return True
-        if isinstance(edit, Choose):
+        if isinstance(edit, JoinPieces):
             rows = writer.row_index(edit.tokens, active_index, node)
             shape = [-1 if dim == edit.tokens.dim else 1 for dim in range(len(shape_of(node)))]
             *before, last = (writer.new[piece] for piece in edit.pieces)
