@@ -21,7 +21,10 @@ from hetcache_compile.passes.ir.contract import Budgets
 from hetcache_compile.passes.ir.form import Form
 from hetcache_compile.passes.writing.write import WRITERS
 
-SLOW = ("zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli")
+SLOW = (
+    "zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli",
+    "examples", "session", "matrix",
+)  # fmt: skip
 """The files that take half a minute and more, the slowest first."""
 
 
