@@ -10,43 +10,42 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Tensor = torch.Tensor
 
-SCALES: tuple[tuple[str, Callable[[Array, Array], Array]], ...] = (
+SCALES: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...] = (
     ("timesteps", lambda times, sigmas: times),
     ("timesteps / 1000", lambda times, sigmas: times / 1000),
     ("1 - timesteps / 1000", lambda times, sigmas: 1 - times / 1000),
     ("1000 - timesteps", lambda times, sigmas: 1000 - times),
     ("sigmas", lambda times, sigmas: sigmas),
     ("sigmas / (1 + sigmas)", lambda times, sigmas: sigmas / (1 + sigmas)),
-    ("log(sigmas) / 4", lambda times, sigmas: np.log(np.maximum(sigmas, 1e-30)) / 4),
+    ("log(sigmas) / 4", lambda times, sigmas: sigmas.clamp_min(1e-30).log() / 4),
 )
 """What models are given, made of a scheduler's timesteps and noise levels."""
-ROUNDINGS = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDINGS = (torch.bfloat16, torch.float16)
 """Types that a time may have gone through."""
 SAME = 4 * float(torch.finfo(torch.float32).eps)
 """Relative difference of two values that are one time, computed in float32 in two ways."""
 
 
-def _rounded(values: Array, dtype: torch.dtype) -> Array:
-    return torch.from_numpy(values).to(dtype).double().numpy()
-
-
-def _forms_of(times: Array, sigmas: Array, scale: Callable[[Array, Array], Array]) -> Array:
-    """`[forms, S]`: one scale of the plan's times, rounded before, after, before and after, or to whole numbers."""
-    exact = scale(times, sigmas)
-    forms = [exact, np.floor(exact), np.round(exact)] if np.abs(exact).max(initial=0) > 2 else [exact]
+def _forms_of(times: Tensor, sigmas: Tensor, scale: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """One scale of the plan's times: exact, cut to whole numbers, rounded before, after, or throughout."""
+    exact, single = scale(times, sigmas), scale(times.float(), sigmas.float())
+    forms = [exact, single]
+    if exact.abs().max() > 2:
+        forms += [exact.floor(), exact.round()]
     for dtype in ROUNDINGS:
-        forms.append(_rounded(exact, dtype))
-        forms.append(_rounded(scale(_rounded(times, dtype), _rounded(sigmas, dtype)), dtype))
-    return np.stack(forms)
+        rounded = times.to(dtype), sigmas.to(dtype)
+        forms += [exact.to(dtype), single.to(dtype), scale(*rounded), scale(rounded[0].float(), rounded[1].float())]
+    return [form.double() for form in forms]
 
 
 class Timeline:
@@ -58,28 +57,67 @@ class Timeline:
     """
 
     def __init__(self, timesteps: Array, sigmas: Array) -> None:
-        self.tables: list[Array] = []
-        for name, scale in SCALES:
-            if "sigmas" in name and not sigmas.size:
-                continue
-            self.tables.append(_forms_of(timesteps, sigmas if sigmas.size else timesteps, scale))
+        times = torch.from_numpy(timesteps)
+        noise = torch.from_numpy(sigmas if sigmas.size else timesteps)
+        scales = [scale for name, scale in SCALES if sigmas.size or "sigmas" not in name]
+        forms = [form for scale in scales for form in _forms_of(times, noise, scale)]
+        values = np.unique(torch.stack(forms).numpy(), axis=0)
+        nowhere = np.zeros(values.shape, dtype=np.bool_)
+        self._all = Known(values, values[:, 0] < values[:, -1], nowhere, nowhere, np.zeros(len(values), dtype=np.intp))
 
-    def steps_of(self, time: float, scale: int) -> list[int]:
-        """The steps that are at a time, in one of the scales: none, one, or several where times repeat."""
-        table = self.tables[scale]
-        near = np.abs(table - time) <= SAME * max(abs(time), 1e-3)
-        if near[0].any():  # exactly, without rounding
-            return np.flatnonzero(near[0]).tolist()
-        return np.flatnonzero(near.any(axis=0)).tolist()
+    def look(self, time: float, known: Known | None = None) -> Known | None:
+        """The forms that know a time, of all or of those that knew the times before it."""
+        known = self._all if known is None else known
+        at = np.abs(known.values - time) <= SAME * max(abs(time), 1e-3)
+        forms = at.any(axis=1)
+        if not forms.any():
+            return None
+        return Known(known.values, known.rises, at, known.at, known.begins).only(forms)
 
-    def scale_of(self, times: Sequence[float]) -> int | None:
-        """The scale in which all of these are times of the plan; of several, the one that begins earliest in it."""
-        found = []
-        for scale in range(len(self.tables)):
-            steps = [self.steps_of(time, scale) for time in times]
-            if all(steps):
-                found.append((steps[0][0], scale))
-        return min(found)[1] if found else None
+
+@dataclass(frozen=True)
+class Known:
+    """The forms that know the times of an edit so far.
+
+    Attributes:
+        values: `[forms, S]`.
+        rises: bool `[forms]`, whether the values rise.
+        at: bool `[forms, S]`, the steps that are at the last of these times.
+        was: the same for the time before it.
+        begins: `[forms]`, the step at which the edit begins.
+    """
+
+    values: Array
+    rises: NDArray[np.bool_]
+    at: NDArray[np.bool_]
+    was: NDArray[np.bool_]
+    begins: NDArray[np.intp]
+
+    def only(self, forms: NDArray[np.bool_]) -> Known:
+        """Some of them."""
+        return Known(
+            self.values[forms], self.rises[forms], self.at[forms], self.was[forms], self.begins[forms]
+        )  # fmt: skip
+
+    def begun(self) -> Known:
+        """The edit begins with the last time."""
+        return replace(self, was=np.zeros_like(self.at), begins=self.at.argmax(axis=1))
+
+    def going_on(self) -> Known:
+        """Those in which the last time is a later step than the one before it."""
+        steps = np.arange(self.at.shape[1])
+        later = np.where(self.at, steps, -1).max(axis=1) > self.was.argmax(axis=1)
+        return self.only(np.asarray(later))
+
+    def steps(self) -> tuple[list[int], list[int]]:
+        """The steps at the time before the last and at the last, in the likeliest forms.
+
+        These are the falling ones, if any, in which the edit begins earliest.
+        """
+        rank = self.begins + self.rises * self.at.shape[1]
+        likeliest = rank == rank.min()
+        was, now = (np.flatnonzero(steps[likeliest].any(axis=0)).tolist() for steps in (self.was, self.at))
+        return was, now
 
 
 @dataclass
@@ -115,6 +153,7 @@ class Reading:
         restarts: whether a new edit begins with it.
         fits: whether it is where the plan expects it: the plan knows its time, and no step was left out before it.
         rose: whether its time is above the one before.
+        known: the forms of time that know it.
     """
 
     group: Group
@@ -123,11 +162,17 @@ class Reading:
     restarts: bool
     fits: bool
     rose: bool = False
+    known: Known | None = None
 
     @property
     def step(self) -> int | None:
         """The step of the plan, None where the plan does not know it."""
         return self.group.steps[self.at] if self.group.steps else None
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step at its time, None where the plan does not know it."""
+        return self.group.steps[-1] if self.group.steps else None
 
 
 @dataclass
@@ -142,9 +187,10 @@ class Clock:
     num_steps: int
     timeline: Timeline | None
     group: Group | None = None
-    _scale: int | None = None
+    _known: Known | None = None
     _last_step: int | None = None
     _known_times: list[float] = field(default_factory=list)
+    _restarted: bool = False
     _rises: bool = False
     _rose: bool = False
 
@@ -152,14 +198,15 @@ class Clock:
         """The next call begins an edit."""
         self.group = self._last_step = None
         self._known_times.clear()
+        self._restarted = False
 
     def read(self, time: float, moved: Callable[[], bool]) -> Reading:
         """Where in the plan a call at `time` is.
 
         Args:
             time: what the model is given.
-            moved: whether its latents are others than those of the call before. Asked only where the plan has several
-                steps at one time, as second-order solvers do.
+            moved: whether it is a second call of one branch, on other latents. Asked only where the plan has several
+                steps at one time, as second-order solvers do, and as rounding makes them.
         """
         group = self.group
         if group is not None and time == group.time:
@@ -177,25 +224,47 @@ class Clock:
             self._rose = reading.rose
             if group.steps:
                 self._known_times.append(group.time)
+                self._restarted = reading.restarts
         self.group = group
         group.at, group.place = reading.at, reading.place + 1
         if group.steps:
-            self._last_step = group.steps[-1]
+            self._last_step = reading.step
+        if reading.known is not None:
+            self._known = reading.known
 
     def _by_plan(self, time: float, timeline: Timeline) -> Reading:
-        steps = timeline.steps_of(time, self._scale) if self._scale is not None else []
-        if not steps:  # of one time alone the scale may have been guessed wrong
-            scale = timeline.scale_of([*self._known_times, time])
-            if scale is not None:
-                self._scale, steps = scale, timeline.steps_of(time, scale)
-        if not steps:
+        known = timeline.look(time, self._known)
+        if known is None:  # the forms of earlier edits are not those of this one
+            known = self._known_anew(time, timeline)
+        if known is None:
             return Reading(Group(time, ()), 0, 0, restarts=False, fits=False)
-        before = self._last_step
-        ahead = [step for step in steps if before is None or step > before]
+        if self._last_step is None:
+            known = known.begun()
+            return Reading(Group(time, tuple(known.steps()[1])), 0, 0, restarts=False, fits=True, known=known)
+        ahead, fits = self._ahead(known)
+        if not ahead and self._restarted:  # twice in a row: time may be in a form that goes the other way
+            onward = known.going_on()
+            known = onward if onward.rises.size else known
+            ahead, fits = self._ahead(known)
         if not ahead:
-            return Reading(Group(time, tuple(steps)), 0, 0, restarts=True, fits=True)
-        fits = before is None or ahead[0] == before + 1
-        return Reading(Group(time, tuple(ahead)), 0, 0, restarts=False, fits=fits)
+            known = known.begun()
+            return Reading(Group(time, tuple(known.steps()[1])), 0, 0, restarts=True, fits=True, known=known)
+        return Reading(Group(time, tuple(ahead)), 0, 0, restarts=False, fits=fits, known=known)
+
+    def _known_anew(self, time: float, timeline: Timeline) -> Known | None:
+        """Of all forms those that know every time of this edit."""
+        known = None
+        for earlier in self._known_times:
+            begins, known = known is None, timeline.look(earlier, known)
+            known = known.begun() if begins and known is not None else known
+        return timeline.look(time, known)
+
+    def _ahead(self, known: Known) -> tuple[list[int], bool]:
+        """The steps at the last time that are yet to come, and whether none is left out before them."""
+        was, steps = known.steps()
+        before = self._last_step if self._last_step in was else was[0]  # it may have been taken for another form
+        ahead = [step for step in steps if step > before]
+        return ahead, bool(ahead) and set(was).issuperset(range(before + 1, ahead[0]))
 
     def _by_order(self, time: float) -> Reading:
         """Without times in the plan the n-th time is step n. Time is taken to fall until it rises twice in a row."""

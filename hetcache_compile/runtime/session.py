@@ -306,7 +306,7 @@ class Session:
         branch, track = turn.branch, turn._track
         if turn.kind is StepKind.FULL:
             branch.owner, branch.weights = call.owner, turn.weights
-        branch.step = turn.step
+        branch.step = turn._reading.last_step
         if track.name is None:
             branch.keep(call.conditions, turn._changed)
         track.advance(turn._reading, call.latents, call.conditions)
