@@ -69,7 +69,7 @@ class Timeline:
         """The forms that know a time, of all or of those that knew the times before it."""
         known = self._all if known is None else known
         at = np.abs(known.values - time) <= SAME * max(abs(time), 1e-3)
-        forms = at.any(axis=1)
+        forms = np.asarray(at.any(axis=1))
         if not forms.any():
             return None
         return Known(known.values, known.rises, at, known.at, known.begins).only(forms)
