@@ -408,3 +408,20 @@ def test_masks_share_forms_of_any_kind_but_partial() -> None:
         mask[:, top : top + rng.integers(1, 28), left : left + rng.integers(1, 50)] = True
         sizes.add(hetcache.Plan.from_mask(mask, grid).num_active)
     assert len(sizes) <= 16
+
+
+def test_positional_arguments_have_no_names() -> None:
+    """Dynamo calls them args_0, args_1: the time is found by what becomes of it, for reuse forms that need it too."""
+    model = wan()
+    fast = compiled(model)
+    plan = hetcache.Plan.from_token_mask(
+        np.arange(105) % 3 == 0, (3, 5, 7), num_inference_steps=5, schedule=list("FPRPF"), extrapolation=1
+    )
+    calls = [call(model, seed=seed) for seed in range(5)]
+    names = ("hidden_states", "timestep", "encoder_hidden_states")
+    outputs = []
+    with hetcache.session(plan, strict=True) as session:
+        for kwargs in calls:
+            outputs.append(fast(*(kwargs[name] for name in names), return_dict=False)[0])
+    assert session.stats.kinds == [FULL, PARTIAL, REUSE, PARTIAL, FULL]
+    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPRPF", calls))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from ..analysis.analyse import Analysis
+from ..analysis.time_input import time_input
 from ..ir.contract import FormOptions
 from ..ir.editor import FormPass
 from ..ir.form import Form
@@ -25,8 +26,13 @@ KINDS = tuple(WRITERS)
 """The forms of a model."""
 
 
-def functional_passes(options: FormOptions) -> list[FormPass]:
-    """What makes the form that is reasoned about and exported: its cache enters and leaves as tensors."""
+def functional_passes(options: FormOptions, time: str | None = None) -> list[FormPass]:
+    """What makes the form that is reasoned about and exported: its cache enters and leaves as tensors.
+
+    Args:
+        options: what the form knows of a plan.
+        time: the model's input that holds the time of a step, if it is known.
+    """
     chooses = options.selection != "fixed"
     passes: list[FormPass] = []
     if chooses:
@@ -37,9 +43,13 @@ def functional_passes(options: FormOptions) -> list[FormPass]:
     if options.merges:
         passes += [MergeContext(options.num_context, options.num_merged, options.merging)]
     if options.context_extrapolation:
-        passes += [PredictContext()]
+        passes += [PredictContext(time)]
     if options.extrapolation:
-        passes += [Extrapolate(options.extrapolation, options.num_tokens, options.num_active, weighted=not chooses)]
+        passes += [
+            Extrapolate(
+                options.extrapolation, options.num_tokens, options.num_active, weighted=not chooses, time_input=time
+            )
+        ]
     return passes
 
 
@@ -62,7 +72,10 @@ def write_form(kind: str, source: GraphModule, analysis: Analysis, options: Form
         UnsupportedGraphError: the graph has not what a pass needs.
     """
     form = WRITERS[kind](source, analysis, options.budgets)
-    return run_passes(f"{kind} form", functional_passes(options), form, lambda form: form.module)
+    # A reuse form may not embed the time any more, by which it is found where its name says nothing.
+    time = time_input(list(source.graph.find_nodes(op="placeholder")))
+    passes = functional_passes(options, None if time is None else time.name)
+    return run_passes(f"{kind} form", passes, form, lambda form: form.module)
 
 
 def in_process(form: Form, options: FormOptions) -> Form:

@@ -27,7 +27,7 @@ def time_of(form: FormEditor, name: str | None) -> Node:
     if name is None:
         found = time_input(form.model_inputs)
     else:
-        found = next((node for node in inputs if plain_name(node.name) == name), None)
+        found = next((node for node in inputs if name in (node.name, plain_name(node.name))), None)
     if found is None:
         names = ", ".join(node.name for node in inputs)
         reason = f"extrapolation needs the time of a step, and no input is called {name or 'timestep'} or used like one"
