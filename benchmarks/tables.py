@@ -133,6 +133,46 @@ def picture_caption(result: dict) -> str:
 
 
 BENCHMARKS = "docs/benchmarks.md"
+
+
+def overhead_table(result: dict) -> str:
+    rows = ["| | weights | Dynamo alone | REUSE call | beyond Dynamo |", "| --- | --- | --- | --- | --- |"]
+    for name, row in result["depths"].items():
+        figures = " | ".join(f"{row[key]:.2f} ms" for key in ("floor_ms", "reuse_ms", "overhead_ms"))
+        rows.append(f"| {name} | {row['parameters']} | {figures} |")
+    rows += [
+        "",
+        f"WanVACE of tiny width, the REUSE form compiled by {result['inner']}, medians of CPU time of one thread; "
+        f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/overhead.py`.",
+    ]
+    return "\n".join(rows)
+
+
+def ladder_table(result: dict) -> str:
+    rows = [
+        "| token grid | values of M | of multiples of 32 | M against multiples of 32 |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in result["grids"].items():
+        counts, ratio = row["values_of_m"], row["m_ratio"]
+        rows.append(
+            f"| {'x'.join(map(str, row['grid']))} ({name}) | {counts['ladder']} | {counts['multiples of 32']} | "
+            f"{ratio['median']:.2f} in the median, {ratio['p90']:.2f} at nine tenths |"
+        )
+    rows += ["", f"{result['masks']} random boxes, still over the clip: `python benchmarks/ladder.py`."]
+    return "\n".join(rows)
+
+
+def soak_text(result: dict) -> str:
+    return (
+        f"{result['edits']} edits of random boxes, each in a session of its own: {result['values_of_m']} values of M, "
+        f"{result['graphs_compiled']} graphs compiled, the last in edit {result['last_compilation_in_edit'] + 1}; "
+        f"{result['kib_per_edit_second_half']:.1f} KiB of resident memory more per edit in the second half. "
+        f"{result['mismatches']} of {result['compared_with_a_model_compiled_anew']} edits differ in any bit from the "
+        f"same edit on a model compiled anew. Tiny Wan, {result['processor']}: `python benchmarks/soak.py`."
+    )
+
+
 TABLES = (
     ("picture", "picture", picture_caption, "README.md"),
     ("short", "front", short_table, "README.md"),
@@ -140,6 +180,9 @@ TABLES = (
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
+    ("overhead", "overhead", overhead_table, BENCHMARKS),
+    ("ladder", "ladder", ladder_table, BENCHMARKS),
+    ("soak", "soak", soak_text, BENCHMARKS),
     ("reference", "reference", reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
 )
 """Marker, result, what makes text of it, page. Links in the text start at the root of the repository."""

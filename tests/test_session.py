@@ -425,3 +425,12 @@ def test_positional_arguments_have_no_names() -> None:
             outputs.append(fast(*(kwargs[name] for name in names), return_dict=False)[0])
     assert session.stats.kinds == [FULL, PARTIAL, REUSE, PARTIAL, FULL]
     check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPRPF", calls))
+
+
+def test_a_model_that_dynamo_will_compile_no_more() -> None:
+    """Said when it is compiled for the last time: from then on it would run eagerly, and nobody would know."""
+    fast = compiled(TinyDiT(patch=(1, 1, 1)))
+    with torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False):
+        fast(**tiny_calls("F", patch=(1, 1, 1), text_tokens=5)[0])
+        with pytest.warns(HetCacheWarning, match="compiled this model 2 times, which is its limit"):
+            fast(**tiny_calls("F", patch=(1, 1, 1), text_tokens=6)[0])
