@@ -2,14 +2,14 @@
 
     python benchmarks/soak.py            # writes benchmarks/results/soak.json
 
-Each edit has a session of its own, then all have one session together; every output is compared, bit for bit, with that
-of the same edit in a process that has run no other: a model compiled anew.
+Each edit has a session of its own. Some of them are compared, bit for bit, with the same edit on a model compiled anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +65,11 @@ def edit(model: Any, number: int) -> list[torch.Tensor]:
     ]
 
 
+def digest(outputs: list[torch.Tensor]) -> str:
+    """Of every bit: kept in place of the outputs, which would count as memory."""
+    return hashlib.sha256(b"".join(output.numpy().tobytes() for output in outputs)).hexdigest()
+
+
 def resident_kib() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4
 
@@ -85,17 +90,17 @@ def main() -> None:
     model, outputs, memory, made = compiled(), [], [], []
     for number, plan in enumerate(all_plans):
         with hetcache.session(plan, strict=True):
-            outputs.append(edit(model, number))
+            outputs.append(digest(edit(model, number)))
         if number % 20 == 19:
             gc.collect()
-            memory.append(resident_kib() - sum(o.numel() for out in outputs for o in out) * 4 // 1024)
+            memory.append(resident_kib())
         made.append(graphs)
     half = len(memory) // 2
     slope = float(np.polyfit(np.arange(half, len(memory)) * 20, memory[half:], 1)[0])
     mismatches = 0
     for number in range(0, options.edits, max(1, options.edits // options.fresh)):
         with hetcache.session(all_plans[number], strict=True):
-            mismatches += not all(map(torch.equal, edit(compiled(), number), outputs[number]))
+            mismatches += digest(edit(compiled(), number)) != outputs[number]
     result = {
         **provenance("cpu"),
         "edits": options.edits,
