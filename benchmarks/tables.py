@@ -135,19 +135,6 @@ def picture_caption(result: dict) -> str:
 BENCHMARKS = "docs/benchmarks.md"
 
 
-def overhead_table(result: dict) -> str:
-    rows = ["| | weights | Dynamo alone | REUSE call | beyond Dynamo |", "| --- | --- | --- | --- | --- |"]
-    for name, row in result["depths"].items():
-        figures = " | ".join(f"{row[key]:.2f} ms" for key in ("floor_ms", "reuse_ms", "overhead_ms"))
-        rows.append(f"| {name} | {row['parameters']} | {figures} |")
-    rows += [
-        "",
-        f"WanVACE of tiny width, the REUSE form compiled by {result['inner']}, medians of CPU time of one thread; "
-        f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/overhead.py`.",
-    ]
-    return "\n".join(rows)
-
-
 def ladder_table(result: dict) -> str:
     rows = [
         "| token grid | values of M | of multiples of 32 | M against multiples of 32 |",
@@ -180,7 +167,6 @@ TABLES = (
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
-    ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),
     ("soak", "soak", soak_text, BENCHMARKS),
     ("reference", "reference", reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
