@@ -123,15 +123,21 @@ class Track:
     def __init__(self, name: str | None, clock: Clock) -> None:
         self.name, self.clock = name, clock
         self.branches: dict[int, Branch] = {}
-        self.calls = 0
-        self.last_latents: tuple[Remembered, ...] = ()
+        self.calls = self.all_calls = 0
+        self.calls_before = 0
+        """How many calls there were at the time before."""
+        self.last_latents: list[tuple[Remembered, ...]] = []
+        """Of each call at this step."""
+        self.last_branches: list[Branch] = []
         self.last_conditions: list[tuple[Remembered, ...]] = []
+        self.others: dict[Track, int] = {}
+        """How many steps the other tracks of the model had taken at the last call of this one."""
 
     def restart(self) -> None:
         """The next call begins an edit. Memory is kept for it."""
         self.clock.restart()
-        self.calls = 0
-        self.last_latents, self.last_conditions = (), []
+        self.calls = self.calls_before = 0
+        self.last_latents, self.last_branches, self.last_conditions = [], [], []
         for branch in self.branches.values():
             branch.forget()
 
@@ -142,7 +148,7 @@ class Track:
         of the plan an edit begins.
         """
         if time is not None:
-            return self.clock.read(time, lambda: not self._same_latents(latents))
+            return self.clock.read(time, lambda: self._moved(latents, conditions))
         group = self.clock.group
         if group is not None and self._is_guidance(latents, conditions):
             return self.clock.read(group.time, lambda: False)
@@ -162,23 +168,56 @@ class Track:
                     return other, set()
         return branch, changed
 
-    def advance(self, reading: Reading, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> None:
+    def advance(
+        self,
+        reading: Reading,
+        branch: Branch,
+        latents: Sequence[torch.Tensor],
+        conditions: Sequence[torch.Tensor],
+    ) -> None:
         """The call was made."""
         if not reading.place:
-            self.calls += 1
-            self.last_conditions = []
+            self.calls, self.all_calls = self.calls + 1, self.all_calls + 1
+            self.last_latents, self.last_branches, self.last_conditions = [], [], []
+        if self.clock.group is not None and reading.group is not self.clock.group:
+            self.calls_before = self.clock.group.place
         self.clock.advance(reading)
-        self.last_latents = remember(latents)
+        self.last_latents.append(remember(latents))
+        self.last_branches.append(branch)
         if self.clock.timeline is None:
             self.last_conditions.append(remember(conditions))
 
-    def _same_latents(self, latents: Sequence[torch.Tensor]) -> bool:
-        known = self.last_latents
-        return len(known) == len(latents) > 0 and all(map(holds, known, latents))
+    def is_left_over(self, reading: Reading) -> bool:
+        """Whether it stands where an edit before this one left it: others went on without it, and beyond this call."""
+        if reading.step is None or not self.calls:
+            return False
+        return any(
+            other.all_calls >= known + 2 and (other.clock.last_step or 0) > reading.step
+            for other, known in self.others.items()
+        )
+
+    def _moved(self, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> bool:
+        """Whether a call at the time of the last one is the next step: another call of one branch, on other latents.
+
+        Branches may differ in their latents too. Where nothing else tells them apart, as many are expected as at the
+        time before.
+        """
+        if any(_same(known, latents) for known in self.last_latents):
+            return False
+        if self.name is not None:
+            return True
+        alike = [branch for branch in self.branches.values() if not branch.changes(conditions)]
+        if len(alike) > 1:
+            return len(self.last_latents) >= self.calls_before
+        return any(branch is one for one in alike for branch in self.last_branches)
 
     def _is_guidance(self, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> bool:
-        if self.name is not None or not self._same_latents(latents):
+        if self.name is not None or not self.last_latents or not _same(self.last_latents[-1], latents):
             return False
         return not any(
             len(known) == len(conditions) and all(map(holds, known, conditions)) for known in self.last_conditions
         )
+
+
+def _same(known: Sequence[Remembered], tensors: Sequence[torch.Tensor]) -> bool:
+    return len(known) == len(tensors) > 0 and all(map(holds, known, tensors))

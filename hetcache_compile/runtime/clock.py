@@ -194,6 +194,11 @@ class Clock:
     _rises: bool = False
     _rose: bool = False
 
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last call that the plan knows."""
+        return self._last_step
+
     def restart(self) -> None:
         """The next call begins an edit."""
         self.group = self._last_step = None

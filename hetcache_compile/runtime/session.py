@@ -144,6 +144,7 @@ class Turn:
     fresh: bool
     weights: int
     _reading: Reading
+    _model: Model
     _track: Track
     _changed: set[int]
 
@@ -283,7 +284,10 @@ class Session:
             track = model.tracks[name] = Track(name, Clock(len(self.plan.steps), timeline))
         reading = track.read(call.time, call.latents, call.conditions)
         if reading.restarts:
-            track.restart()
+            model.restart()
+        elif track.is_left_over(reading):
+            model.restart()
+            reading = track.read(call.time, call.latents, call.conditions)
         if not reading.fits:
             self._note_unplanned(call, reading)
         branch, changed = track.branch_of(reading, call.conditions)
@@ -295,7 +299,7 @@ class Session:
         kind = planned if follows else StepKind.FULL
         self._free_idle_models(model, step)
         model.calls += 1
-        return Turn(kind, step, branch, not continues, weights, reading, track, changed)
+        return Turn(kind, step, branch, not continues, weights, reading, model, track, changed)
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step is about to overwrite the cache: an error must not leave half of one."""
@@ -309,7 +313,8 @@ class Session:
         branch.step = turn._reading.last_step
         if track.name is None:
             branch.keep(call.conditions, turn._changed)
-        track.advance(turn._reading, call.latents, call.conditions)
+        track.advance(turn._reading, branch, call.latents, call.conditions)
+        track.others = {other: other.all_calls for other in turn._model.tracks.values() if other is not track}
         stats = self.stats
         stats.kinds.append(turn.kind)
         stats.watches.append(watch)
