@@ -1,0 +1,383 @@
+"""What the forms save on a GPU, at the size of a real model with random weights.
+
+    python benchmarks/gpu.py                       # writes benchmarks/results/gpu.json as it goes
+    python benchmarks/gpu.py --toy --device cpu    # the same at a size that runs in a test
+
+The model has the shapes of Wan2.1-VACE-1.3B (30 + 15 blocks) or of its first blocks; inputs are random. Errors come
+first: a form that is wrong is not timed. Then each size is timed in one process: plain calls as they are, compiled
+whole and block by block, and the forms of several masks; medians of calls by CUDA events. `--seconds` bounds the run:
+what does not fit is left out, and said. Needs no network and nothing beside torch 2.11 or later and diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanVACETransformer3DModel
+from torch.nn import functional
+
+import hetcache_compile as hetcache
+from hetcache_compile.provenance import provenance
+from hetcache_compile.runtime.timing import Stopwatch
+
+RESULT = Path(__file__).parent / "results" / "gpu.json"
+SIZES: dict[str, dict[str, Any]] = {
+    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960},
+    "14B": {"num_attention_heads": 40, "ffn_dim": 13824},
+    "toy": {"num_attention_heads": 2, "ffn_dim": 256},
+}
+TEXT = {"text_dim": 4096, "length": 512}
+VACE_CHANNELS = 96
+
+
+class Report:
+    """A result that is on disk after every figure.
+
+    Args:
+        path: of the JSON.
+        seconds: how long the whole run may take.
+    """
+
+    def __init__(self, path: Path, seconds: float, head: dict[str, Any]) -> None:
+        self.path, self.end = path, time.monotonic() + seconds
+        self.data: dict[str, Any] = {**head, "sections": {}, "left_out": {}}
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[dict[str, Any]]:
+        """A dict to fill. What is raised is written down, and the run goes on."""
+        found = self.data["sections"].setdefault(name, {})
+        start = time.monotonic()
+        try:
+            yield found
+        except Exception as error:
+            self.data["left_out"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            traceback.print_exc()
+        found["section_seconds"] = round(time.monotonic() - start, 1)
+        print(name, json.dumps(found), flush=True)
+        self.write()
+
+    def has_time(self, name: str, needed: float) -> bool:
+        """Whether `needed` more seconds are left; if not, that is written down."""
+        left = self.end - time.monotonic()
+        if left < needed:
+            self.data["left_out"][name] = f"{left:.0f} s were left, it needs about {needed:.0f}"
+        return left >= needed
+
+    def write(self) -> None:
+        """Put it on disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def build(size: str, layers: int, control_layers: int, device: str, dtype: torch.dtype) -> Any:
+    """A model of random weights, small enough that its output stays finite in any dtype."""
+    torch.manual_seed(0)
+    shape = SIZES[size]
+    with torch.device(device):
+        model = WanVACETransformer3DModel(
+            attention_head_dim=128 if size != "toy" else 16, in_channels=16, out_channels=16,
+            text_dim=TEXT["text_dim"] if size != "toy" else 32, freq_dim=256, num_layers=layers,
+            vace_layers=list(range(0, layers, layers // control_layers))[:control_layers],
+            vace_in_channels=VACE_CHANNELS, **shape,
+        )  # fmt: skip
+    return as_loaded(model.eval().requires_grad_(False), dtype)
+
+
+def as_loaded(model: Any, dtype: torch.dtype) -> Any:
+    """The model in a type, as `from_pretrained(torch_dtype=...)` loads it: some modules stay in float32."""
+    kept = set(model._keep_in_fp32_modules)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    return model
+
+
+def grid_of(frames: int, toy: bool) -> tuple[int, int, int]:
+    """Tokens of a clip of 480 x 832 pixels: latent frames, rows, columns."""
+    return ((frames - 1) // 4 + 1, *((4, 6) if toy else (30, 52)))
+
+
+def inputs_of(model: Any, grid: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of a call, but for its time."""
+    device = next(model.parameters()).device
+    latent = (grid[0], 2 * grid[1], 2 * grid[2])
+    generator = torch.Generator(device).manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    return {
+        "hidden_states": random(1, 16, *latent),
+        "encoder_hidden_states": random(1, TEXT["length"] if device.type == "cuda" else 7, model.config.text_dim),
+        "control_hidden_states": random(1, VACE_CHANNELS, *latent),
+        "control_hidden_states_scale": torch.ones(len(model.config.vace_layers), device=device, dtype=dtype),
+        "return_dict": False,
+    }
+
+
+def plan_of(grid: tuple[int, int, int], share: float, schedule: Any) -> hetcache.Plan:
+    """A plan whose active tokens are a box in the middle of every frame, of about `share` of all."""
+    number = int(np.prod(grid))
+    rows, columns = np.mgrid[: grid[1], : grid[2]]
+    distance = np.maximum(abs(rows + 0.5 - grid[1] / 2) / grid[1], abs(columns + 0.5 - grid[2] / 2) / grid[2])
+    order = np.argsort(np.tile(distance.ravel(), grid[0]), kind="stable")
+    active = np.zeros(number, dtype=bool)
+    active[order[: round(share * number)]] = True
+    return hetcache.Plan.from_token_mask(
+        active, grid, num_inference_steps=len(schedule), schedule=schedule, extrapolation=1
+    )
+
+
+def times_of(steps: int, device: torch.device) -> torch.Tensor:
+    return torch.linspace(999.0, 20.0, steps, device=device)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def first_call(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of wall clock of a call, to its end."""
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def timed(run: Callable[[], Any], device: torch.device, calls: int) -> dict[str, float]:
+    """Median seconds of calls, and how far apart a quarter of them and three quarters lie."""
+    run()
+    watches = []
+    for _ in range(calls):
+        watch = Stopwatch(device)
+        run()
+        watches.append(watch.stop())
+    seconds = sorted(watch.seconds for watch in watches)
+    return {
+        "seconds": median(seconds),
+        "spread": (seconds[3 * len(seconds) // 4] - seconds[len(seconds) // 4]) / median(seconds),
+    }
+
+
+def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over that of what was expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+# Sections
+
+
+def measure_rates(found: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """What the device can do: matrix products, copies, attention."""
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 256
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    found["matmul_flops"] = 2 * size**3 / timed(lambda: left @ right, device, 10)["seconds"]
+    source = torch.randn(2**30 if cuda else 2**20, device=device)
+    target = torch.empty_like(source)
+    found["copy_bytes"] = 2 * 4 * source.numel() / timed(lambda: target.copy_(source), device, 10)["seconds"]
+    del source, target
+    tokens = 32760 if cuda else 96
+    query, key, value = (torch.randn(1, 12, tokens, 128, device=device, dtype=dtype) for _ in range(3))
+    attend = functional.scaled_dot_product_attention
+    seconds = timed(lambda: attend(query, key, value), device, 5)["seconds"]
+    found["attention_flops"] = 4 * 12 * tokens * tokens * 128 / seconds
+
+
+@torch.no_grad()
+def check_errors(found: dict[str, Any], size: str, device: torch.device, shares: list[float], inner: str) -> None:
+    """Every form, compiled, on inputs that do not change, against the plain model in float64."""
+    grid = grid_of(9, size == "toy")
+    exact = build(size, 2, 1, str(device), torch.float32)
+    inputs = inputs_of(exact, grid, torch.float32)
+    time = torch.tensor([500.0], device=device)
+    doubles = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+    reference = copy.deepcopy(exact).double()(**doubles, timestep=time)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = as_loaded(copy.deepcopy(exact), dtype)
+        own = {name: v.to(dtype) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+        rows = {"plain": error_of(model(**own, timestep=time)[0], reference)}
+        torch._dynamo.reset()
+        frozen = torch.compile(
+            FrozenTime(model, float(time)), backend=hetcache.hetcache_backend, options={"inner": inner}
+        )
+        for share in shares:
+            plan = plan_of(grid, share, "FPRFPR")
+            with hetcache.session(plan, strict=True) as session:
+                outputs = [frozen(time_now[None], **own)[0] for time_now in times_of(len(plan.steps), device)]
+            for kind, output in zip(session.stats.kinds, outputs, strict=True):
+                name = f"M/N {share}, {kind.name.lower()}"
+                rows[name] = max(rows.get(name, 0.0), error_of(output, reference))
+        found[str(dtype).removeprefix("torch.")] = rows
+
+
+class FrozenTime(torch.nn.Module):
+    """A model that sees one time, whatever it is given: so a session can tell steps apart, and each should return the
+    same."""
+
+    def __init__(self, model: Any, time: float) -> None:
+        super().__init__()
+        self.model, self.time = model, time
+
+    def forward(self, timestep: torch.Tensor, **inputs: Any) -> Any:
+        """The model's output at its one time."""
+        return self.model(timestep=0 * timestep + self.time, **inputs)
+
+
+@torch.no_grad()
+def measure_plain(found: dict[str, Any], model: Any, inputs: dict[str, Any], calls: int) -> None:
+    """The model as it is, compiled whole, and compiled block by block."""
+    device = inputs["hidden_states"].device
+    call = {**inputs, "timestep": times_of(1, device)}
+    found["eager"] = timed(lambda: model(**call), device, calls)
+    for name in ("compiled", "compiled blocks"):
+        torch._dynamo.reset()
+        own = copy.deepcopy(model) if name == "compiled blocks" else model
+        if name == "compiled blocks":
+            own.compile_repeated_blocks()
+        run = torch.compile(own) if name == "compiled" else own
+        cold = first_call(lambda run=run: run(**call), device)
+        found[name] = {"cold_seconds": cold, **timed(lambda run=run: run(**call), device, calls)}
+        del own, run
+
+
+@torch.no_grad()
+def measure_forms(
+    found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], shares: list[float],
+    calls: int, inner: str, mode: str | None, report: Report, expected_cold: float,
+) -> None:  # fmt: skip
+    """The compiled model in a session: each kind of step, its first call, its cache, and the memory it takes."""
+    device = inputs["hidden_states"].device
+    torch._dynamo.reset()
+    given = {"inner": inner, **({"mode": mode} if mode else {})}
+    cached = torch.compile(model, backend=hetcache.hetcache_backend, options=given)
+    for share in shares:
+        if not report.has_time(f"M/N {share}", expected_cold):
+            break
+        schedule = "F" + "P" * (calls + 1) + "R" * (calls + 1) + "F" * calls
+        plan = plan_of(grid, share, schedule)
+        times = times_of(len(schedule), device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        walls: dict[str, float] = {}
+        with hetcache.session(plan, strict=True) as session:
+            for step, time_now in enumerate(times):
+                kind = plan.steps[step].name.lower()
+                seconds = first_call(lambda t=time_now: cached(**inputs, timestep=t[None]), device)
+                walls.setdefault(kind, seconds)
+            stats = session.stats
+            row: dict[str, Any] = {
+                "tokens": plan.num_tokens, "active": plan.num_active, "cold_seconds": walls,
+                "cache_bytes": stats.cache_bytes, "compile_seconds": stats.compile_seconds,
+            }  # fmt: skip
+            if device.type == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            for kind in ("FULL", "PARTIAL", "REUSE"):
+                seconds = [w.seconds for k, w in zip(stats.kinds, stats.watches, strict=True) if k.name == kind]
+                warm = sorted(seconds[1:])
+                row[kind.lower()] = {
+                    "seconds": median(warm),
+                    "spread": (warm[3 * len(warm) // 4] - warm[len(warm) // 4]) / median(warm),
+                }
+        found[f"M/N {share}"] = row
+        print(json.dumps(row), flush=True)
+        report.write()
+
+
+@torch.no_grad()
+def measure_edit(
+    found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], share: float, inner: str
+) -> None:
+    """Fifty steps of a plan, all calls and what lies between them, beside as many calls of the compiled model."""
+    device = inputs["hidden_states"].device
+    schedule = ("FPRRR" * 10)[:50]
+    plan = plan_of(grid, share, schedule)
+    times = times_of(50, device)
+    cached = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": inner})
+    for _ in range(2):
+        with hetcache.session(plan, strict=True) as session:
+            start = time.perf_counter()
+            for time_now in times:
+                cached(**inputs, timestep=time_now[None])
+            wait(device)
+            found["edit_seconds"] = time.perf_counter() - start
+    found["schedule"] = schedule
+    found["steps"] = session.stats.steps
+    found["transformer_seconds"] = session.stats.total_seconds
+    torch._dynamo.reset()
+    plain = torch.compile(model)
+    for _ in range(2):
+        start = time.perf_counter()
+        for time_now in times[:10]:
+            plain(**inputs, timestep=time_now[None])
+        wait(device)
+    found["plain_edit_seconds"] = 5 * (time.perf_counter() - start)
+    found["speedup"] = found["plain_edit_seconds"] / found["edit_seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--control-layers", type=int, default=15)
+    parser.add_argument("--frames", type=int, nargs="+", default=[33, 81])
+    parser.add_argument("--active", type=float, nargs="+", default=[0.25, 0.1, 0.5])
+    parser.add_argument("--calls", type=int, default=5, help="of each kind, after the first")
+    parser.add_argument("--seconds", type=float, default=480, help="when to stop beginning anything more")
+    parser.add_argument("--cold", type=float, default=60, help="seconds to set aside for compiling the forms of a mask")
+    parser.add_argument("--error-shares", type=int, default=1, help="of how many masks errors are looked at")
+    parser.add_argument("--toy", action="store_true", help="a tiny model")
+    parser.add_argument("--inner", default="inductor", help="the compiler of the forms")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["rates", "errors", "plain", "graphs", "edit"])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    device, size = torch.device(options.device), "toy" if options.toy else "1.3B"
+    report = Report(options.out, options.seconds, provenance(options.device))
+    report.data["model"] = {"size": size, "layers": options.layers, "control_layers": options.control_layers}
+    if "rates" not in options.skip:
+        with report.section("rates") as found:
+            measure_rates(found, device, torch.bfloat16)
+    if "errors" not in options.skip:
+        with report.section("errors") as found:
+            check_errors(found, size, device, options.active[: options.error_shares], options.inner)
+    model = build(size, options.layers, options.control_layers, options.device, torch.bfloat16)
+    grids = {f"{frames} frames": grid_of(frames, options.toy) for frames in options.frames}
+    own = {name: (model, inputs_of(model, grid, torch.bfloat16), grid) for name, grid in grids.items()}
+
+    def forms(name: str, shares: list[float], mode: str | None, section: str) -> None:
+        if report.has_time(f"{name}, {section}", options.cold):
+            with report.section(f"{name}, {section}") as found:
+                measure_forms(found, *own[name], shares, options.calls, options.inner, mode, report, options.cold)
+
+    def plain(name: str) -> None:
+        if "plain" not in options.skip and report.has_time(f"{name}, plain", options.cold):
+            with report.section(f"{name}, plain") as found:
+                measure_plain(found, *own[name][:2], options.calls)
+
+    first, *others = grids
+    forms(first, options.active, None, "forms")
+    plain(first)
+    for name in others:
+        forms(name, options.active, None, "forms")
+        plain(name)
+    if "edit" not in options.skip and report.has_time(f"{first}, edit", options.cold):
+        with report.section(f"{first}, edit") as found:
+            measure_edit(found, *own[first], options.active[0], options.inner)
+    if "graphs" not in options.skip and options.inner == "inductor":
+        forms(first, options.active[:1], "reduce-overhead", "CUDA graphs")
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
