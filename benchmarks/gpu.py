@@ -187,7 +187,6 @@ def measure_rates(found: dict[str, Any], device: torch.device, dtype: torch.dtyp
     source = torch.randn(2**30 if cuda else 2**20, device=device)
     target = torch.empty_like(source)
     found["copy_bytes"] = 2 * 4 * source.numel() / timed(lambda: target.copy_(source), device, 10)["seconds"]
-    del source, target
     tokens = 32760 if cuda else 96
     query, key, value = (torch.randn(1, 12, tokens, 128, device=device, dtype=dtype) for _ in range(3))
     attend = functional.scaled_dot_product_attention

@@ -1,7 +1,8 @@
 """Whole edits with the samplers of diffusers: whatever asks for a step in whatever style, no call gets a wrong cache.
 
-Each cell is two edits in one session, compared with the plain model. With a model that ignores time, on latents that
-stay the same, every output is the plain one under any schedule: but for a cache of another branch or edit.
+Each cell is three edits in one session, of other latents and prompts, compared with the plain model. With a model that
+ignores time, on latents that stay the same within an edit, every output is the plain one under any schedule: but for a
+cache of another branch or edit.
 """
 
 from __future__ import annotations
@@ -76,18 +77,18 @@ def plan_for_times(scheduler: Any, all_full: bool) -> Plan:
     return replace(plan_of(letters), timesteps=times)
 
 
-def conditions(model: Any, number: int) -> dict[str, torch.Tensor]:
-    """Text states of a branch; of number 3 two samples in one batch."""
+def conditions(model: Any, number: int, prompt: int) -> dict[str, torch.Tensor]:
+    """Text states of a branch of a prompt; of number 3 two samples in one batch."""
     if number == 3:
-        both = [conditions(model, n)["encoder_hidden_states"] for n in range(2)]
+        both = [conditions(model, n, prompt)["encoder_hidden_states"] for n in range(2)]
         return {"encoder_hidden_states": torch.cat(both)}
-    return {"encoder_hidden_states": call(model, seed=50 * number)["encoder_hidden_states"]}
+    return {"encoder_hidden_states": call(model, seed=50 * (number + 4 * prompt))["encoder_hidden_states"]}
 
 
-def edit(model: Any, fast: Any, session: Any, times: torch.Tensor, style: str, form: str, latents: Any) -> list[float]:
+def edit(model: Any, fast: Any, times: torch.Tensor, style: str, form: str, latents: Any, prompt: int) -> list[float]:
     """The error of every call of an edit."""
     errors = []
-    texts = [conditions(model, number) for number in range(4)]
+    texts = [conditions(model, number, prompt) for number in range(4)]
     for step, time in enumerate(times):
         for name, number in STYLES[style](step / len(times)):
             hidden = latents(step)
@@ -108,18 +109,20 @@ def edit(model: Any, fast: Any, session: Any, times: torch.Tensor, style: str, f
 def test_samplers(model: Any, fast: Any, name: str, style: str) -> None:
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(STEPS)
-    frozen = call(model)["hidden_states"]
+    frozen = [call(model, seed=seed)["hidden_states"] for seed in range(3)]
     moving = [call(model, seed=seed)["hidden_states"] for seed in range(len(scheduler.timesteps))]
     for form in FORMS if style == "unnamed" else ["as it is"]:
         for start in (0, 3):
             # Second-order solvers take steps in pairs, and pipelines skip whole ones.
             times = scheduler.timesteps[start * getattr(scheduler, "order", 1) :]
             with hetcache.session(plan_for_times(scheduler, all_full=True)) as session:
-                errors = edit(model, fast, session, times, style, form, lambda step: moving[step])
+                errors = edit(model, fast, times, style, form, lambda step: moving[step], prompt=0)
             assert max(errors) == 0, (form, start)
             with hetcache.session(plan_for_times(scheduler, all_full=False)) as session:
-                errors = edit(model, fast, session, times, style, form, lambda step: frozen)
-                errors += edit(model, fast, session, times, style, form, lambda step: frozen)
+                # Other latents with the same prompt, then another prompt too.
+                errors = edit(model, fast, times, style, form, lambda step: frozen[0], prompt=0)
+                errors += edit(model, fast, times, style, form, lambda step: frozen[1], prompt=0)
+                errors += edit(model, fast, times, style, form, lambda step: frozen[2], prompt=1)
             assert max(errors) < 1e-5, (form, start)
             assert session.stats.unplanned == 0, (form, start)
             assert session.stats.kinds.count(hetcache.StepKind.FULL) < len(errors), (form, start)
@@ -160,5 +163,5 @@ def test_a_day_of_masks() -> None:
         assert all(map(torch.equal, again, outputs))
     del again
     assert inner.graphs == graphs
-    assert tensors() == before
+    assert tensors() <= before
     assert plans[0].num_tokens == N

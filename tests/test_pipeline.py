@@ -10,7 +10,7 @@ import hetcache_compile as hetcache
 from hetcache_compile.edit.editing import EditRequest, Run, load_pipeline, make_plan, run_compiled, run_hetcache
 from hetcache_compile.edit.media import to_pictures
 from hetcache_compile.reference.demo import save_random_checkpoint
-from hetcache_compile.runtime.session import Stats
+from hetcache_compile.runtime.stats import Stats
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 
@@ -85,6 +85,31 @@ def test_a_mixed_schedule_counts_its_steps_and_moves_the_result(pipe, mask):
     error = (actual - expected).abs().mean() / expected.abs().mean()
     assert 0 < error < 0.1
     assert torch.equal(call(pipe, mask), expected), "outside a session the compiled model is the plain one"
+
+
+@pytest.mark.parametrize("stop", range(3))
+def test_an_edit_after_a_cancelled_one(pipe, mask, stop):
+    """The pipeline's loop over steps begins anew, and nothing is left of the one before."""
+    plan = plan_of(pipe, mask, schedule=["F", "R", "P", "R", "F"])
+    compile_with_hetcache(pipe)
+
+    def cancel(_pipe, step, _time, tensors):
+        if step == stop:
+            raise KeyboardInterrupt
+        return tensors
+
+    def again():
+        return call(pipe, mask, generator=torch.Generator().manual_seed(1))
+
+    with hetcache.session(plan, strict=True):
+        expected = again()
+    with hetcache.session(plan, strict=True) as session:
+        with pytest.raises(KeyboardInterrupt):
+            call(pipe, mask, callback_on_step_end=cancel)
+        before = len(session.stats.kinds)
+        actual = again()
+    assert "".join(kind.letter for kind in session.stats.kinds[before:]) == "FFRRPPRRFF"
+    assert torch.equal(actual, expected)
 
 
 def test_two_edits_in_one_session_do_not_see_each_other(pipe, mask):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import pickle
@@ -309,27 +310,34 @@ def test_autocast() -> None:
     assert session.stats.kinds == [FULL, PARTIAL, FULL]
 
 
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("stop", range(5))
-def test_a_stop_at_any_step(stop: int) -> None:
-    """The next edit, in the same session, is as good as new."""
+def test_a_stop_at_any_step(stop: int, named: bool) -> None:
+    """The next edit in the same session, of the same prompt, has nothing of it. Stopped after its first step, it looks
+    like guidance until the next time: one step more is FULL."""
     model, steps = wan(), "FRPRF"
-    plan, fast, inner = plan_of(steps), None, CountingInner()
+    plan, inner = plan_of(steps), CountingInner()
     fast = compiled(model, inner)
     first, second = ([call(model, seed=50 * n + seed) for seed in range(5)] for n in range(2))
+    for kwargs in second:
+        kwargs["encoder_hidden_states"] = first[0]["encoder_hidden_states"]
     with hetcache.session(plan) as session:
-        run(fast, first[:stop])
+        with session.branch("cond") if named else contextlib.nullcontext():
+            run(fast, first[:stop])
 
         def interrupt() -> None:
             raise KeyboardInterrupt
 
         inner.before_run = interrupt
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), session.branch("cond") if named else contextlib.nullcontext():
             run(fast, first[stop : stop + 1])
         inner.before_run = lambda: None
-        if stop:  # otherwise no step was made, and time has not begun
-            session.restart() if stop == 1 else None
-        outputs = run(fast, second)
-    check(outputs, expected(hetcache.rewrite(model, plan, (), first[0]), steps, second))
+        before = len(session.stats.kinds)
+        with session.branch("cond") if named else contextlib.nullcontext():
+            outputs = run(fast, second)
+    kinds = "".join(kind.letter for kind in session.stats.kinds[before:])
+    assert kinds == ("FFPRF" if stop == 1 else steps)
+    check(outputs, expected(hetcache.rewrite(model, plan, (), first[0]), kinds, second))
 
 
 def test_release() -> None:

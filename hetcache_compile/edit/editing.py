@@ -22,7 +22,8 @@ from ..pipelines.planning import plan_for
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import hetcache_backend
-from ..runtime.session import Stats, session
+from ..runtime.session import session
+from ..runtime.stats import Stats
 from ..runtime.timing import Stopwatch
 from .media import GREY, Frames, to_frames, to_pictures
 

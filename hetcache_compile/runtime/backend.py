@@ -14,9 +14,10 @@ import torch
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
+from .context import own_session
 from .dispatch import CompiledGraph
 from .options import BackendOptions, Compiled
-from .session import HetCacheWarning, own_session
+from .session import HetCacheWarning
 
 
 def warn_of_recompile_limit() -> None:

@@ -74,9 +74,13 @@ class Branch:
             self._memory, self._memory_of = {}, owner
         return self._memory
 
-    def forget(self) -> None:
-        """The cache is valid no more; its memory stays."""
+    def invalidate(self) -> None:
+        """The cache is valid no more. Its memory stays, and so does what tells its calls from others."""
         self.owner = self.step = self.weights = None
+
+    def forget(self) -> None:
+        """The cache is valid no more, and nothing is known of its calls; its memory stays."""
+        self.invalidate()
         self.conditions = ()
         self._changed.clear()
         self._unsteady.clear()
@@ -130,6 +134,8 @@ class Track:
         """Of each call at this step."""
         self.last_branches: list[Branch] = []
         self.last_conditions: list[tuple[Remembered, ...]] = []
+        self.doubtful = False
+        """Whether calls at this time may be of two edits: more than at the time before, and alike."""
         self.others: dict[Track, int] = {}
         """How many steps the other tracks of the model had taken at the last call of this one."""
 
@@ -138,8 +144,24 @@ class Track:
         self.clock.restart()
         self.calls = self.calls_before = 0
         self.last_latents, self.last_branches, self.last_conditions = [], [], []
+        self.doubtful = False
         for branch in self.branches.values():
             branch.forget()
+
+    def invalidate_if_doubtful(self, reading: Reading) -> None:
+        """Let a call be FULL where the cache may be one of an edit before.
+
+        An edit that is cancelled at its first time and made again looks like guidance, and where times repeat like the
+        next step. From the second time on it is known how many calls a time has.
+        """
+        group = self.clock.group
+        if group is None:
+            return
+        guessed = reading.group is group and reading.at != group.at and not self.calls_before
+        if guessed or (self.doubtful and reading.group is not group):
+            self.doubtful = False
+            for branch in self.branches.values():
+                branch.invalidate()
 
     def read(self, time: float | None, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> Reading:
         """Where in the plan a call is. Calls of a model that is given no time are counted.
@@ -182,6 +204,9 @@ class Track:
         if self.clock.group is not None and reading.group is not self.clock.group:
             self.calls_before = self.clock.group.place
         self.clock.advance(reading)
+        if reading.place and reading.place >= self.calls_before:
+            alike = (one for one in self.last_branches if one is not branch and not one.changes(conditions))
+            self.doubtful = self.doubtful or self.name is not None or any(alike)
         self.last_latents.append(remember(latents))
         self.last_branches.append(branch)
         if self.clock.timeline is None:

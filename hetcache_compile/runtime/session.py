@@ -7,14 +7,10 @@ Each compiled model has tracks of calls of its own (`branches.Track`), which rea
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,42 +22,26 @@ from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from .branches import Branch, Track
 from .clock import Clock, Reading, Timeline
+from .context import BRANCH, LOCK, OPEN, SESSION, observe_diffusers, own_session, reset
+from .stats import Stats
 from .timing import Stopwatch
-
-_SESSION: ContextVar[weakref.ref[Session] | None] = ContextVar("hetcache_session", default=None)
-_BRANCH: ContextVar[str | None] = ContextVar("hetcache_branch", default=None)
-_OPEN: weakref.WeakSet[Session] = weakref.WeakSet()
-"""Sessions that are open in any thread or context. One that nobody holds any more is open no more."""
-_LOCK = threading.RLock()
-
-
-def _reset(variable: ContextVar[Any], token: Token[Any]) -> None:
-    """Put a context variable back, unless a generator went on in another context, where it was never set."""
-    with contextlib.suppress(ValueError):
-        variable.reset(token)
 
 
 class HetCacheWarning(UserWarning):
     """Something runs uncached, or otherwise than planned: slower, never wrong."""
 
 
-def own_session() -> Session | None:
-    """The session that is open in this thread or task, if any."""
-    reference = _SESSION.get()
-    session = None if reference is None else reference()
-    return session if session is not None and session.is_open else None
-
-
 def current_session() -> Session | None:
     """The session that a call here belongs to, if any. Where one is open elsewhere only, that is said once."""
     session = own_session()
-    if session is None and _OPEN:
+    if session is None and OPEN:
         _note_foreign_call()
+    assert session is None or isinstance(session, Session)
     return session
 
 
 def _note_foreign_call() -> None:
-    for session in list(_OPEN):
+    for session in list(OPEN):
         session.foreign_calls += 1
         if session.foreign_calls == 1:
             session.warn(
@@ -69,40 +49,6 @@ def _note_foreign_call() -> None:
                 "that call is plain. Open the session where the model is called, or put `with session.joined():` "
                 "around the call"
             )
-
-
-@dataclass
-class Stats:
-    """What a session has run so far."""
-
-    kinds: list[StepKind] = field(default_factory=list)
-    """The kind of each model call, in order; guidance in two calls counts two."""
-    watches: list[Stopwatch] = field(default_factory=list)
-    """The time of each call in the form that ran, compilation not included."""
-    compile_seconds: float = 0.0
-    """Seconds spent capturing, rewriting and compiling."""
-    cache_bytes: int = 0
-    """Bytes of all caches that the session holds."""
-    unplanned: int = 0
-    """Calls that fit nothing in the plan: at a time that it does not know, or out of order. They are FULL."""
-
-    @property
-    def steps(self) -> dict[str, int]:
-        """Model calls by step kind, in the order FULL, PARTIAL, REUSE."""
-        return {kind.name: self.kinds.count(kind) for kind in StepKind}
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Median seconds of a call by step kind, for the kinds that ran."""
-        by_kind: dict[StepKind, list[float]] = {}
-        for kind, watch in zip(self.kinds, self.watches, strict=True):
-            by_kind.setdefault(kind, []).append(watch.seconds)
-        return {kind.name: median(by_kind[kind]) for kind in StepKind if kind in by_kind}
-
-    @property
-    def total_seconds(self) -> float:
-        """Seconds in the model, compilation not included."""
-        return sum(watch.seconds for watch in self.watches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,19 +156,19 @@ class Session:
             raise SessionError("this session is open in another thread or context: use `with session.joined():` there")
         observe_diffusers()
         self.is_open = True
-        _SESSION.set(weakref.ref(self))
-        with _LOCK:
-            _OPEN.add(self)
+        SESSION.set(weakref.ref(self))
+        with LOCK:
+            OPEN.add(self)
         return self
 
     def __exit__(self, kind: object = None, *_: object) -> None:
         """Close it, from whatever thread or context: a closed session is nobody's."""
         self.is_open = False
-        with _LOCK:
-            _OPEN.discard(self)
-        reference = _SESSION.get()
+        with LOCK:
+            OPEN.discard(self)
+        reference = SESSION.get()
         if reference is not None and reference() is self:
-            _SESSION.set(None)
+            SESSION.set(None)
         for model in list(self._models.values()):
             model.release()
         self._models = WeakIdKeyDictionary()
@@ -234,19 +180,19 @@ class Session:
         """Use the session in another thread or context than the one that opened it: an executor, a generator's next."""
         if not self.is_open:
             raise SessionError("this session is not open")
-        token = _SESSION.set(weakref.ref(self))
+        token = SESSION.set(weakref.ref(self))
         try:
             yield self
         finally:
-            _reset(_SESSION, token)
+            reset(SESSION, token)
 
     def restart(self) -> None:
         """Begin an edit anew with the next call, as happens by itself where time starts over. Memory is kept for it."""
         for model in list(self._models.values()):
             model.restart()
 
-    def edit_ended(self, module: torch.nn.Module) -> None:
-        """An edit of a model has ended: its next call begins another. The others go on."""
+    def restart_model(self, module: torch.nn.Module) -> None:
+        """The next call of one model begins an edit. The others go on."""
         parameters = {id(parameter) for parameter in module.parameters()}
         for known, model in list(self._models.items()):
             if known is module or id(known) in parameters:
@@ -260,11 +206,11 @@ class Session:
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
         """Name the branch of the calls inside, where a hand-written loop makes several calls a step."""
-        token = _BRANCH.set(name)
+        token = BRANCH.set(name)
         try:
             yield
         finally:
-            _reset(_BRANCH, token)
+            reset(BRANCH, token)
 
     # Calls
 
@@ -277,7 +223,7 @@ class Session:
         model = self._models.get(call.model)
         if model is None:
             model = self._models[call.model] = Model()
-        name = _BRANCH.get()
+        name = BRANCH.get()
         track = model.tracks.get(name)
         if track is None:
             timeline = None if call.time is None else self._timeline
@@ -290,6 +236,7 @@ class Session:
             reading = track.read(call.time, call.latents, call.conditions)
         if not reading.fits:
             self._note_unplanned(call, reading)
+        track.invalidate_if_doubtful(reading)
         branch, changed = track.branch_of(reading, call.conditions)
         step = reading.step
         planned = StepKind.FULL if step is None else self.plan.steps[step]
@@ -467,39 +414,3 @@ def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
         if different:
             raise SessionError(f"the plans of a batch must be alike, but plans 0 and {number} differ in {different}")
     return tuple(plans)
-
-
-@functools.cache
-def observe_diffusers() -> None:
-    """Let diffusers name branches, and say when a pipeline has ended, as it does for its own caches.
-
-    diffusers tells hooks on the model only, and a hook would change the model's graph. So two methods of its
-    `CacheMixin` are wrapped, once: they do what they did, and tell the session. Models are not touched.
-    """
-    from diffusers.models.cache_utils import CacheMixin
-
-    name_calls: Callable[..., Any] = CacheMixin.cache_context
-    end_pipeline: Callable[..., Any] | None = getattr(CacheMixin, "_reset_stateful_cache", None)
-
-    @functools.wraps(name_calls)
-    @contextlib.contextmanager
-    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        token = _BRANCH.set(name)
-        try:
-            with name_calls(self, name, *args, **kwargs) as value:
-                yield value
-        finally:
-            _reset(_BRANCH, token)
-
-    CacheMixin.cache_context = cache_context
-    if end_pipeline is None:
-        return
-
-    @functools.wraps(end_pipeline)
-    def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = own_session()
-        if session is not None:
-            session.edit_ended(self)
-        return end_pipeline(self, *args, **kwargs)
-
-    CacheMixin._reset_stateful_cache = _reset_stateful_cache

@@ -1,0 +1,43 @@
+"""What a session has run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+
+from ..plan.schedule import StepKind
+from .timing import Stopwatch
+
+
+@dataclass
+class Stats:
+    """What a session has run so far."""
+
+    kinds: list[StepKind] = field(default_factory=list)
+    """The kind of each model call, in order; guidance in two calls counts two."""
+    watches: list[Stopwatch] = field(default_factory=list)
+    """The time of each call in the form that ran, compilation not included."""
+    compile_seconds: float = 0.0
+    """Seconds spent capturing, rewriting and compiling."""
+    cache_bytes: int = 0
+    """Bytes of all caches that the session holds."""
+    unplanned: int = 0
+    """Calls that fit nothing in the plan: at a time that it does not know, or out of order. They are FULL."""
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Model calls by step kind, in the order FULL, PARTIAL, REUSE."""
+        return {kind.name: self.kinds.count(kind) for kind in StepKind}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Median seconds of a call by step kind, for the kinds that ran."""
+        by_kind: dict[StepKind, list[float]] = {}
+        for kind, watch in zip(self.kinds, self.watches, strict=True):
+            by_kind.setdefault(kind, []).append(watch.seconds)
+        return {kind.name: median(by_kind[kind]) for kind in StepKind if kind in by_kind}
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds in the model, compilation not included."""
+        return sum(watch.seconds for watch in self.watches)
