@@ -96,13 +96,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
     assumed: set[int] = set()
     try:
-        exported = _export(_sharing_weights(model), args, kwargs)
+        exported = export(_sharing_weights(model), args, kwargs)
     except UnsupportedGraphError:
         knowing = _sharing_weights(model)
         if knowing is model:
             raise
         assumed = know(knowing, args, kwargs)
-        exported = _export(knowing, args, kwargs)
+        exported = export(knowing, args, kwargs)
     signature = exported.graph_signature
     changed = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     if changed:
@@ -140,7 +140,7 @@ def _assumed_values(
     }
 
 
-def _export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
     """A functional graph with static sizes.
 
     Raises:

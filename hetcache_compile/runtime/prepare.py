@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..capture.capture import Program, capture, with_input_names
+from ..capture.regional import capture_by_regions
 from ..capture.rewrite import check_weights, write_form
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
@@ -34,6 +35,7 @@ from ..passes.ir.graphs import device_of
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
+from .chain import compile_by_regions
 from .options import Compiled, Compiler
 
 LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
@@ -104,9 +106,9 @@ class Preparer:
             UnsupportedGraphError: it cannot be captured.
         """
         names = [node.name for node in self.graph.graph.nodes if node.op == "placeholder"]
-        return Prepared(
-            with_input_names(capture(with_numbers(self.graph, inputs, self.floats), tuple(inputs), {}), names)
-        )
+        graph = with_numbers(self.graph, inputs, self.floats)
+        program = capture_by_regions(graph) or capture(graph, tuple(inputs), {})
+        return Prepared(with_input_names(program, names))
 
     def analyse(self, prepared: Prepared, plan: Plan) -> Analysis:
         """The analysis for the plan's grid.
@@ -195,7 +197,8 @@ class Preparer:
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
             buffers = [torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in form.reads]
             mark_static(form, program, buffers)
-            run = self.compiler(form.module, [*pick(inputs), *indices, *buffers])
+            given = [*pick(inputs), *indices, *buffers]
+            run = compile_by_regions(form.module, given, self.compiler, f"{kind} form")
             prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads)
             while len(prepared.forms) > MOST_FORMS:
                 prepared.forms.popitem(last=False)

@@ -1,0 +1,142 @@
+"""Compile a form block by block: what occurs again is compiled once and called in turn.
+
+Compilers work for minutes on the forms of a deep model, most of it on blocks that differ in their weights alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..passes.ir.regions import Region, regions_of
+from .options import Compiled, Compiler
+
+log = logging.getLogger(__name__)
+Take = Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One call in a chain.
+
+    Attributes:
+        run: of the region.
+        take: its inputs, of all values.
+        gives: places of its outputs among all values.
+        drops: places of values that nothing needs after it.
+    """
+
+    run: Compiled
+    take: Take
+    gives: tuple[int, ...]
+    drops: tuple[int, ...]
+
+
+class Chain:
+    """A graph as calls of its regions.
+
+    Args:
+        links: in order.
+        num_values: how many values there are, inputs included.
+        results: takes the outputs, of all values.
+    """
+
+    def __init__(self, links: Sequence[Link], num_values: int, results: Take) -> None:
+        self.links, self.num_values, self.results = links, num_values, results
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """The outputs of the graph."""
+        values = list(inputs) + [None] * (self.num_values - len(inputs))
+        for link in self.links:
+            for place, value in zip(link.gives, link.run(*link.take(values)), strict=True):
+                values[place] = value
+            for place in link.drops:
+                values[place] = None
+        return self.results(values)
+
+
+def compile_by_regions(module: GraphModule, inputs: Sequence[Any], compiler: Compiler, name: str = "graph") -> Compiled:
+    """A form, compiled: as a chain of regions where blocks occur again, else as a whole.
+
+    Args:
+        module: whose nodes have fake values, and whose outputs are a flat tuple.
+        inputs: like those it will get.
+        compiler: of each region.
+        name: for the log.
+    """
+    graph = module.graph
+    regions = regions_of(graph, lambda node: node.meta.get("val"))
+    keys = {region.key for region in regions}
+    handed_over = {node for region in regions for node in (*region.inputs, *region.outputs)}
+    if len(keys) == len(regions) or not all(_is_plain_tensor(node) for node in handed_over):
+        log.info("compiling the %s whole, %d nodes", name, len(graph.nodes))
+        return compiler(module, inputs)
+    given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    compiled: dict[Hashable, Compiled] = {}
+    for region in regions:
+        if region.key in compiled:
+            continue
+        start = time.perf_counter()
+        number = len(compiled) + 1
+        examples = [given[node] if node in given else _example(node) for node in region.inputs]
+        compiled[region.key] = compiler(region.as_module(module), examples)
+        log.info("compiled part %d of %d of the %s, %.1f s", number, len(keys), name, time.perf_counter() - start)
+    return _chain(module, regions, compiled)
+
+
+def _is_plain_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _example(node: Node) -> torch.Tensor:
+    """A real tensor like a node's value, for compilers that look at one."""
+    value = node.meta["val"]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _chain(module: GraphModule, regions: Sequence[Region], compiled: dict[Hashable, Compiled]) -> Chain:
+    placeholders = module.graph.find_nodes(op="placeholder")
+    place: dict[Node, int] = {node: number for number, node in enumerate(placeholders)}
+    for region in regions:
+        for node in region.outputs:
+            place[node] = len(place)
+    results = module.graph.output_node().args[0]
+    assert isinstance(results, tuple)
+    last: dict[Node, int] = {}
+    for number, region in enumerate(regions):
+        for node in (*region.outputs, *region.inputs):
+            last[node] = number
+    kept = {*placeholders, *(node for node in results if isinstance(node, Node))}
+    links = []
+    for number, region in enumerate(regions):
+        drops = tuple(place[node] for node in last if last[node] == number and node not in kept)
+        takes = [place[node] for node in region.inputs]
+        links.append(Link(compiled[region.key], _taker(takes), tuple(place[node] for node in region.outputs), drops))
+    constant: list[Any] = [None if isinstance(node, Node) else node for node in results]
+    if all(isinstance(node, Node) for node in results):
+        return Chain(links, len(place), _taker([place[node] for node in results]))
+    places = [(number, place[node]) for number, node in enumerate(results) if isinstance(node, Node)]
+
+    def with_constants(values: Sequence[Any]) -> tuple[Any, ...]:
+        outputs = list(constant)
+        for number, at in places:
+            outputs[number] = values[at]
+        return tuple(outputs)
+
+    return Chain(links, len(place), with_constants)
+
+
+def _taker(places: Sequence[int]) -> Take:
+    if not places:
+        return lambda values: ()
+    if len(places) == 1:
+        only = places[0]
+        return lambda values: (values[only],)
+    return operator.itemgetter(*places)
