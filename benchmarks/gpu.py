@@ -39,6 +39,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 TEXT = {"text_dim": 4096, "length": 512}
 VACE_CHANNELS = 96
+SCHEDULE = "FPRRR" * 10
+SECTIONS = ("rates", "errors", "forms", "compiled blocks", "eager", "compiled", "CUDA graphs")
 
 
 class Report:
@@ -195,10 +197,12 @@ def measure_rates(found: dict[str, Any], device: torch.device, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def check_errors(found: dict[str, Any], size: str, device: torch.device, shares: list[float], inner: str) -> None:
+def check_errors(
+    found: dict[str, Any], size: str, layers: int, device: torch.device, shares: list[float], inner: str
+) -> None:
     """Every form, compiled, on inputs that do not change, against the plain model in float64."""
     grid = grid_of(9, size == "toy")
-    exact = build(size, 2, 1, str(device), torch.float32)
+    exact = build(size, layers, layers // 2, str(device), torch.float32)
     inputs = inputs_of(exact, grid, torch.float32)
     time = torch.tensor([500.0], device=device)
     doubles = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
@@ -235,20 +239,19 @@ class FrozenTime(torch.nn.Module):
 
 
 @torch.no_grad()
-def measure_plain(found: dict[str, Any], model: Any, inputs: dict[str, Any], calls: int) -> None:
-    """The model as it is, compiled whole, and compiled block by block."""
+def measure_plain(found: dict[str, Any], way: str, model: Any, inputs: dict[str, Any], calls: int) -> None:
+    """The model as it is, compiled whole, or compiled block by block; one call, and many in a row."""
     device = inputs["hidden_states"].device
+    torch._dynamo.reset()
+    if way == "compiled blocks":
+        model = copy.copy(model)
+        model._modules = {name: copy.copy(module) for name, module in model._modules.items()}
+        model.compile_repeated_blocks()
+    run = torch.compile(model) if way == "compiled" else model
     call = {**inputs, "timestep": times_of(1, device)}
-    found["eager"] = timed(lambda: model(**call), device, calls)
-    for name in ("compiled", "compiled blocks"):
-        torch._dynamo.reset()
-        own = copy.deepcopy(model) if name == "compiled blocks" else model
-        if name == "compiled blocks":
-            own.compile_repeated_blocks()
-        run = torch.compile(own) if name == "compiled" else own
-        cold = first_call(lambda run=run: run(**call), device)
-        found[name] = {"cold_seconds": cold, **timed(lambda run=run: run(**call), device, calls)}
-        del own, run
+    found["cold_seconds"] = first_call(lambda: run(**call), device)
+    found.update(timed(lambda: run(**call), device, calls))
+    found["row_seconds"] = first_call(lambda: [run(**call) for _ in range(2 * calls)], device) / (2 * calls)
 
 
 @torch.no_grad()
@@ -256,7 +259,7 @@ def measure_forms(
     found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], shares: list[float],
     calls: int, inner: str, mode: str | None, report: Report, expected_cold: float,
 ) -> None:  # fmt: skip
-    """The compiled model in a session: each kind of step, its first call, its cache, and the memory it takes."""
+    """The compiled model in sessions: each kind of step, its first call, the cache, peak memory; and a whole edit."""
     device = inputs["hidden_states"].device
     torch._dynamo.reset()
     given = {"inner": inner, **({"mode": mode} if mode else {})}
@@ -264,65 +267,40 @@ def measure_forms(
     for share in shares:
         if not report.has_time(f"M/N {share}", expected_cold):
             break
-        schedule = "F" + "P" * (calls + 1) + "R" * (calls + 1) + "F" * calls
-        plan = plan_of(grid, share, schedule)
-        times = times_of(len(schedule), device)
+        plan = plan_of(grid, share, "F" + "P" * (calls + 1) + "R" * (calls + 1) + "F" * calls)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        walls: dict[str, float] = {}
+        cold: dict[str, float] = {}
         with hetcache.session(plan, strict=True) as session:
-            for step, time_now in enumerate(times):
-                kind = plan.steps[step].name.lower()
+            for kind, time_now in zip(plan.steps, times_of(len(plan.steps), device), strict=True):
                 seconds = first_call(lambda t=time_now: cached(**inputs, timestep=t[None]), device)
-                walls.setdefault(kind, seconds)
+                cold.setdefault(kind.name.lower(), seconds)
             stats = session.stats
             row: dict[str, Any] = {
-                "tokens": plan.num_tokens, "active": plan.num_active, "cold_seconds": walls,
-                "cache_bytes": stats.cache_bytes, "compile_seconds": stats.compile_seconds,
+                "tokens": plan.num_tokens, "active": plan.num_active, "cold_seconds": cold,
+                "compile_seconds": stats.compile_seconds, "cache_bytes": stats.cache_bytes,
             }  # fmt: skip
-            if device.type == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            for kind in ("FULL", "PARTIAL", "REUSE"):
-                seconds = [w.seconds for k, w in zip(stats.kinds, stats.watches, strict=True) if k.name == kind]
-                warm = sorted(seconds[1:])
-                row[kind.lower()] = {
-                    "seconds": median(warm),
-                    "spread": (warm[3 * len(warm) // 4] - warm[len(warm) // 4]) / median(warm),
-                }
+        if device.type == "cuda":
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        for kind in hetcache.StepKind:
+            warm = sorted(
+                w.seconds for k, w in list(zip(stats.kinds, stats.watches, strict=True))[1:] if k is kind
+            )  # fmt: skip
+            spread = (warm[3 * len(warm) // 4] - warm[len(warm) // 4]) / median(warm)
+            row[kind.name.lower()] = {"seconds": median(warm), "spread": spread}
+        row["edit"] = measure_edit(cached, inputs, plan_of(grid, share, SCHEDULE), device)
         found[f"M/N {share}"] = row
         print(json.dumps(row), flush=True)
         report.write()
 
 
-@torch.no_grad()
-def measure_edit(
-    found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], share: float, inner: str
-) -> None:
-    """Fifty steps of a plan, all calls and what lies between them, beside as many calls of the compiled model."""
-    device = inputs["hidden_states"].device
-    schedule = ("FPRRR" * 10)[:50]
-    plan = plan_of(grid, share, schedule)
-    times = times_of(50, device)
-    cached = torch.compile(model, backend=hetcache.hetcache_backend, options={"inner": inner})
+def measure_edit(cached: Any, inputs: dict[str, Any], plan: hetcache.Plan, device: torch.device) -> dict[str, Any]:
+    """All steps of a plan in a row, by wall clock: the second of two edits."""
     for _ in range(2):
         with hetcache.session(plan, strict=True) as session:
-            start = time.perf_counter()
-            for time_now in times:
-                cached(**inputs, timestep=time_now[None])
-            wait(device)
-            found["edit_seconds"] = time.perf_counter() - start
-    found["schedule"] = schedule
-    found["steps"] = session.stats.steps
-    found["transformer_seconds"] = session.stats.total_seconds
-    torch._dynamo.reset()
-    plain = torch.compile(model)
-    for _ in range(2):
-        start = time.perf_counter()
-        for time_now in times[:10]:
-            plain(**inputs, timestep=time_now[None])
-        wait(device)
-    found["plain_edit_seconds"] = 5 * (time.perf_counter() - start)
-    found["speedup"] = found["plain_edit_seconds"] / found["edit_seconds"]
+            times = times_of(len(plan.steps), device)
+            seconds = first_call(lambda: [cached(**inputs, timestep=time[None]) for time in times], device)
+    return {"steps": session.stats.steps, "seconds": seconds, "seconds_in_forms": session.stats.total_seconds}
 
 
 def main() -> None:
@@ -330,51 +308,45 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--control-layers", type=int, default=15)
+    parser.add_argument("--error-layers", type=int, default=4, help="blocks of the model whose errors are looked at")
     parser.add_argument("--frames", type=int, nargs="+", default=[33, 81])
     parser.add_argument("--active", type=float, nargs="+", default=[0.25, 0.1, 0.5])
     parser.add_argument("--calls", type=int, default=5, help="of each kind, after the first")
     parser.add_argument("--seconds", type=float, default=480, help="when to stop beginning anything more")
-    parser.add_argument("--cold", type=float, default=60, help="seconds to set aside for compiling the forms of a mask")
-    parser.add_argument("--error-shares", type=int, default=1, help="of how many masks errors are looked at")
+    parser.add_argument("--cold", type=float, default=45, help="seconds to set aside for compiling the forms of a mask")
     parser.add_argument("--toy", action="store_true", help="a tiny model")
     parser.add_argument("--inner", default="inductor", help="the compiler of the forms")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["rates", "errors", "plain", "graphs", "edit"])
+    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS, help="in order")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     device, size = torch.device(options.device), "toy" if options.toy else "1.3B"
     report = Report(options.out, options.seconds, provenance(options.device))
     report.data["model"] = {"size": size, "layers": options.layers, "control_layers": options.control_layers}
-    if "rates" not in options.skip:
-        with report.section("rates") as found:
-            measure_rates(found, device, torch.bfloat16)
-    if "errors" not in options.skip:
-        with report.section("errors") as found:
-            check_errors(found, size, device, options.active[: options.error_shares], options.inner)
     model = build(size, options.layers, options.control_layers, options.device, torch.bfloat16)
-    grids = {f"{frames} frames": grid_of(frames, options.toy) for frames in options.frames}
-    own = {name: (model, inputs_of(model, grid, torch.bfloat16), grid) for name, grid in grids.items()}
-
-    def forms(name: str, shares: list[float], mode: str | None, section: str) -> None:
-        if report.has_time(f"{name}, {section}", options.cold):
-            with report.section(f"{name}, {section}") as found:
-                measure_forms(found, *own[name], shares, options.calls, options.inner, mode, report, options.cold)
-
-    def plain(name: str) -> None:
-        if "plain" not in options.skip and report.has_time(f"{name}, plain", options.cold):
-            with report.section(f"{name}, plain") as found:
-                measure_plain(found, *own[name][:2], options.calls)
-
-    first, *others = grids
-    forms(first, options.active, None, "forms")
-    plain(first)
-    for name in others:
-        forms(name, options.active, None, "forms")
-        plain(name)
-    if "edit" not in options.skip and report.has_time(f"{first}, edit", options.cold):
-        with report.section(f"{first}, edit") as found:
-            measure_edit(found, *own[first], options.active[0], options.inner)
-    if "graphs" not in options.skip and options.inner == "inductor":
-        forms(first, options.active[:1], "reduce-overhead", "CUDA graphs")
+    for section in options.sections:
+        if section == "rates":
+            with report.section(section) as found:
+                measure_rates(found, device, torch.bfloat16)
+            continue
+        if section == "errors":
+            with report.section(section) as found:
+                check_errors(found, size, options.error_layers, device, options.active[:1], options.inner)
+            continue
+        for frames in options.frames:
+            name = f"{frames} frames, {section}"
+            grid = grid_of(frames, options.toy)
+            inputs = inputs_of(model, grid, torch.bfloat16)
+            if not report.has_time(name, options.cold if section != "eager" else 10):
+                continue
+            with report.section(name) as found:
+                if section in ("forms", "CUDA graphs"):
+                    mode = "reduce-overhead" if section == "CUDA graphs" else None
+                    shares = options.active if section == "forms" else options.active[:1]
+                    measure_forms(
+                        found, model, inputs, grid, shares, options.calls, options.inner, mode, report, options.cold
+                    )
+                else:
+                    measure_plain(found, section, model, inputs, options.calls)
     report.write()
 
 

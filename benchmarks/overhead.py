@@ -20,8 +20,8 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
+from hetcache_compile.compilation.options import BackendOptions
 from hetcache_compile.provenance import provenance
-from hetcache_compile.runtime.options import BackendOptions
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 GRID = (3, 4, 4)

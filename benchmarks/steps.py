@@ -21,11 +21,11 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
+from hetcache_compile.compilation.options import BackendOptions
 from hetcache_compile.passes.analysis.flops import flop_counter
 from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.provenance import processor_name
 from hetcache_compile.runtime.backend import hetcache_backend
-from hetcache_compile.runtime.options import BackendOptions
 from hetcache_compile.runtime.timing import Stopwatch
 
 RESULTS = Path(__file__).parent / "results"

@@ -149,7 +149,7 @@ class OrtStatusError(Exception):
 @pytest.mark.parametrize(
     ("place", "error", "stage"),
     [
-        ("capture.capture._export", MemoryError(), "rewriting"),
+        ("capture.capture.export", MemoryError(), "rewriting"),
         ("export.lowering.fold_constants._evaluate", MemoryError(), "rewriting"),
         ("export.onnx.to_onnx.optimizer.optimize", MemoryError("std::bad_alloc"), "writing ONNX"),
         ("export.onnx.files.onnx.checker.check_model", MemoryError(), "writing ONNX"),

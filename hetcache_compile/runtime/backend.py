@@ -14,9 +14,9 @@ import torch
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
+from ..compilation.options import BackendOptions, Compiled
 from .context import own_session
 from .dispatch import CompiledGraph
-from .options import BackendOptions, Compiled
 from .session import HetCacheWarning
 
 

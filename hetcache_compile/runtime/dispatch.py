@@ -19,13 +19,13 @@ import torch
 from torch.fx import GraphModule
 
 from ..capture.capture import first_line
+from ..compilation.options import BackendOptions, Compiled
 from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
 from ..passes.ir.axis import AxisState
 from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
 from .branches import Branch, holds, remember
-from .options import BackendOptions, Compiled
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
 from .session import Call, Session, current_session
 from .timing import Stopwatch

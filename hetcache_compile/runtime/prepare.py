@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 from ..capture.capture import Program, capture, with_input_names
 from ..capture.regional import capture_by_regions
 from ..capture.rewrite import check_weights, write_form
+from ..compilation.options import Compiled, Compiler
+from ..compilation.regional import compile_by_regions
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
 from ..passes.analysis.inputs import TokenInputs, is_state
@@ -35,8 +37,6 @@ from ..passes.ir.graphs import device_of
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
-from .chain import compile_by_regions
-from .options import Compiled, Compiler
 
 LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
 """Held while anything is made: capture must not run while Dynamo compiles in another thread."""

@@ -8,6 +8,7 @@ Nothing is asked of names or of the modules that nodes came from: a block is a r
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ LEAST = 48
 FAR = 0.25
 """A value whose users lie this share of the graph apart belongs to no block: it is computed where it first can be."""
 NEAR_BEST = 0.97
-"""Of runs that save about the same, the one that hands over fewest values is chosen: whole blocks, not halves of two."""
+"""Of runs that save about the same, the one that hands over fewest values is chosen: whole blocks, not two halves."""
 
 ValueOf = Callable[[Node], Any]
 
@@ -75,7 +76,7 @@ def regions_of(graph: Graph, value_of: ValueOf, *, reorder: bool = True) -> list
         for node in body
     ]
     cuts = sorted({0, len(body), *(place for start, end in _repeats(tokens, body) for place in (start, end))})
-    runs = [tuple(body[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+    runs = [tuple(body[start:end]) for start, end in itertools.pairwise(cuts)]
     return list(_as_regions(runs, described))
 
 
@@ -100,7 +101,9 @@ def arranged(body: Sequence[Node]) -> list[Node]:
     for number, node in enumerate(body):
         before = list(node.all_input_nodes)
         if node in overwritten:
-            before += [reader for alias in overwritten[node] for reader in alias.users if place.get(reader, -1) < number]
+            before += [
+                reader for alias in overwritten[node] for reader in alias.users if place.get(reader, -1) < number
+            ]
         movable = node in early or node in overwritten
         rank[node] = max((rank[other] for other in before if other in rank), default=-1) if movable else number
     return sorted(body, key=lambda node: (rank[node], place[node]))
@@ -207,9 +210,7 @@ def _handed_over(body: Sequence[Node], start: int, length: int) -> int:
     return len(taken) + len(given)
 
 
-def _candidates(
-    tokens: Sequence[int], segments: Sequence[tuple[int, int]]
-) -> list[tuple[int, tuple[int, ...], int]]:
+def _candidates(tokens: Sequence[int], segments: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, ...], int]]:
     """Runs that occur again: nodes saved, where they start, their length."""
     room = [(0, 0)] * len(tokens)
     places: dict[int, list[int]] = defaultdict(list)
@@ -234,7 +235,7 @@ def _grown(
     """Groups of places that go on alike in one direction, and how far; where they part, the larger part goes on."""
     group = list(group)
     while len(group) > 1:
-        gap = min(b - a for a, b in zip(group, group[1:], strict=False))
+        gap = min(b - a for a, b in itertools.pairwise(group))
         if size + max(other - 1, 0) >= gap:
             yield group, size
             return

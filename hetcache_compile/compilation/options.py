@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..passes.analysis.inputs import TokenInputs
 
@@ -69,9 +73,26 @@ class BackendOptions:
             from torch._inductor import compile_fx
 
             inductor: Any = compile_fx.compile_fx
-            return lambda graph, inputs: inductor(graph, inputs, config_patches=patches)
+
+            def compile_with_inductor(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
+                with static_shapes():
+                    compiled: Compiled = inductor(graph, inputs, config_patches=patches)
+                return compiled
+
+            return compile_with_inductor
         compile_graph: Any = self.inner if callable(self.inner) else torch._dynamo.lookup_backend(self.inner)
         if patches:
             return lambda graph, inputs: compile_graph(graph, inputs, options=patches)
         compiler: Compiler = compile_graph
         return compiler
+
+
+@contextmanager
+def static_shapes() -> Iterator[None]:
+    """Let a compiler outside Dynamo know that every size is static, which torch's caches on disk ask to be told."""
+    if TracingContext.try_get() is not None:  # Dynamo is compiling, and has told
+        yield
+        return
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True)))
+    with tracing(context):
+        yield
