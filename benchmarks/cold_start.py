@@ -83,7 +83,10 @@ def main() -> None:
     cells: dict[str, dict[str, Any]] = {}
     for depth in options.depths:
         with tempfile.TemporaryDirectory() as folder:
-            cells[depth] = {way: measure(way, depth, Path(folder, way.removesuffix(" again"))) for way in options.ways}
+            cells[depth] = {
+                way: measure(way, depth, Path(folder, way.removesuffix(" again").replace(" ", "_")))
+                for way in options.ways
+            }
         options.out.write_text(json.dumps({**provenance("cpu"), "depths": cells}, indent=1) + "\n")
 
 

@@ -296,9 +296,9 @@ def measure_forms(
 
 def measure_edit(cached: Any, inputs: dict[str, Any], plan: hetcache.Plan, device: torch.device) -> dict[str, Any]:
     """All steps of a plan in a row, by wall clock: the second of two edits."""
+    times = times_of(len(plan.steps), device)
     for _ in range(2):
         with hetcache.session(plan, strict=True) as session:
-            times = times_of(len(plan.steps), device)
             seconds = first_call(lambda: [cached(**inputs, timestep=time[None]) for time in times], device)
     return {"steps": session.stats.steps, "seconds": seconds, "seconds_in_forms": session.stats.total_seconds}
 

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 
 from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
 
@@ -160,6 +161,56 @@ def soak_text(result: dict) -> str:
     )
 
 
+def gpu_table(result: dict) -> str:
+    """What one call takes, by size of the clip; errors; and what the first call takes."""
+    sections, model = result["sections"], result["model"]
+    clips = [name.removesuffix(", forms") for name in sections if name.endswith(", forms")]
+    columns: list[dict[str, str]] = []
+    for clip in clips:
+        forms = sections[f"{clip}, forms"]
+        by_mask = {name: row for name, row in forms.items() if name.startswith("M/N")}
+        first = next(iter(by_mask.values()))
+        full = median(row["full"]["seconds"] for row in by_mask.values())
+        column = {"tokens": f"{first['tokens']:,}"}
+        for way in ("eager", "compiled", "compiled blocks"):
+            if f"{clip}, {way}" in sections:
+                column[f"plain, {way}"] = f"{1e3 * sections[f'{clip}, {way}']['seconds']:.1f} ms"
+        column["FULL"] = f"{1e3 * full:.1f} ms"
+        for name, row in by_mask.items():
+            seconds = row["partial"]["seconds"]
+            column[f"PARTIAL, {name}"] = f"{1e3 * seconds:.1f} ms ({seconds / full:.2f})"
+        column["REUSE"] = f"{1e3 * median(row['reuse']['seconds'] for row in by_mask.values()):.2f} ms"
+        for name, row in by_mask.items():
+            if "edit" in row:
+                gain = sum(row["edit"]["steps"].values()) * full / row["edit"]["seconds"]
+                column[f"50 steps `FPRRR...`, {name}"] = f"{row['edit']['seconds']:.1f} s ({gain:.1f}x)"
+        column["cache of one branch"] = f"{first['cache_bytes'] / 2**30:.2f} GiB"
+        column["peak memory"] = f"{first['peak_bytes'] / 2**30:.1f} GiB"
+        cold = first["cold_seconds"]
+        column["first call of FULL, PARTIAL, REUSE"] = ", ".join(
+            f"{cold[kind]:.0f} s" for kind in ("full", "partial", "reuse")
+        )
+        columns.append(column)
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [f"| | {' | '.join(clips)} |", "| --- |" + " --- |" * len(clips)]
+    rows += [f"| {name} | {' | '.join(column.get(name, '-') for column in columns)} |" for name in names]
+    errors = result["sections"]["errors"]
+    worst = {
+        dtype: (row["plain"], max(value for name, value in row.items() if name != "plain"))
+        for dtype, row in errors.items()
+        if dtype != "section_seconds"
+    }
+    told = " and ".join(f"{ours:.1e} in {dtype} (plain model {plain:.1e})" for dtype, (plain, ours) in worst.items())
+    rows += [
+        "",
+        f"The shapes of Wan2.1-VACE-{model['size']}, {model['layers']} + {model['control_layers']} blocks, "
+        f"480 x 832 pixels, bfloat16, random weights, {result['processor']}, torch {result['versions']['torch']}: "
+        f"`{result['command'].partition(' --out')[0]}`. Largest error of any form on inputs that do not change, "
+        f"against float64: {told}.",
+    ]
+    return "\n".join(rows)
+
+
 TABLES = (
     ("picture", "picture", picture_caption, "README.md"),
     ("short", "front", short_table, "README.md"),
@@ -167,6 +218,8 @@ TABLES = (
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
+    ("gpu", "gpu", gpu_table, BENCHMARKS),
+    ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),
     ("soak", "soak", soak_text, BENCHMARKS),
     ("reference", "reference", reference_table, "hetcache_compile/reference/MODEL_CARD.md"),

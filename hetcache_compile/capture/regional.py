@@ -68,10 +68,15 @@ def _is_idle(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A region as exported, and the region it was made of."""
+    """A region as exported.
+
+    Attributes:
+        exported: the program.
+        places: for nodes of it, the place in the region of a node from the same line of the model's code.
+    """
 
     exported: ExportedProgram
-    region: Region
+    places: dict[Node, int]
 
 
 class _Copier:
@@ -98,7 +103,8 @@ class _Copier:
             inputs.append(self.new[node].name)
         for region in regions:
             if region.key not in self.captured:
-                self.captured[region.key] = _Captured(self._export(region), region)
+                exported = self._export(region)
+                self.captured[region.key] = _Captured(exported, _places(exported.graph_module.graph, region))
             self._copy(region)
         results = self.source.graph.output_node().args[0]
         leaves, out_spec = pytree.tree_flatten(results)
@@ -120,7 +126,7 @@ class _Copier:
 
     def _copy(self, region: Region) -> None:
         captured = self.captured[region.key]
-        exported, first = captured.exported, captured.region
+        exported, places = captured.exported, captured.places
         given = iter(region.inputs)
         copies: dict[Node, Node] = {}
         specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
@@ -128,7 +134,8 @@ class _Copier:
         for node in nodes[:-1]:
             if node.op != "placeholder":
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
-                copies[node].meta = {**node.meta, **_traces(node, first, region)}
+                traced = region.nodes[places[node]].meta if node in places else {}
+                copies[node].meta = {**node.meta, **{trace: traced[trace] for trace in TRACES if trace in traced}}
             elif specs[node.name].kind is InputKind.USER_INPUT:
                 copies[node] = self.new[next(given)]
             else:
@@ -149,11 +156,14 @@ class _Copier:
         return self.constants[key, node.name]
 
 
-def _traces(node: Node, first: Region, region: Region) -> dict[str, Any]:
-    """Where in the model's code a copy comes from: from the same place of its own region."""
-    if first is region:
-        return {}
-    for old, new in zip(first.nodes, region.nodes, strict=True):
-        if all(old.meta.get(trace) == node.meta.get(trace) for trace in TRACES):
-            return {trace: new.meta[trace] for trace in TRACES if trace in new.meta}
-    return {}
+def _places(graph: Graph, region: Region) -> dict[Node, int]:
+    known: dict[Hashable, int] = {}
+    for place, node in enumerate(region.nodes):
+        known.setdefault(_line(node), place)
+    return {node: known[_line(node)] for node in graph.nodes if _line(node) in known}
+
+
+def _line(node: Node) -> Hashable:
+    """The line of the model's code that a node comes from, and the module it runs in."""
+    modules = node.meta.get("nn_module_stack") or {}
+    return node.meta.get("stack_trace"), tuple(path for path, _ in modules.values())

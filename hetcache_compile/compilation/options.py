@@ -32,6 +32,13 @@ class BackendOptions:
         default=None,
         metadata={"help": 'a mode of Inductor, such as "reduce-overhead"; `torch.compile(..., mode=...)` is the same'},
     )
+    regional: bool = field(
+        default=True,
+        metadata={
+            "help": "compile each distinct block of a form once and call it wherever it occurs; False, and a mode that "
+            "records CUDA graphs, compile forms whole, which takes longer the deeper the model is"
+        },
+    )
     token_inputs: TokenInputs | None = field(
         default=None,
         metadata={"help": "as in `rewrite`, for a model of packed tokens where it is not clear which input holds them"},
@@ -53,22 +60,36 @@ class BackendOptions:
             given["mode"] = mode
         return cls(**given)
 
+    @property
+    def by_regions(self) -> bool:
+        """Whether forms are compiled block by block. A CUDA graph is recorded of a whole form."""
+        return self.regional and not self._patches().get("triton.cudagraphs")
+
+    def _patches(self) -> dict[str, Any]:
+        """The inner compiler's options, with those that its mode stands for.
+
+        Raises:
+            ValueError: the inner compiler takes no mode, or there is no such mode.
+        """
+        given = dict(self.inner_options or {})
+        if self.mode is None or self.mode == "default":
+            return given
+        if self.inner != "inductor":
+            raise ValueError(f"mode={self.mode!r} is Inductor's: the inner compiler {self.inner!r} takes none")
+        from torch._inductor import list_mode_options
+
+        modes = list_mode_options()
+        if self.mode not in modes:
+            raise ValueError(f"there is no mode {self.mode!r}: Inductor has {', '.join(modes)}")
+        return {**modes[self.mode], **given}
+
     def compiler(self) -> Compiler:
         """The function `(graph, inputs) -> callable` that compiles forms.
 
         Raises:
             ValueError: the inner compiler takes no mode, or there is no such mode.
         """
-        patches = dict(self.inner_options or {})
-        if self.mode is not None and self.mode != "default":
-            if self.inner != "inductor":
-                raise ValueError(f"mode={self.mode!r} is Inductor's: the inner compiler {self.inner!r} takes none")
-            from torch._inductor import list_mode_options
-
-            modes = list_mode_options()
-            if self.mode not in modes:
-                raise ValueError(f"there is no mode {self.mode!r}: Inductor has {', '.join(modes)}")
-            patches = {**modes[self.mode], **patches}
+        patches = self._patches()
         if self.inner == "inductor":
             from torch._inductor import compile_fx
 

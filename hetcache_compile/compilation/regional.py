@@ -76,8 +76,7 @@ def compile_by_regions(module: GraphModule, inputs: Sequence[Any], compiler: Com
     keys = {region.key for region in regions}
     handed_over = {node for region in regions for node in (*region.inputs, *region.outputs)}
     if len(keys) == len(regions) or not all(_is_plain_tensor(node) for node in handed_over):
-        log.info("compiling the %s whole, %d nodes", name, len(graph.nodes))
-        return compiler(module, inputs)
+        return compile_whole(module, inputs, compiler, name)
     given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     compiled: dict[Hashable, Compiled] = {}
     for region in regions:
@@ -89,6 +88,14 @@ def compile_by_regions(module: GraphModule, inputs: Sequence[Any], compiler: Com
         compiled[region.key] = compiler(region.as_module(module), examples)
         log.info("compiled part %d of %d of the %s, %.1f s", number, len(keys), name, time.perf_counter() - start)
     return _chain(module, regions, compiled)
+
+
+def compile_whole(module: GraphModule, inputs: Sequence[Any], compiler: Compiler, name: str = "graph") -> Compiled:
+    """A form, compiled as one graph."""
+    start = time.perf_counter()
+    compiled = compiler(module, inputs)
+    log.info("compiled the %s, %d nodes, %.1f s", name, len(module.graph.nodes), time.perf_counter() - start)
+    return compiled
 
 
 def _is_plain_tensor(node: Node) -> bool:
@@ -119,18 +126,9 @@ def _chain(module: GraphModule, regions: Sequence[Region], compiled: dict[Hashab
         drops = tuple(place[node] for node in last if last[node] == number and node not in kept)
         takes = [place[node] for node in region.inputs]
         links.append(Link(compiled[region.key], _taker(takes), tuple(place[node] for node in region.outputs), drops))
-    constant: list[Any] = [None if isinstance(node, Node) else node for node in results]
-    if all(isinstance(node, Node) for node in results):
-        return Chain(links, len(place), _taker([place[node] for node in results]))
-    places = [(number, place[node]) for number, node in enumerate(results) if isinstance(node, Node)]
-
-    def with_constants(values: Sequence[Any]) -> tuple[Any, ...]:
-        outputs = list(constant)
-        for number, at in places:
-            outputs[number] = values[at]
-        return tuple(outputs)
-
-    return Chain(links, len(place), with_constants)
+    constants = [node for node in results if not isinstance(node, Node)]
+    take = _taker([place[node] if isinstance(node, Node) else len(place) + constants.index(node) for node in results])
+    return Chain(links, len(place), take if not constants else lambda values: take([*values, *constants]))
 
 
 def _taker(places: Sequence[int]) -> Take:

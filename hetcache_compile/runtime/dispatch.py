@@ -89,7 +89,7 @@ class CompiledGraph:
     def __init__(self, graph: GraphModule, options: BackendOptions) -> None:
         self.graph = graph
         self.compiler = options.compiler()
-        self.preparer = Preparer(graph, self.compiler, options.token_inputs)
+        self.preparer = Preparer(graph, self.compiler, options)
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self._broken_by = graph_break_of(graph)

@@ -23,11 +23,11 @@ from torch.utils import _pytree as pytree
 from ..capture.capture import Program, capture, with_input_names
 from ..capture.regional import capture_by_regions
 from ..capture.rewrite import check_weights, write_form
-from ..compilation.options import Compiled, Compiler
-from ..compilation.regional import compile_by_regions
+from ..compilation.options import BackendOptions, Compiled, Compiler
+from ..compilation.regional import compile_by_regions, compile_whole
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
-from ..passes.analysis.inputs import TokenInputs, is_state
+from ..passes.analysis.inputs import is_state
 from ..passes.analysis.time_input import time_input
 from ..passes.forms.pipeline import in_process
 from ..passes.ir.axis import AxisState, Enter
@@ -92,11 +92,12 @@ class Preparer:
     Args:
         graph: as Dynamo captured it.
         compiler: of forms.
-        token_inputs: see `rewrite`.
+        options: of the backend.
     """
 
-    def __init__(self, graph: GraphModule, compiler: Compiler, token_inputs: TokenInputs | None) -> None:
-        self.graph, self.compiler, self.token_inputs = graph, compiler, token_inputs
+    def __init__(self, graph: GraphModule, compiler: Compiler, options: BackendOptions) -> None:
+        self.graph, self.compiler = graph, compiler
+        self.token_inputs, self.by_regions = options.token_inputs, options.by_regions
         self.floats = wrapped_floats(graph)
 
     def capture(self, inputs: Sequence[Any]) -> Prepared:
@@ -198,7 +199,8 @@ class Preparer:
             buffers = [torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in form.reads]
             mark_static(form, program, buffers)
             given = [*pick(inputs), *indices, *buffers]
-            run = compile_by_regions(form.module, given, self.compiler, f"{kind} form")
+            compile_form = compile_by_regions if self.by_regions else compile_whole
+            run = compile_form(form.module, given, self.compiler, f"{kind} form")
             prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads)
             while len(prepared.forms) > MOST_FORMS:
                 prepared.forms.popitem(last=False)

@@ -8,8 +8,9 @@ Nothing is asked of names or of the modules that nodes came from: a block is a r
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,21 +165,24 @@ def _as_regions(runs: Sequence[tuple[Node, ...]], described: dict[Node, Hashable
     for run in runs:
         number = {node: place for place, node in enumerate(run)}
         inputs: dict[Node, int] = {}
-
-        def numbered(node: Node, number: dict[Node, int] = number, inputs: dict[Node, int] = inputs) -> Any:
-            return number[node] if node in number else (inputs.setdefault(node, len(inputs)),)
-
-        bodies = tuple((node.op, node.target, *constants_of(node, numbered)) for node in run)
-        key = bodies, tuple(described[node] for node in inputs)
+        numbered = functools.partial(_number_of, number, inputs)
+        calls = tuple((node.op, node.target, *constants_of(node, numbered)) for node in run)
+        key: Hashable = calls, tuple(described[node] for node in inputs)
         found.append((run, tuple(inputs), key))
         needed[key] |= {number[node] for node in run if any(user not in number for user in node.users)}
     for run, inputs_of_run, key in found:
         yield Region(run, inputs_of_run, tuple(run[place] for place in sorted(needed[key])), key)
 
 
+def _number_of(inside: dict[Node, int], inputs: dict[Node, int], node: Node) -> Hashable:
+    """The place of a node in its run, or among the run's inputs."""
+    return inside[node] if node in inside else ("input", inputs.setdefault(node, len(inputs)))
+
+
 def _repeats(tokens: Sequence[int], body: Sequence[Node]) -> list[tuple[int, int]]:
     """Where runs that occur again begin and end: the one that saves most, then in what lies between, and so on."""
-    segments, repeats = [(0, len(tokens))], []
+    segments = [(0, len(tokens))]
+    repeats: list[tuple[int, int]] = []
     while True:
         candidates = _candidates(tokens, segments)
         if not candidates:
@@ -249,10 +253,3 @@ def _grown(
         if len(largest) < len(group):
             yield group, size
         group, size = largest, size + 1
-
-
-def sizes_of(regions: Sequence[Region]) -> list[tuple[int, int]]:
-    """For each key, how many nodes a region has and how many regions there are."""
-    count = Counter(region.key for region in regions)
-    nodes = {region.key: len(region.nodes) for region in regions}
-    return [(nodes[key], number) for key, number in count.items()]
