@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs bench bench-size front drift clean
+.PHONY: demo test test-torch check docs bench bench-size front drift clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +16,14 @@ demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo
 
 test: .venv/ready   ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+
+# Another torch than the one of `make test`, in a venv of its own. The CPU build of a version is smaller where there is one.
+TORCH ?= 2.11.0
+test-torch:   ## all tests with another torch: make test-torch TORCH=2.11.0
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	.venv-torch-$(TORCH)/bin/python -m pip install --quiet "torch==$(TORCH)"
+	.venv-torch-$(TORCH)/bin/python -m pip install --quiet --editable ".[demo,quality,ort,dev]"
+	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: .venv/ready build/typings   ## style and types
 	$(BIN)/ruff check .

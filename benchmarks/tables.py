@@ -161,6 +161,28 @@ def soak_text(result: dict) -> str:
     )
 
 
+def cold_start_table(result: dict) -> str:
+    """CPU seconds of each way, by depth."""
+    labels = {
+        "hetcache": "the forms FULL, PARTIAL and REUSE",
+        "hetcache again": "the same in a second process",
+        "compiled blocks": "the plain model, `compile_repeated_blocks()`",
+        "compiled": "the plain model, `torch.compile`",
+    }
+    depths = result["depths"]
+    heads = [f"{depth.replace('+', ' + ')} blocks" for depth in depths]
+    rows = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * len(depths)]
+    for way, label in labels.items():
+        cells = [f"{cells[way]['seconds']:.0f} s" if way in cells else "-" for cells in depths.values()]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    rows += [
+        "",
+        f"CPU seconds from the first call until one step of each was done, with empty caches. WanVACE of tiny width, "
+        f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/cold_start.py`.",
+    ]
+    return "\n".join(rows)
+
+
 def gpu_table(result: dict) -> str:
     """What one call takes, by size of the clip; errors; and what the first call takes."""
     sections, model = result["sections"], result["model"]
@@ -218,6 +240,7 @@ TABLES = (
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
+    ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -22,9 +23,12 @@ TokenInput = Annotated[
 
 @contextmanager
 def progress_bars() -> Iterator[Any]:
-    """A progress bar for each stage: a function of stage, what is done, and how much there is."""
+    """A progress bar for each stage: a function of stage, what is done, and how much there is.
+
+    What the package logs meanwhile, such as what has been compiled, is printed above the bars.
+    """
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console) as bars, logged(lambda line: bars.console.print(line, style="dim")):
         tasks: dict[str, Any] = {}
 
         def update(stage: str, step: int, steps: int) -> None:
@@ -37,6 +41,25 @@ def progress_bars() -> Iterator[Any]:
         yield update
         for task in bars.tasks:
             bars.update(task.id, completed=task.total)
+
+
+@contextmanager
+def logged(show: Callable[[str], None]) -> Iterator[None]:
+    """Hand every line that the package logs to a function."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show(record.getMessage())
+
+    logger, handler = logging.getLogger(__package__), Shown()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def token_inputs(given: list[str] | None) -> dict[str, int] | None:
