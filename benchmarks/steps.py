@@ -22,6 +22,7 @@ from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
 from hetcache_compile.compilation.options import BackendOptions
+from hetcache_compile.compilation.regional import compile_by_regions
 from hetcache_compile.passes.analysis.flops import flop_counter
 from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.provenance import processor_name
@@ -69,7 +70,8 @@ def prepare(forms, kind: str, kwargs: dict, inner):
     arguments = [*inputs, *indices, *cache]
     with flop_counter() as counter:
         form.module(*arguments)
-    return inner(form.module, arguments), arguments, counter.get_total_flops()
+    run = compile_by_regions(form.module, arguments, inner, f"{kind} form")
+    return run, arguments, counter.get_total_flops()
 
 
 def measure_cache(model, kwargs: dict, forms) -> dict[str, int]:

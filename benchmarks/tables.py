@@ -183,6 +183,18 @@ def cold_start_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def overhead_table(result: dict) -> str:
+    """Milliseconds of a REUSE call, by depth."""
+    rows = ["| | parameters | Dynamo's floor | REUSE call | ours |", "| --- | --- | --- | --- | --- |"]
+    rows += [
+        f"| {name} | {row['parameters']} | {row['floor_ms']:.2f} ms | {row['reuse_ms']:.2f} ms | "
+        f"{row['overhead_ms']:.2f} ms |"
+        for name, row in result["depths"].items()
+    ]
+    rows += ["", f"{result['processor']}, one thread, torch {result['versions']['torch']}: `{result['command']}`."]
+    return "\n".join(rows)
+
+
 def gpu_table(result: dict) -> str:
     """What one call takes, by size of the clip; errors; and what the first call takes."""
     sections, model = result["sections"], result["model"]
@@ -243,6 +255,7 @@ TABLES = (
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
+    ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),
     ("soak", "soak", soak_text, BENCHMARKS),
     ("reference", "reference", reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
