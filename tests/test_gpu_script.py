@@ -14,7 +14,8 @@ def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [
         sys.executable, SCRIPT, "--toy", "--device", "cpu", "--inner", "eager", "--layers", "4",
-        "--control-layers", "2", "--error-layers", "4", "--frames", "9", "--active", "0.25", "0.5", "--calls", "2", "--out", out,
+        "--control-layers", "2", "--error-layers", "4", "--frames", "9", "--active", "0.25", "0.5", "--calls", "2",
+        "--out", out,
         "--sections", "rates", "errors", "forms", "eager",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)
