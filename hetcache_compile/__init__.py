@@ -10,8 +10,10 @@ with hetcache.session(plan) as session:
 
 from .calibration.calibration import Calibration
 from .capture.rewrite import Forms, rewrite
+from .compilation.artefact import load_compiled, saving_compiled
 from .errors import (
     CalibrationError,
+    CompiledError,
     GridMismatchError,
     HetCacheError,
     InputFileError,
@@ -37,6 +39,7 @@ __all__ = [
     "PRESETS",
     "Calibration",
     "CalibrationError",
+    "CompiledError",
     "Forms",
     "GridMismatchError",
     "HetCacheError",
@@ -54,8 +57,10 @@ __all__ = [
     "TokenKind",
     "UnsupportedGraphError",
     "hetcache_backend",
+    "load_compiled",
     "plan_for",
     "register_attention",
     "rewrite",
+    "saving_compiled",
     "session",
 ]

@@ -6,6 +6,7 @@ from .passes.ir.refusal import GridMismatchError, HetCacheError, Refusal, Unsupp
 
 __all__ = [
     "CalibrationError",
+    "CompiledError",
     "EngineError",
     "ExportError",
     "GridMismatchError",
@@ -38,6 +39,10 @@ class PlanFileError(HetCacheError, ValueError):
 
 class CalibrationError(HetCacheError, ValueError):
     """A calibration cannot be made, read or used for this."""
+
+
+class CompiledError(HetCacheError, RuntimeError):
+    """What was compiled ahead of time cannot be used here."""
 
 
 class SessionError(HetCacheError, RuntimeError):

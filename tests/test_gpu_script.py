@@ -13,8 +13,8 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [
-        sys.executable, SCRIPT, "--toy", "--device", "cpu", "--inner", "eager", "--layers", "4",
-        "--control-layers", "2", "--error-layers", "4", "--frames", "9", "--active", "0.25", "0.5", "--calls", "2",
+        sys.executable, SCRIPT, "--toy", "--device", "cpu", "--inner", "eager", "--layers", "2",
+        "--control-layers", "1", "--error-layers", "2", "--frames", "9", "--active", "0.25", "0.5", "--calls", "2",
         "--out", out,
         "--sections", "rates", "errors", "forms", "eager",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: `hetcache demo | plan | edit | explain | calibrate | bench`. Only this module prints and exits."""
+"""The command line: `hetcache demo | plan | edit | compile | explain | calibrate | bench`. Only it prints and exits."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from .common import (
     torch_device,
     torch_dtype,
 )
+from .compile import compile_forms
 
 app = typer.Typer(
     help="Token-partitioned caching for diffusion transformers, as a compiler pass.",
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(calibrate)
+app.command("compile")(compile_forms)
 
 
 @app.command()
@@ -133,8 +135,12 @@ def edit(
     provider: Annotated[
         str, typer.Option(help="What runs the engine: ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.")
     ] = "ort-cpu",
+    compiled: Annotated[
+        Path | None, typer.Option(help="A folder of hetcache compile: the forms are not compiled again.")
+    ] = None,
 ) -> None:
     """Edit a video with any local diffusers checkpoint that takes a video and a mask."""
+    from ..compilation.artefact import load_compiled
     from ..edit.editing import EditRequest, load_engine_pipeline, load_pipeline
     from ..edit.media import read_mask, read_video
     from ..engine.engine import load
@@ -151,6 +157,10 @@ def edit(
         else:
             pipe = load_pipeline(model, torch_dtype(dtype), torch_device(device))
             warn(measured_elsewhere(known_calibration, pipe, torch_device(device)) if known_calibration else ())
+    if compiled is not None:
+        if engine is not None:
+            raise PlanError("--compiled is for the model's own forms: leave --engine or --compiled out")
+        load_compiled(compiled, pipe.transformer)
     check_size(height, width, num_frames, pipe)
     request = EditRequest(
         video=frames,

@@ -96,7 +96,8 @@ def arranged(body: Sequence[Node]) -> list[Node]:
         users = [place[user] for user in node.users if user in place and user not in overwritten]
         is_shared = len(users) > 1 and max(users) - min(users) > FAR * len(body)
         serves_shared = bool(users) and len(users) == len(node.users) and early.issuperset(node.users)
-        if (is_shared or serves_shared) and node not in overwritten and not unsteady & {node, *node.all_input_nodes}:
+        steady = node not in overwritten and not unsteady & {node, *node.all_input_nodes} and not _is_random(node)
+        if (is_shared or serves_shared) and steady:
             early.add(node)
     rank: dict[Node, int] = {}
     for number, node in enumerate(body):
@@ -130,6 +131,10 @@ def _may_alias(node: Node) -> bool:
 def _is_mutable(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def described_value(value: Any) -> Hashable:
