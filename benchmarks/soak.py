@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py            # writes benchmarks/results/soak.json
 
-Each edit has a session of its own. Some of them are compared, bit for bit, with the same edit on a model compiled anew.
+Each edit has a session of its own. All are made once more in reverse order, and compared bit for bit, and with the
+functional forms, which have no session; some are compared with the same edit on a model compiled anew.
 """
 
 from __future__ import annotations
@@ -65,6 +66,20 @@ def edit(model: Any, number: int) -> list[torch.Tensor]:
     ]
 
 
+def functional_edit(forms: hetcache.Forms, number: int) -> list[torch.Tensor]:
+    """The same edit by forms that take the cache and return the next one."""
+    cache: dict[str, torch.Tensor] = {}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal cache
+        kind = forms.plan.steps[next(steps)]
+        output, cache = forms.run(kind.form, cache, args, kwargs)
+        return output
+
+    steps = iter(range(len(STEPS)))
+    return edit(call, number)
+
+
 def digest(outputs: list[torch.Tensor]) -> str:
     """Of every bit: kept in place of the outputs, which would count as memory."""
     return hashlib.sha256(b"".join(output.numpy().tobytes() for output in outputs)).hexdigest()
@@ -97,6 +112,17 @@ def main() -> None:
         made.append(graphs)
     half = len(memory) // 2
     slope = float(np.polyfit(np.arange(half, len(memory)) * 20, memory[half:], 1)[0])
+    # Once more, last edit first: what an edit gives must not depend on those before it.
+    plain, forms, again, error = build(), {}, 0, 0.0
+    example = torch.zeros(1, 4, 3, 16, 16), TIMES[:1], torch.zeros(1, 7, 12)
+    for number, plan in reversed(list(enumerate(all_plans))):
+        with hetcache.session(plan, strict=True):
+            found = edit(model, number)
+        again += digest(found) != outputs[number]
+        if plan.num_active not in forms:
+            forms[plan.num_active] = hetcache.rewrite(plain, plan, example, {"return_dict": False})
+        expected = functional_edit(forms[plan.num_active].for_plan(plan), number)
+        error = max(error, *(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)))
     mismatches = 0
     for number in range(0, options.edits, max(1, options.edits // options.fresh)):
         with hetcache.session(all_plans[number], strict=True):
@@ -110,6 +136,8 @@ def main() -> None:
         "kib_per_edit_second_half": slope,
         "compared_with_a_model_compiled_anew": len(range(0, options.edits, max(1, options.edits // options.fresh))),
         "mismatches": mismatches,
+        "differ_in_reverse_order": again,
+        "largest_error_to_functional_forms": error,
     }
     print({key: value for key, value in result.items() if key not in ("versions", "command")})
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

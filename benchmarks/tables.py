@@ -156,8 +156,11 @@ def soak_text(result: dict) -> str:
         f"{result['edits']} edits of random boxes, each in a session of its own: {result['values_of_m']} values of M, "
         f"{result['graphs_compiled']} graphs compiled, the last in edit {result['last_compilation_in_edit'] + 1}; "
         f"{result['kib_per_edit_second_half']:.1f} KiB of resident memory more per edit in the second half. "
-        f"{result['mismatches']} of {result['compared_with_a_model_compiled_anew']} edits differ in any bit from the "
-        f"same edit on a model compiled anew. Tiny Wan, {result['processor']}: `python benchmarks/soak.py`."
+        f"{result['differ_in_reverse_order']} differ in any bit when all are made once more in reverse order, and "
+        f"{result['mismatches']} of {result['compared_with_a_model_compiled_anew']} from the same edit on a model "
+        f"compiled anew. Functional forms, which have no session, give the same to "
+        f"{result['largest_error_to_functional_forms']:.0e}. "
+        f"Tiny Wan, {result['processor']}: `python benchmarks/soak.py`."
     )
 
 
