@@ -242,7 +242,7 @@ def gpu_table(result: dict) -> str:
         "",
         f"The shapes of Wan2.1-VACE-{model['size']}, {model['layers']} + {model['control_layers']} blocks, "
         f"480 x 832 pixels, bfloat16, random weights, {result['processor']}, torch {result['versions']['torch']}: "
-        f"`{result['command'].partition(' --out')[0]}`. Largest error of any form on inputs that do not change, "
+        f"`{result['command']}`. Largest error of any form on inputs that do not change, "
         f"against float64: {told}.",
     ]
     return "\n".join(rows)

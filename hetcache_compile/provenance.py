@@ -24,12 +24,20 @@ def processor_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def command(arguments: list[str]) -> str:
+    """A command line without the place that its result was written to, which means nothing on another machine."""
+    words = [Path(arguments[0]).name, *arguments[1:]]
+    places = [number for number, word in enumerate(words) if word in ("--out", "-o")]
+    hidden = {number for place in places for number in (place, place + 1)}
+    return " ".join(word for number, word in enumerate(words) if number not in hidden)
+
+
 def provenance(device: str) -> dict[str, Any]:
     """The command, the versions and the processor that a result belongs to."""
     import diffusers
 
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(sys.argv),
         "versions": {
             "hetcache-compile": __version__,
             "python": platform.python_version(),

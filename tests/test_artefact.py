@@ -60,6 +60,15 @@ def test_damage_is_found(tmp_path: Path) -> None:
         hetcache.load_compiled(folder, model)
 
 
+def test_a_file_in_the_way_is_told_before_the_model_is_loaded(hetcache_command: Any, tmp_path: Path) -> None:
+    plan = tmp_path / "a.hetplan"
+    np.save(tmp_path / "mask.npy", moving_mask(FRAMES, SIZE, SIZE))
+    hetcache_command("plan", "--mask", tmp_path / "mask.npy", "-o", plan, *SMALL)
+    status, _, err = hetcache_command("compile", tmp_path / "no model", "--plan", plan, "-o", plan, *SMALL)
+    assert status == 2
+    assert f"{plan} cannot be written" in err
+
+
 def run_command(cache: Path, *arguments: Any) -> None:
     """`hetcache` in a process of its own, with a cache of torch's of its own."""
     command = [sys.executable, "-m", "hetcache_compile.cli.main", *map(str, arguments), *map(str, SMALL)]

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..console import console, progress_bars
-from ..errors import PlanError
 from .common import Device, Height, NumFrames, TextTokens, Width, check_size, torch_device, torch_dtype
 
 
@@ -27,14 +26,13 @@ def compile_forms(
     """Compile the forms of a plan, for later processes on machines like this one."""
     import numpy as np
 
-    from ..compilation.artefact import saving_compiled
+    from ..compilation.artefact import check_writable, saving_compiled
     from ..edit.editing import EditRequest, compiled, load_pipeline, warm_up
     from ..plan.plan import Plan
     from ..runtime.backend import hetcache_backend
 
     known = Plan.load(plan)
-    if out.exists() and not out.is_dir():
-        raise PlanError(f"{out} is a file: give a folder for --out")
+    check_writable(out)
     with console.status(f"loading {model}"):
         pipe = load_pipeline(model, torch_dtype(dtype), torch_device(device))
     check_size(height, width, num_frames, pipe)

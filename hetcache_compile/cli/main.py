@@ -146,6 +146,8 @@ def edit(
     from ..engine.engine import load
     from ..plan.plan import Plan
 
+    if compiled is not None and engine is not None:
+        raise PlanError("--compiled is for the model's own forms: leave --engine or --compiled out")
     known_plan = Plan.load(plan) if plan else None
     known_calibration = load_calibration(calibration, model)
     frames = read_video(video, num_frames, height, width, start_frame)
@@ -158,8 +160,6 @@ def edit(
             pipe = load_pipeline(model, torch_dtype(dtype), torch_device(device))
             warn(measured_elsewhere(known_calibration, pipe, torch_device(device)) if known_calibration else ())
     if compiled is not None:
-        if engine is not None:
-            raise PlanError("--compiled is for the model's own forms: leave --engine or --compiled out")
         load_compiled(compiled, pipe.transformer)
     check_size(height, width, num_frames, pipe)
     request = EditRequest(

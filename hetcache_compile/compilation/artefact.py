@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from ..errors import CompiledError
 from ..files import PathLike, atomically
@@ -53,6 +52,15 @@ def identity(model: torch.nn.Module) -> dict[str, str]:
     }
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder, and raise `CompiledError` if it cannot be written: before the long work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise CompiledError(f"{folder} cannot be written: {error}") from error
+
+
 @contextmanager
 def saving_compiled(folder: PathLike, model: torch.nn.Module) -> Iterator[None]:
     """Keep in a folder what Inductor compiles meanwhile; it finds nothing that was compiled before.
@@ -62,9 +70,10 @@ def saving_compiled(folder: PathLike, model: torch.nn.Module) -> Iterator[None]:
         model: the model that is compiled.
 
     Raises:
-        CompiledError: nothing was compiled that can be kept.
+        CompiledError: the folder cannot be written, which is known at once, or nothing was compiled that can be kept.
     """
     folder = Path(folder)
+    check_writable(folder)
     with tempfile.TemporaryDirectory() as cache:
         before = os.environ.get(CACHE_DIR)
         os.environ[CACHE_DIR] = cache
@@ -116,6 +125,8 @@ def load_compiled(folder: PathLike, model: torch.nn.Module) -> None:
         raise CompiledError(f"{folder} cannot be read: {error}") from error
     if hashlib.sha256(content).hexdigest() != head.get("sha256"):
         raise CompiledError(f"{folder / FILES} is damaged: run hetcache compile again")
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # Inductor is slow to import
+
     _unpack(content, Path(cache_dir()))
 
 
