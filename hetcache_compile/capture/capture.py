@@ -151,12 +151,20 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             # torch warns of a class of its own when it copies its trees. Neither we nor users can mend that.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             exported: ExportedProgram = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
-            exported = exported.run_decompositions({})
+            exported = exported.run_decompositions(composites_of_others(exported.graph_module))
     except Exception as error:
         reason = f"torch.export cannot capture it: {type(error).__name__}: {first_line(error)}"
         raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
     _check_sizes(exported.graph_module)
     return exported
+
+
+def composites_of_others(module: GraphModule) -> dict[Any, Any]:
+    """What takes apart the composite operators of other libraries in a graph: passes know those of ATen."""
+    found = {node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    others = [op for op in found if op.namespace != "aten"]
+    known = torch.export.default_decompositions() if others else {}  # it takes a third of a second
+    return {op: known[op] for op in others if op in known}
 
 
 def first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..capture.capture import first_line
+from ..capture.subclasses import Unwrapping
 from ..compilation.options import BackendOptions, Compiled
 from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
 from ..passes.ir.axis import AxisState
@@ -89,22 +90,24 @@ class CompiledGraph:
     def __init__(self, graph: GraphModule, options: BackendOptions) -> None:
         self.graph = graph
         self.compiler = options.compiler()
-        self.preparer = Preparer(graph, self.compiler, options)
+        self.unwrapped = Unwrapping(graph)
+        self.preparer = Preparer(self.unwrapped.graph, self.compiler, options)
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self._broken_by = graph_break_of(graph)
-        self._varying = varying_inputs(graph, self.preparer.floats)
+        self._varying = varying_inputs(self.unwrapped.graph, self.preparer.floats)
         self._plain: dict[Hashable, Compiled] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._prepared: dict[Hashable, Prepared] = {}
         self._routes: OrderedDict[Hashable, Route | Refused] = OrderedDict()
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *given: Any) -> Any:
         """Run the graph, as the open session says, or plainly."""
         session = current_session()
         if session is None:
-            return self.run_plain(inputs)
+            return self.run_plain(given)
         session.tried_calls += 1
+        inputs = self.unwrapped(given)
         shapes = self._varying(inputs)
         key = (shapes, session.route_key)
         route = self._routes.get(key)
@@ -121,7 +124,7 @@ class CompiledGraph:
                 if route.topic != ASSUMED:
                     self._routes[key] = route
         session.refused(route.reason, route.cause, route.topic)
-        return self.run_plain(inputs)
+        return self.run_plain(given)
 
     def run_plain(self, inputs: Sequence[Any]) -> Any:
         """The graph as Dynamo captured it, compiled by the inner compiler."""

@@ -210,6 +210,7 @@ RULES: dict[Any, Rule] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.matmul.default: matmul,
     aten.mm.default: matmul,
+    aten._int_mm.default: matmul,
     aten.bmm.default: matmul,
     aten.addmm.default: addmm,
     aten.einsum.default: einsum,

@@ -138,8 +138,8 @@ ELEMENTWISE = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,
     aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor,
     aten.pow.Scalar, aten.addcmul.default, aten.lerp.Tensor, aten.neg.default, aten.abs.default,
-    aten.reciprocal.default, aten.maximum.default, aten.minimum.default, aten.clamp.default,
-    aten.clamp_min.default, aten.clamp_max.default, aten.remainder.Scalar, aten.remainder.Tensor,
+    aten.reciprocal.default, aten.maximum.default, aten.minimum.default, aten.max.other, aten.min.other,
+    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.remainder.Scalar, aten.remainder.Tensor,
     aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor.default, aten.ceil.default, aten.round.default,
     aten.sign.default,
     # functions

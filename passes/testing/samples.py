@@ -176,6 +176,7 @@ ACCEPTED: list[OpCall] = [
     call(aten.matmul.default, T("nd"), T("bdk")),
     call(aten.matmul.default, T("hne"), T("bhek")),
     call(aten.mm.default, T("nd"), T("dk")),
+    call(aten._int_mm.default, T("nd", torch.int8), T("dk", torch.int8)),
     call(aten.bmm.default, T("bnd"), T("bdk")),
     call(aten.addmm.default, T("k"), T("nd"), T("dk")),
     call(aten.addmm.default, T("Nk"), T("nd"), T("dk")),

@@ -1,0 +1,137 @@
+"""Weights that are tensor subclasses, such as torchao's quantised ones, as the plain tensors they are made of.
+
+`torch.export` takes apart subclasses that a module holds, but a graph of Dynamo is given its weights as inputs. So such
+a graph gets an input for each plain tensor, and puts the subclass together inside, where capture looks through it.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+def plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors that a subclass is made of, those of subclasses inside it too; a plain tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(tensor, name))
+
+
+def _as_weight(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """The same memory, told apart from other inputs."""
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@dataclass(eq=False)
+class PutTogether:
+    """Makes a subclass of its plain tensors; the other way round of `plain_parts`. A node of a graph calls it."""
+
+    cls: type
+    names: tuple[str, ...]
+    parts: tuple[PutTogether | None, ...]
+    context: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    __name__: str = field(default="put_together", repr=False)
+
+    @classmethod
+    def of(cls, tensor: Any) -> PutTogether:
+        """What puts tensors like this one together."""
+        names, context = tensor.__tensor_flatten__()
+        inner = [getattr(tensor, name) for name in names]
+        parts = tuple(cls.of(part) if is_traceable_wrapper_subclass(part) else None for part in inner)
+        return cls(type(tensor), tuple(names), parts, context, tensor.shape, tensor.stride())
+
+    def alike(self, other: PutTogether | None) -> bool:
+        """Whether both make the same of the same tensors."""
+        if other is None or self._description != other._description:
+            return False
+        pairs = zip(self.parts, other.parts, strict=True)
+        return all(a is b if a is None else a.alike(b) for a, b in pairs)
+
+    @property
+    def _description(self) -> tuple[Any, ...]:
+        return self.cls, self.names, self.context, self.size, self.stride
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The subclass."""
+        return self._take(iter(tensors))
+
+    def _take(self, tensors: Iterator[torch.Tensor]) -> torch.Tensor:
+        inner = {
+            name: next(tensors) if part is None else part._take(tensors)
+            for name, part in zip(self.names, self.parts, strict=True)
+        }
+        made: torch.Tensor = self.cls.__tensor_unflatten__(inner, self.context, self.size, self.stride)  # type: ignore[attr-defined]
+        return made
+
+
+class Unwrapping:
+    """A graph of Dynamo without inputs that are subclasses, and what makes its inputs of those of a call.
+
+    Attributes:
+        graph: a copy with plain inputs; the graph itself where all are plain.
+    """
+
+    def __init__(self, graph: GraphModule) -> None:
+        places = list(graph.graph.find_nodes(op="placeholder"))
+        values = [node.meta.get("example_value") for node in places]
+        self._wrapped = [n for n, value in enumerate(values) if is_traceable_wrapper_subclass(value)]
+        self._take = operator.itemgetter(*self._wrapped, *self._wrapped[:1]) if self._wrapped else None
+        self._known: Any = WeakIdKeyDictionary()
+        self.graph = self._with_plain_inputs(graph) if self._wrapped else graph
+
+    def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The inputs of the graph: weights are taken apart once for as long as they are the same objects."""
+        if self._take is None:
+            return inputs
+        weights = self._take(inputs)
+        known = self._known.get(weights[0])
+        if known is None or not all(map(operator.is_, weights, (weight() for weight in known[0]))):
+            parts = {n: [_as_weight(part) for part in plain_parts(inputs[n])] for n in self._wrapped}
+            known = self._known[weights[0]] = [weakref.ref(weight) for weight in weights], parts
+        flat: list[Any] = []
+        for number, value in enumerate(inputs):
+            flat += known[1].get(number) or (value,)
+        return flat
+
+    @staticmethod
+    def _with_plain_inputs(source: GraphModule) -> GraphModule:
+        module = GraphModule(source, copy.deepcopy(source.graph))
+        graph = module.graph
+        kinds: list[PutTogether] = []
+        for node in list(graph.find_nodes(op="placeholder")):
+            value = node.meta.get("example_value")
+            if not is_traceable_wrapper_subclass(value):
+                continue
+            whole = PutTogether.of(value)
+            # Blocks that are alike must call one object, or they would not be found to be alike.
+            kind = next((known for known in kinds if known.alike(whole)), whole)
+            kinds += [kind] if kind is whole else []
+            parts = []
+            with graph.inserting_before(node):
+                for number, part in enumerate(plain_parts(value)):
+                    new = graph.placeholder(f"{node.name}{number}")
+                    new.meta = {"example_value": _as_weight(part)}
+                    parts.append(new)
+            users = sorted(node.users)
+            if users:
+                with graph.inserting_before(users[0]):
+                    made = graph.call_function(kind, tuple(parts))
+                made.meta = {"example_value": value}
+                node.replace_all_uses_with(made)
+            graph.erase_node(node)
+        graph.lint()
+        module.recompile()
+        return module
