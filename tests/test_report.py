@@ -167,7 +167,6 @@ def test_the_page_has_every_part(edit: Edit, text: str) -> None:
 
 def test_pictures_of_a_small_clip_are_exact(edit: Edit, text: str) -> None:
     data = data_of(text)
-    assert edit.uncached is not None
     for name, frames in (
         ("input", edit.request.video), ("cached", edit.cached.frames), ("uncached", edit.uncached.frames),
     ):  # fmt: skip
@@ -177,8 +176,7 @@ def test_pictures_of_a_small_clip_are_exact(edit: Edit, text: str) -> None:
 
 def test_the_difference_map_shows_what_differs(edit: Edit, text: str) -> None:
     data = data_of(text)
-    assert edit.uncached is not None
-    levels = np.abs(edit.cached.frames.astype(int) - edit.uncached.frames).max(axis=-1)  # type: ignore[union-attr]
+    levels = np.abs(edit.cached.frames.astype(int) - edit.uncached.frames).max(axis=-1)
     shown = tiles(data, "difference").sum(axis=-1)
     assert np.array_equal(shown > 0, levels > 0)
     assert [int(shown[levels == level].min()) for level in (1, 4, 9)] == sorted(
@@ -195,7 +193,6 @@ def test_a_few_pixels_do_not_set_the_scale_of_the_map() -> None:
 
 
 def test_psnr_is_that_of_each_frame(edit: Edit) -> None:
-    assert edit.uncached is not None
     result, reference, mask = edit.cached.frames.copy(), edit.uncached.frames, edit.request.mask.copy()
     result[1] = reference[1]
     mask[2] = False
@@ -238,7 +235,7 @@ def test_a_still_or_an_edit_alone_leaves_parts_out() -> None:
     alone = Edit(baseline=False).html()
     assert Elements(alone).values("class")[0] == "alone clip"
     assert set(data_of(alone)["sheets"]) == {"input", "mask", "cached"}
-    assert "faster than" not in alone
+    assert "<dd>not" not in alone  # the headline has only what was measured
 
 
 def test_words_of_the_user_stay_words() -> None:
@@ -269,18 +266,21 @@ def test_what_the_page_is_made_of_is_installed() -> None:
 
 
 DRIVER = """<script>
-new MutationObserver(() => {
-  const move = (id, value) => {
-    const slider = document.getElementById(id);
-    slider.value = value;
-    slider.dispatchEvent(new Event("input"));
-  };
+const move = (id, value) => {
+  const slider = document.getElementById(id);
+  slider.value = value;
+  slider.dispatchEvent(new Event("input"));
+};
+const drive = () => {
+  if (!document.body.dataset.ready) return;
   document.getElementById("play").click();
   move("frame", 5);
   move("wipe", 10);
   move("step", 1);
   for (const canvas of document.querySelectorAll("canvas")) canvas.dataset.pixels = canvas.toDataURL();
-}).observe(document.body, { attributeFilter: ["data-ready"] });
+};
+drive();  // the page may be ready already, or not yet
+new MutationObserver(drive).observe(document.body, { attributeFilter: ["data-ready"] });
 </script></body>"""
 """Moves every slider once the page is ready, and leaves what the pictures show in the page."""
 
@@ -310,10 +310,8 @@ def test_the_script_runs(kind: str, tmp_path: Path) -> None:
     first, second = edit.cached.seconds[2:4]
     assert f"2 of 4: PARTIAL in {first:.3g} s, PARTIAL in {second:.3g} s" in outputs
     canvases = {a["data-shows"]: a["data-pixels"] for tag, a in elements.found if tag == "canvas"}
-    assert edit.cached.frames is not None
     assert np.array_equal(pixels(canvases["cached"]), edit.cached.frames[frame])
     if edit.uncached is not None:
-        assert edit.uncached.frames is not None
         wiped = edit.cached.frames[frame].copy()
         wiped[:, : WIDTH // 10] = edit.uncached.frames[frame, :, : WIDTH // 10]
         assert np.array_equal(pixels(canvases["wipe"]), wiped)

@@ -193,12 +193,14 @@ function setUpPsnr() {
     const finite = values.filter((value) => typeof value === "number");
     return finite.length ? `${Math.min(...finite)} to ${Math.max(...finite)} dB` : "identical";
   };
-  chart.setAttribute("aria-label", `PSNR over the frames: in the mask ${range(data.psnr.mask)}, whole frame ${range(data.psnr.whole)}`);
+  const ranges = `in the mask ${range(data.psnr.mask)}, whole frame ${range(data.psnr.whole)}`;
+  chart.setAttribute("aria-label", `PSNR over the frames: ${ranges}`);
 }
 
 function showPsnr(frame) {
   const { mask, whole } = data.psnr;
-  find("psnr-now").textContent = `frame ${frame + 1}: in the mask ${inWords(mask[frame])}, whole ${inWords(whole[frame])}`;
+  const values = `in the mask ${inWords(mask[frame])}, whole ${inWords(whole[frame])}`;
+  find("psnr-now").textContent = `frame ${frame + 1}: ${values}`;
   if (!cursor) return;
   cursor.setAttribute("x1", across(frame));
   cursor.setAttribute("x2", across(frame));
@@ -221,15 +223,16 @@ function setUpPlan() {
   const active = counts.map((count) => count.slice(0, numActive).reduce((a, b) => a + b));
   chart.setAttribute("aria-label", `Active tokens of each latent frame: ${active.join(", ")}, of ${tokens[0].length}`);
   if (data.plan.changes) {
-    find("tokens-change").textContent = "FULL steps choose the active context anew. This is the choice that they start from.";
+    find("tokens-change").textContent =
+      "FULL steps choose the active context anew. This is the choice that they start from.";
   }
 }
 
 function showTokens(frame) {
   const latent = latentOf[frame];
   find("latent-now").textContent = data.frames > 1 ? `Latent frame ${latent + 1} of ${tokens.length}:` : "Tokens:";
-  const roles = kinds.map((_, role) => role).filter((role) => counts.some((count) => count[role]));
-  find("token-legend").replaceChildren(...roles.map((role) => swatch(`${kinds[role]}: ${counts[latent][role]}`, TOKEN_COLOURS[role])));
+  const items = kinds.map((kind, role) => swatch(`${kind}: ${counts[latent][role]}`, TOKEN_COLOURS[role]));
+  find("token-legend").replaceChildren(...items.filter((_, role) => counts.some((count) => count[role])));
   [...find("tokens-chart").children].forEach((column, number) => column.classList.toggle("now", number === latent));
 }
 
@@ -289,11 +292,14 @@ function setUpCalls() {
       row.append(line);
     }
     row.addEventListener("click", (event) => showStep(partAt(event, calls.length)));
-    const note = `full height: ${seconds(longest)}` + (uncachedCall === null ? "" : `; dashed: uncached call, ${seconds(uncachedCall)}`);
-    find("calls").append(element("p", { className: "row-title" }, element("span", {}, name), element("span", { className: "quiet" }, note)), row);
+    const dashed = uncachedCall === null ? "" : `; dashed: uncached call, ${seconds(uncachedCall)}`;
+    const note = element("span", { className: "quiet" }, `full height: ${seconds(longest)}${dashed}`);
+    find("calls").append(element("p", { className: "row-title" }, element("span", {}, name), note), row);
   }
   if (branches > 1) {
-    find("branches").textContent = "Guidance calls the model more than once in each step: with the prompt, and without it. Each call has a cache of its own.";
+    find("branches").textContent =
+      "Guidance calls the model more than once in each step: with the prompt, and without it. " +
+      "Each call has a cache of its own.";
   }
   stepSlider.max = calls.length - 1;
   stepSlider.addEventListener("input", () => showStep(Number(stepSlider.value)));
@@ -302,7 +308,8 @@ function setUpCalls() {
 function showStep(number) {
   stepSlider.value = number;
   const step = calls[number];
-  const text = `${number + 1} of ${calls.length}: ` + step.map((call) => `${call.kind} in ${seconds(call.seconds)}`).join(", ");
+  const each = step.map((call) => `${call.kind} in ${seconds(call.seconds)}`);
+  const text = `${number + 1} of ${calls.length}: ${each.join(", ")}`;
   find("step-now").textContent = text;
   stepSlider.setAttribute("aria-valuetext", `step ${text}`);
   for (const row of document.querySelectorAll(".row")) {

@@ -1,8 +1,8 @@
 """`report.html`: one page that needs no other file. Its template, style and script are `page.html`, `.css` and `.js`.
 
-The frames of a clip are one WebP picture each for input, results and differences, as a sheet of tiles. A video would
-be a fifth of the size. But a browser cannot show a chosen frame of several videos at once, and not every browser plays
-H.264. Small clips are stored without loss: cached and uncached results differ by less than a codec changes them.
+The frames of the input, of each result and of their difference are tiles of one WebP picture each. Videos would take
+about half the space. But a browser does not show a chosen frame of several videos at the same moment, and not every
+browser plays H.264. Small clips are stored without loss, as the two results differ by less than compression changes.
 """
 
 from __future__ import annotations

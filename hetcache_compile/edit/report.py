@@ -105,7 +105,7 @@ def busy_machine_warning(report: dict[str, Any]) -> str | None:
 def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures that matter most, in words: how fast and how close, as far as that was measured, at what memory."""
     rows = [
-        (f"faster than {name}", _times(report[key]))
+        (f"speed-up over {name}", _times(report[key]))
         for name, key in (("the compiled model", "speedup_vs_compiled"), ("eager", "speedup_vs_eager"))
         if report[key] is not None
     ]
