@@ -204,7 +204,7 @@ def test_psnr_is_that_of_each_frame(edit: Edit) -> None:
 def test_tokens_are_those_of_the_plan(edit: Edit) -> None:
     found = page.tokens_by_frame(edit.plan, FRAMES)
     roles = np.array([[int(role) for role in frame] for frame in found["tokens"]]).ravel()
-    assert np.flatnonzero(roles < found["num_active_kinds"]).tolist() == edit.plan.active_index.tolist()
+    assert np.flatnonzero(roles < found["num_active_roles"]).tolist() == edit.plan.active_index.tolist()
     assert np.flatnonzero(roles == page.ROLES.index("read from the cache")).tolist() == edit.plan.context_index.tolist()
     assert (roles == page.ROLES.index("left out")).any()
     assert np.array_equal(np.flatnonzero(roles == 0), np.flatnonzero(edit.plan.token_kind == 0))

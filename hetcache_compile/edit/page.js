@@ -208,8 +208,8 @@ function showPsnr(frame) {
 
 // ---- Plan ----------------------------------------------------------------------------------------------------------
 
-const { tokens, kinds, num_active_kinds: numActive } = data.plan;
-const counts = tokens.map((frame) => kinds.map((_, role) => [...frame].filter((c) => Number(c) === role).length));
+const { tokens, roles, num_active_roles: numActive } = data.plan;
+const counts = tokens.map((frame) => roles.map((_, role) => [...frame].filter((c) => Number(c) === role).length));
 
 function setUpPlan() {
   const chart = find("tokens-chart");
@@ -231,7 +231,7 @@ function setUpPlan() {
 function showTokens(frame) {
   const latent = latentOf[frame];
   find("latent-now").textContent = data.frames > 1 ? `Latent frame ${latent + 1} of ${tokens.length}:` : "Tokens:";
-  const items = kinds.map((kind, role) => swatch(`${kind}: ${counts[latent][role]}`, TOKEN_COLOURS[role]));
+  const items = roles.map((name, role) => swatch(`${name}: ${counts[latent][role]}`, TOKEN_COLOURS[role]));
   find("token-legend").replaceChildren(...items.filter((_, role) => counts.some((count) => count[role])));
   [...find("tokens-chart").children].forEach((column, number) => column.classList.toggle("now", number === latent));
 }

@@ -160,7 +160,7 @@ class Sheet:
         """A mask, bool `[T, H, W]`, as a colour that lies half transparent over the input."""
         colour = np.array([*TINT, 128], dtype=np.uint8)
         tiles = (Image.fromarray(frame[..., None] * colour) for frame in mask)
-        return self._encode(tiles, Image.Resampling.NEAREST, True, "RGBA")
+        return self._encode(tiles, Image.Resampling.NEAREST, exact=True, mode="RGBA")
 
     def differences(self, levels: NDArray[np.uint8], top: int) -> str:
         """Differences in 8-bit levels, uint8 `[T, H, W]`, in the colours of the map; those of `top` and more alike."""
@@ -209,15 +209,15 @@ def tokens_by_frame(plan: Plan, frames: int) -> dict[str, Any]:
     A causal video VAE gives the first frame a latent of its own and then groups the frames (see
     `partition.to_token_grid`).
     """
-    kinds = np.full(plan.num_tokens, ROLES.index("left out"))
-    kinds[plan.context_index] = ROLES.index("read from the cache")
-    kinds[plan.active_index] = plan.token_kind[plan.active_index]
+    roles = np.full(plan.num_tokens, ROLES.index("left out"))
+    roles[plan.context_index] = ROLES.index("read from the cache")
+    roles[plan.active_index] = plan.token_kind[plan.active_index]
     latents, height, width = plan.grid
-    lines = ["".join(map(str, frame)) for frame in kinds.reshape(latents, -1)]
+    lines = ["".join(map(str, frame)) for frame in roles.reshape(latents, -1)]
     latent_of = [-(-frame * (latents - 1) // max(1, frames - 1)) for frame in range(frames)]
     return {
-        "height": height, "width": width, "kinds": ROLES, "tokens": lines, "latent_of": latent_of,
-        "num_active_kinds": len(TokenKind), "changes": plan.selects_at_run_time,
+        "height": height, "width": width, "roles": ROLES, "tokens": lines, "latent_of": latent_of,
+        "num_active_roles": len(TokenKind), "changes": plan.selects_at_run_time,
     }  # fmt: skip
 
 
