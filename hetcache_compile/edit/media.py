@@ -19,6 +19,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 Frames = NDArray[np.uint8]
 GREY = np.uint8(128)
 """What masked pixels are filled with: 0 on the scale from -1 to 1."""
+TINT = (230, 40, 40)
+"""The colour of the mask in pictures."""
+FPS = 16
+"""Frames per second of videos that are written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +89,7 @@ def read_mask(path: Path, num_frames: int, height: int, width: int) -> NDArray[n
     return np.asarray(mask[:num_frames], dtype=np.bool_)
 
 
-def write_video(path: Path, frames: Frames, fps: int = 16) -> None:
+def write_video(path: Path, frames: Frames, fps: int = FPS) -> None:
     """Write uint8 `[T, H, W, 3]` as H.264 in an mp4, atomically. Odd sizes lose their last row or column."""
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
 
@@ -169,6 +173,6 @@ def stack_side_by_side(videos: Sequence[Frames], titles: Sequence[str]) -> Frame
 
 def tint(frames: Frames, mask: NDArray[np.bool_]) -> Frames:
     """Frames with the masked region tinted red."""
-    red = np.array([230, 40, 40], dtype=np.float32)
+    red = np.array(TINT, dtype=np.float32)
     mixed = frames.astype(np.float32) * 0.5 + red * 0.5
     return np.where(mask[..., None], mixed, frames).astype(np.uint8)

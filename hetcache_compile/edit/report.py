@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..provenance import provenance
 from .editing import EditRequest, Run
 from .media import stack_side_by_side, tint, write_video
 from .metrics import psnr
+from .page import Words, render_page
 
 BUSY = 1.2
 """FULL and uncached calls that differ by more than this factor were not measured under the same conditions."""
@@ -86,8 +86,9 @@ def write_report(
     plan.save(folder / "edit.hetplan")
     text = json.dumps(report, indent=2) + "\n"
     atomically(folder / "report.json", lambda temporary: Path(temporary).write_text(text))
-    page = render_html(report)
-    atomically(folder / "report.html", lambda temporary: Path(temporary).write_text(page))
+    words = Words(headline(report), table_rows(report), busy_machine_warning(report))
+    page = render_page(report, words, request, plan, cached, uncached)
+    atomically(folder / "report.html", lambda temporary: Path(temporary).write_text(page, "utf-8"))
 
 
 def busy_machine_warning(report: dict[str, Any]) -> str | None:
@@ -101,59 +102,47 @@ def busy_machine_warning(report: dict[str, Any]) -> str | None:
     )
 
 
+def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures that matter most, in words: how fast and how close, as far as that was measured, at what memory."""
+    rows = [
+        (f"speed-up over {name}", _times(report[key]))
+        for name, key in (("the compiled model", "speedup_vs_compiled"), ("eager", "speedup_vs_eager"))
+        if report[key] is not None
+    ]
+    if report["identical"] is not None:
+        rows.append(("PSNR in the mask, to the uncached result", _decibels(report, "generative")))
+    return [*rows, ("cache", _mebibytes(report))]
+
+
 def table_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures in words, for the terminal and the page."""
-
-    def decibel(name: str) -> str:
-        if report["identical"] is None:
-            return "not compared"
-        value = report[f"psnr_{name}_db"]
-        return "identical" if value is None else f"{value:.1f} dB"
-
-    def times(name: str) -> str:
-        return "not measured" if report[name] is None else f"{report[name]:.2f}x"
-
     steps = [
         (f"{kind.name} calls", f"{report['steps'][kind.name]} of {report['seconds'][kind.name]:.4f} s (median)")
         for kind in StepKind
         if report["steps"][kind.name]
     ]
     return [
-        ("speed-up over the compiled model", times("speedup_vs_compiled")),
-        ("speed-up over eager", times("speedup_vs_eager")),
+        ("speed-up over the compiled model", _times(report["speedup_vs_compiled"])),
+        ("speed-up over eager", _times(report["speedup_vs_eager"])),
         *steps,
-        ("PSNR to the uncached result, masked region", decibel("generative")),
-        ("PSNR to the uncached result, context", decibel("context")),
-        ("PSNR to the uncached result, overall", decibel("overall")),
-        ("cache", f"{report['cache_bytes'] / 2**20:.1f} MiB"),
+        ("PSNR to the uncached result, masked region", _decibels(report, "generative")),
+        ("PSNR to the uncached result, context", _decibels(report, "context")),
+        ("PSNR to the uncached result, overall", _decibels(report, "overall")),
+        ("cache", _mebibytes(report)),
         ("compilation", f"{report['compile_seconds']:.1f} s (once)"),
     ]
 
 
-def render_html(report: dict[str, Any]) -> str:
-    """A page with the picture, the video and the table."""
-    rows = "\n".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in table_rows(report)
-    )
-    machine = f"{report['processor']}, {report['threads']} threads, torch {report['versions']['torch']}"
-    busy = busy_machine_warning(report)
-    warning = f"<p><strong>{html.escape(busy)}</strong></p>" if busy else ""
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>hetcache report</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-img, video {{ max-width: 100%; }}
-td {{ padding: .2rem 1.5rem .2rem 0; border-bottom: 1px solid #ddd; }}
-code {{ background: #f3f3f3; padding: .1rem .3rem; }}
-</style>
-<h1>hetcache report</h1>
-<video src="side_by_side.mp4" controls loop muted autoplay></video>
-<table>
-{rows}
-</table>
-{warning}
-<h2>Plan</h2>
-<p><img src="plan.png" alt="token partition over the frames and step kinds over time"></p>
-<p>Made by <code>{html.escape(report["command"])}</code> on {html.escape(machine)}.</p>
-</html>
-"""
+def _decibels(report: dict[str, Any], region: str) -> str:
+    if report["identical"] is None:
+        return "not compared"
+    value = report[f"psnr_{region}_db"]
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def _times(speedup: float | None) -> str:
+    return "not measured" if speedup is None else f"{speedup:.2f}x"
+
+
+def _mebibytes(report: dict[str, Any]) -> str:
+    return f"{report['cache_bytes'] / 2**20:.1f} MiB"
