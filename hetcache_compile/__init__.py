@@ -28,6 +28,7 @@ from .errors import (
 )
 from .passes.rules.table import register_attention
 from .pipelines.planning import plan_for
+from .plan.mask import to_mask
 from .plan.partition import TokenKind
 from .plan.plan import Plan
 from .plan.schedule import PRESETS, StepKind
@@ -63,4 +64,5 @@ __all__ = [
     "rewrite",
     "saving_compiled",
     "session",
+    "to_mask",
 ]
