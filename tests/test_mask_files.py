@@ -179,9 +179,9 @@ def test_what_cannot_be_read_right_says_what_it_holds(tmp_path: Path) -> None:
     for name, message in {
         "two.npz": "must hold one array, it holds 2: a, b",
         "objects.npy": "cannot be read as an array",
-        "empty.npy": "the mask is empty: it holds the value 0",
+        "empty.npy": "the mask is empty: its frames 0 to 4 hold the value 0",
         "shades.npy": "shades.npy: the mask holds the values 0, 100, 255, which may be labels or shades",
-        "labels.mp4": "the mask is empty: it holds the values 0, 1, 2, none above the threshold",
+        "labels.mp4": "the mask is empty: its frames 0 to 4 hold the values 0, 1, 2",
         "cut.npz": "cannot be read as an array",
         "cut.png": "cannot be read as video or pictures",
         "none.npy": "no file or folder at",

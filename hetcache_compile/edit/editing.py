@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..engine.engine import Engine
 from ..errors import InputFileError, PlanError
 from ..pipelines.planning import plan_for
-from ..plan.partition import TokenKind
+from ..plan.partition import to_token_grid
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import hetcache_backend
@@ -159,10 +159,14 @@ def check_plan(plan: Plan, pipe: Any, request: EditRequest) -> None:
     Raises:
         PlanError: it is for another token grid, or tokens that the mask covers are not active in it.
     """
-    own = make_plan(pipe, request, "full")
-    if own.grid != plan.grid:
-        raise PlanError(f"the plan is for the token grid {plan.grid}, and this edit has {own.grid}: make another plan")
-    masked = own.tokens_of(TokenKind.GENERATIVE).ravel()
+    model = pipe.transformer_2 if pipe.transformer is None else pipe.transformer
+    patch, rows, columns = model.config.patch_size  # not by `plan_for`, which asks a model more than an engine knows
+    temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    frames, height, width = request.mask.shape
+    grid = ((frames - 1) // temporal + 1) // patch, height // (spatial * rows), width // (spatial * columns)
+    if grid != plan.grid:
+        raise PlanError(f"the plan is for the token grid {plan.grid}, and this edit has {grid}: make another plan")
+    masked = to_token_grid(request.mask, grid, temporal_factor=temporal, temporal_patch=patch).ravel()
     if missing := int((masked & ~plan.active_mask).sum()):
         raise PlanError(
             f"the plan is for another mask: {missing} of the {masked.sum()} tokens in this one are not active in it; "

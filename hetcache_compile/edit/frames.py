@@ -27,7 +27,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", "
 LOSSY = (".jpg", ".jpeg", ".webp")
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer functions of HDR, by FFmpeg's numbers."""
-UNREADABLE = (av.error.FFmpegError, UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, StopIteration)
+UNREADABLE = (
+    av.error.FFmpegError, UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError,
+    ValueError,
+)  # fmt: skip
 """What PyAV and Pillow raise for a file that is damaged, or is no video or picture."""
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -187,25 +190,25 @@ def _open_video(path: Path) -> Source:
         if not container.streams.video:
             raise InputFileError(f"{path} cannot be read as video: it has none")
         stream = container.streams.video[0]
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        if not packets:
-            raise InputFileError(f"{path} cannot be read as video: it has no frames")
-        rate = stream.average_rate or stream.guessed_rate or Fraction(len(packets))
-        times = np.arange(len(packets)) / float(rate)
-        begin = 0.0
-        if all(packet.pts is not None for packet in packets):
-            stamps = np.sort([packet.pts for packet in packets])
-            begin = float(stamps[0] * stream.time_base)
-            times = (stamps - stamps[0]) * float(stream.time_base)
+        # Packets are read, and no frame is decoded: this is fast, and files know their number of frames only sometimes.
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        rate = stream.average_rate or stream.guessed_rate or Fraction(len(stamps) or 1)
+        times, begin = np.arange(len(stamps)) / float(rate), 0.0
+        if stamps and None not in stamps:
+            ticks = np.sort(stamps)
+            begin = float(ticks[0] * stream.time_base)
+            times = (ticks - ticks[0]) * float(stream.time_base)
         transfer = HDR.get(int(stream.codec_context.color_trc), "")
         codec = stream.codec_context.codec
         lossless = codec.lossless and not codec.lossy
         aspect = stream.sample_aspect_ratio or Fraction(1)
     with av.open(str(path)) as container:
-        first = next(container.decode(video=0))
+        first = next(container.decode(video=0), None)
+    if first is None:
+        raise InputFileError(f"{path} cannot be read as video: it has no frames")
     turned = _turn(first) in (90, 270)
     return Source(
-        path, len(packets), times, rate, begin,
+        path, len(stamps), times, rate, begin,
         size=(first.width, first.height) if turned else (first.height, first.width),
         aspect=1 / aspect if turned else aspect, exact=lossless and _as_written(first.format), transfer=transfer,
     )  # fmt: skip

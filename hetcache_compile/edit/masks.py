@@ -58,16 +58,20 @@ def read_mask(
             levels = levels_of(_load(path), labelled=labelled)
             wanted = align(Source(path, len(levels.value)), clip, start, num_frames)
             masked = mask_of(levels, threshold=threshold, invert=invert, labels=labels)[wanted]
+            value = levels.value[wanted]
         else:
             source = open_source(path)
             wanted = align(source, clip, start, num_frames)
             levels = stack_levels(read_frames(source, wanted, partial(levels_of_picture, labelled=labelled)))
             masked = mask_of(levels, threshold=threshold, invert=invert, labels=labels, exact=source.exact)
+            value = levels.value
     except MaskError as error:
         raise InputFileError(f"{path}: {error}") from error
     if not masked.any():
         inverted = " when inverted" if invert else ""
-        raise InputFileError(f"{path}: the mask is empty{inverted}: it holds {describe(levels.value)}, none above the threshold")
+        raise InputFileError(
+            f"{path}: the mask is empty{inverted}: its frames {wanted[0]} to {wanted[-1]} hold {describe(value)}"
+        )
     return _fitted(path, masked, height, width, clip)
 
 
