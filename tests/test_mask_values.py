@@ -56,6 +56,8 @@ OTHERS: dict[str, Any] = {
     "pictures of 1 bit": [Image.fromarray(frame) for frame in MASK],
     "pictures of 1 and 8 bits": [Image.fromarray(MASK[0]), *to_pictures(MASK[1:])],
     "red pictures": to_pictures(RED),
+    "dark and bright colours": to_pictures(np.where((np.arange(64) < 32)[:, None], RED, RED[..., ::-1] // 4)),
+    "1 bit and alpha": [Image.fromarray(MASK[0]), *(picture.convert("LA") for picture in to_pictures(MASK[1:]))],
 }
 SAME = {**OF_DIFFUSERS, **OTHERS}
 PALETTE = [0, 0, 0, 64, 0, 0, 0, 32, 0]

@@ -28,6 +28,7 @@ GREY = (0.1, 0.9)
 MOST_GREY = 0.5
 """A mask has at most this share of its pixels between these shares of white: else it is a photo or a gradient."""
 MOST_LABELS = 64
+"""A mask with more values than this is no label map."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def stack_levels(parts: Sequence[Levels]) -> Levels:
         raise MaskError(f"the pictures of the mask have different depths: {', '.join(sorted(types))}")
     alpha = None
     if any(part.alpha is not None for part in parts):
-        alpha = np.stack([np.full_like(p.value, 255) if p.alpha is None else p.alpha for p in parts])
+        alpha = np.stack([np.full(p.value.shape, np.uint8(255)) if p.alpha is None else p.alpha for p in parts])
     return Levels(np.stack(values), alpha, any(part.coloured for part in parts))
 
 
@@ -142,7 +143,7 @@ def mask_of(
         why = "colours" if levels.coloured else "values that were compressed with loss"
         raise MaskError(f"labels pick values of a label map, and the mask has {why}")
     value = levels.value if levels.alpha is None else _with_alpha(levels)
-    masked = _decide(value, threshold, labels, exact)
+    masked = _decide(value, threshold, labels, exact, levels.coloured)
     if levels.coloured and masked.all():
         raise MaskError("the mask has colours but no black: give a mask with white, or one colour, on black")
     return ~masked if invert else masked
@@ -183,14 +184,14 @@ def _of_array(array: NDArray[Any], size: tuple[int, int] | None) -> Levels:
         # Diffusers puts frames before channels: so it is where both may be channels.
         channels = 2 if shape[2] in CHANNELS else 1
         array, lead = np.moveaxis(array, channels, -1), (1, shape[3 - channels])
-    elif len(shape) == 4 and (shape[1] in CHANNELS or shape[0] == 1 or shape[0] in CHANNELS):
+    elif len(shape) == 4 and (shape[1] in CHANNELS or shape[0] in CHANNELS):
         channels = 1 if shape[1] in CHANNELS else 0
         array, lead = np.moveaxis(array, channels, -1), (shape[1 - channels],)
     else:
         array, lead = array[..., None], shape[:-2]
     if len(lead) > 1:
         _one_of_a_batch(lead[0])
-    if len(lead) > 2 or array.shape[-1] not in (2, *CHANNELS):
+    if array.shape[-1] not in CHANNELS:
         raise MaskError(f"the mask must be {SHAPES}, got shape {shape}")
     return _of_channels(array.reshape(-1, *array.shape[-3:]))
 
@@ -255,7 +256,7 @@ def _white(high: Any) -> int:
 
 
 def _decide(
-    value: NDArray[Any], threshold: float | None, labels: Sequence[int] | None, exact: bool
+    value: NDArray[Any], threshold: float | None, labels: Sequence[int] | None, exact: bool, coloured: bool
 ) -> NDArray[np.bool_]:
     if value.dtype == np.bool_:
         value = value if labels is None else value.astype(np.uint8)
@@ -270,7 +271,7 @@ def _decide(
         return value
     white = _white(high) if exact else 255
     if threshold is None and value.dtype.kind in "iu" and white > 1:
-        return np.asarray(value > _cut(value, white, exact))
+        return np.asarray(value > _cut(value, white, exact, coloured))
     return np.asarray(value > (THRESHOLD if threshold is None else threshold) * white)
 
 
@@ -284,7 +285,7 @@ def _pick(value: NDArray[Any], labels: Sequence[int]) -> NDArray[np.bool_]:
     return masked
 
 
-def _cut(value: NDArray[Any], white: int, exact: bool) -> float:
+def _cut(value: NDArray[Any], white: int, exact: bool, coloured: bool) -> float:
     """Above which whole number a pixel is masked: above half of white, or above 0 where the numbers are labels."""
     distinct, counts = _count(value)
     cut = THRESHOLD * white
@@ -294,7 +295,7 @@ def _cut(value: NDArray[Any], white: int, exact: bool) -> float:
     if above[distinct > 0].all():
         return cut
     if exact and (len(distinct) <= 2 or (len(distinct) <= MOST_LABELS and _fill_areas(value, distinct))):
-        if distinct[0] == 0 and not above.any():
+        if distinct[0] == 0 and (coloured or not above.any()):  # a colour names an object, however dark it is
             return 0
         raise MaskError(
             f"the mask holds {describe(value)}, which may be labels or shades: give labels (such as {distinct[-1]}), "
