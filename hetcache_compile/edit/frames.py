@@ -32,6 +32,8 @@ UNREADABLE = (
     ValueError,
 )  # fmt: skip
 """What PyAV and Pillow raise for a file that is damaged, or is no video or picture."""
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that read alpha where FFmpeg's own leaves it out."""
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
@@ -203,7 +205,7 @@ def _open_video(path: Path) -> Source:
         lossless = codec.lossless and not codec.lossy
         aspect = stream.sample_aspect_ratio or Fraction(1)
     with av.open(str(path)) as container:
-        first = next(container.decode(video=0), None)
+        first = next(_decoded(container), None)
     if first is None:
         raise InputFileError(f"{path} cannot be read as video: it has no frames")
     turned = _turn(first) in (90, 270)
@@ -221,13 +223,24 @@ def _as_written(pixels: av.VideoFormat) -> bool:
 
 def _decode(source: Source, wanted: set[int]) -> Iterator[tuple[int, Image.Image]]:
     with av.open(str(source.path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        for number, frame in enumerate(container.decode(video=0)):
+        for number, frame in enumerate(_decoded(container)):
             if number in wanted:
                 picture, turn = _picture(frame, source.exact), _turn(frame)
                 yield number, picture.transpose(TURNS[turn]) if turn else picture
             if number >= max(wanted):
                 return
+
+
+def _decoded(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    with_alpha = WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    if with_alpha is None:
+        yield from container.decode(stream)
+        return
+    decoder = av.CodecContext.create(with_alpha, "r")
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
 
 
 def _turn(frame: av.VideoFrame) -> int:
