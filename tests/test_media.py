@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from fractions import Fraction
 
 import av
@@ -13,7 +14,8 @@ from videos import SAMPLES, counted, numbers, save_video
 from hetcache_compile.edit.frames import open_source
 from hetcache_compile.edit.media import playback_of, read_mask, read_video, stack_side_by_side, tint, write_video
 from hetcache_compile.edit.metrics import psnr
-from hetcache_compile.errors import InputFileError
+from hetcache_compile.errors import InputFileError, OutputFileError
+from hetcache_compile.files import atomically
 from hetcache_compile.reference.demo import demo_clip
 from hetcache_compile.runtime.session import HetCacheWarning
 
@@ -36,6 +38,21 @@ def test_a_video_survives_writing_and_reading(tmp_path):
     write_video(tmp_path / "a.mp4", frames)
     assert psnr(read_video(tmp_path / "a.mp4", 4, 32, 64), frames) > 35
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputFileError, match=r"file/a\.mp4 cannot be written: .*File exists"):
+        write_video(tmp_path / "file" / "a.mp4", counted(2))
+    with pytest.raises(OutputFileError, match=r"cannot be written: .*No space left"):
+        atomically(tmp_path / "a.json", fill_the_disk)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def fill_the_disk(path):
+    with open(path, "w") as file:
+        file.write("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_frame_is_scaled_to_cover_and_cut_at_the_centre(tmp_path):

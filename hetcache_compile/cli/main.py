@@ -165,6 +165,7 @@ def edit(
     known_plan = Plan.load(plan) if plan else None
     known_calibration = load_calibration(calibration, model)
     frames = read_video(video, num_frames, height, width, start_frame)
+    playback = playback_of(video, num_frames, start_frame)
     of_mask = mask_options(threshold, invert, labels)
     pixels = read_mask(mask, num_frames, height, width, start=start_frame, video=video, **of_mask)
     with console.status(f"loading {model}"):
@@ -186,7 +187,7 @@ def edit(
         guidance_scale=guidance_scale,
         seed=seed,
         keep_masked=keep_masked,
-        playback=playback_of(video, num_frames, start_frame),
+        playback=playback,
     )
     _edit(
         pipe, request, out, schedule, inner,
