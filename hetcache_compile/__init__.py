@@ -20,6 +20,7 @@ from .errors import (
     MaskError,
     MissingExtraError,
     NonFiniteError,
+    OutputFileError,
     PlanError,
     PlanFileError,
     Refusal,
@@ -28,6 +29,7 @@ from .errors import (
 )
 from .passes.rules.table import register_attention
 from .pipelines.planning import plan_for
+from .plan.mask import to_mask
 from .plan.partition import TokenKind
 from .plan.plan import Plan
 from .plan.schedule import PRESETS, StepKind
@@ -47,6 +49,7 @@ __all__ = [
     "MaskError",
     "MissingExtraError",
     "NonFiniteError",
+    "OutputFileError",
     "Plan",
     "PlanError",
     "PlanFileError",
@@ -63,4 +66,5 @@ __all__ = [
     "rewrite",
     "saving_compiled",
     "session",
+    "to_mask",
 ]

@@ -17,6 +17,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "NotEnoughMemoryError",
+    "OutputFileError",
     "PlanError",
     "PlanFileError",
     "Refusal",
@@ -55,6 +56,10 @@ class NonFiniteError(HetCacheError, ArithmeticError):
 
 class InputFileError(HetCacheError, ValueError):
     """A video, mask or model folder cannot be read."""
+
+
+class OutputFileError(HetCacheError, OSError):
+    """A result cannot be written."""
 
 
 class EngineError(HetCacheError, RuntimeError):

@@ -16,25 +16,55 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 
-from .errors import HetCacheError
+from .errors import HetCacheError, OutputFileError
 
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
 PathLike = str | os.PathLike[str]
+ROOM = 2**20
+"""Bytes that must be free where results are written."""
+
+
+def check_writable(*paths: PathLike) -> None:
+    """See before the long work whether files can be written after it. Nothing is left behind.
+
+    Raises:
+        OutputFileError: a path is a folder or stands under a file, or its folder is read-only or full.
+    """
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                raise OutputFileError(f"{path} cannot be written: it is a folder")
+            folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(ROOM))
+        except NotADirectoryError as error:
+            raise OutputFileError(f"{path} cannot be written: {folder} is no folder") from error
+        except OSError as error:
+            if isinstance(error, OutputFileError):
+                raise
+            raise OutputFileError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: nobody sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(descriptor)
+    """Let `write` fill a temporary file beside `path`, then rename it: nobody sees half a file.
+
+    Raises:
+        OutputFileError: it cannot be written, for example because the disk is full.
+    """
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(descriptor)
+        try:
+            write(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputFileError(f"{path} cannot be written: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_a_file_in_the_way_is_told_before_the_model_is_loaded(hetcache_command: 
     hetcache_command("plan", "--mask", tmp_path / "mask.npy", "-o", plan, *SMALL)
     status, _, err = hetcache_command("compile", tmp_path / "no model", "--plan", plan, "-o", plan, *SMALL)
     assert status == 2
-    assert f"{plan} cannot be written" in err
+    assert f"cannot be written: {plan} is no folder" in err
 
 
 def run_command(cache: Path, *arguments: Any) -> None:

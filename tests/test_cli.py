@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from videos import SAMPLES, save_video
 
 import hetcache_compile as hetcache
 from hetcache_compile import reference
 from hetcache_compile.cli.common import check_size, size_factors
 from hetcache_compile.edit.media import Clip, read_video, write_video
+from hetcache_compile.plan.partition import to_token_grid
 from hetcache_compile.reference.demo import demo_clip, moving_mask, save_random_checkpoint
 
 FRAMES, SIZE = 5, 64
@@ -70,7 +75,7 @@ def test_plan_writes_the_plan_and_its_picture(hetcache_command, mask_file, tmp_p
 def test_edit_takes_files_and_a_plan_and_writes_the_report(hetcache_command, mask_file, tmp_path):
     save_random_checkpoint(tmp_path / "model", width=64, layers=1)
     frames = np.random.default_rng(0).integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
-    write_video(tmp_path / "in.mp4", frames)
+    save_video(tmp_path / "in.mp4", frames, rate=25, sound=np.zeros(SAMPLES))
     plan = tmp_path / "a.hetplan"
     status, *_ = hetcache_command(
         "plan", "--model", tmp_path / "model", "--mask", mask_file, "-o", plan, "--steps", 4, "--schedule", "FPR",
@@ -94,9 +99,96 @@ def test_edit_takes_files_and_a_plan_and_writes_the_report(hetcache_command, mas
     with av.open(str(tmp_path / "out" / "side_by_side.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
         assert container.streams.video[0].width == 3 * SIZE
+    with av.open(str(tmp_path / "out" / "edit.mp4")) as container:
+        assert container.streams.video[0].average_rate == 25
+        assert container.streams.audio[0].duration > 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{report['speedup_vs_compiled']:.2f}x" in page
     assert "REUSE" in out
+
+
+def test_a_plan_for_something_else_is_told(hetcache_command, mask_file, tmp_path):
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    save_video(tmp_path / "in.mp4", np.zeros((FRAMES, SIZE, SIZE, 3), dtype=np.uint8))
+    tokens = to_token_grid(np.load(mask_file), (2, 4, 4))
+    number, first = tokens.sum(), np.argwhere(tokens)[0]
+    one = np.zeros((2, 4, 4), dtype=bool)
+    one[tuple(first)] = True
+    exactly = {"margin": 0, "context_ratio": 0, "multiple": 1}
+    for plan, message in (
+        (
+            hetcache.Plan.from_mask(np.ones((3, 4, 4)), (3, 4, 4)),
+            "for the token grid (3, 4, 4), and this edit has (2, 4",
+        ),
+        (
+            hetcache.Plan.from_mask(one, (2, 4, 4), **exactly),
+            f"{number - 1} of the {number} tokens in this one are not",
+        ),
+    ):
+        plan.save(tmp_path / "a.hetplan")
+        status, _, err = hetcache_command(
+            "edit", "--model", tmp_path / "model", "--video", tmp_path / "in.mp4", "--mask", mask_file,
+            "--prompt", "a cat", "--plan", tmp_path / "a.hetplan", "--out", tmp_path / "out", *SMALL,
+        )  # fmt: skip
+        assert status == 2
+        assert message in err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_of_the_whole_clip_its_objects_and_its_polarity(hetcache_command, tmp_path):
+    """The plan of frames 3 to 7 of a clip of 9, from a label map, is that of the mask itself."""
+    whole = moving_mask(9, SIZE, SIZE)
+    expected = hetcache.Plan.from_mask(whole[3:8], (2, 4, 4))
+    labels = np.where(whole, 3, 0).astype(np.uint8)
+    labels[:, :8] = 5
+    np.save(tmp_path / "labels.npy", labels)
+    np.save(tmp_path / "black.npy", 255 - whole.astype(np.uint8) * 200)
+    save_video(tmp_path / "in.mp4", np.zeros((9, SIZE, SIZE, 3), dtype=np.uint8))
+    plan = ("plan", "-o", tmp_path / "a.hetplan", "--video", tmp_path / "in.mp4", "--start-frame", 3, *SMALL)
+    for options in (
+        ("labels.npy", "--labels", "3,3"),
+        ("black.npy", "--invert"),
+        ("black.npy", "--invert", "--threshold", 0.3),
+    ):
+        status, _, err = hetcache_command(*plan, "--mask", tmp_path / options[0], *options[1:])
+        assert status == 0, err
+        assert np.array_equal(hetcache.Plan.load(tmp_path / "a.hetplan").token_kind, expected.token_kind)
+
+
+@pytest.mark.parametrize("way", ["a folder in the way", "a name under a file", "no folder for it", "a full disk"])
+@pytest.mark.parametrize("command", ["edit", "plan", "demo", "explain", "calibrate", "bench quality", "bench engine"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(way, command, hetcache_command, tmp_path, monkeypatch):
+    """No input exists: whatever is read first would be missed first."""
+    files = {"edit": "edit.mp4", "demo": "report.html", "bench quality": "quality.json", "bench engine": "bench.json"}
+    (tmp_path / "file").write_text("a file")
+    out = {"a name under a file": tmp_path / "file" / "out", "no folder for it": Path("/proc/out")}.get(
+        way, tmp_path / "out"
+    )
+    if way == "a folder in the way":
+        (out / files.get(command, "")).mkdir(parents=True)
+    if way == "a full disk":
+
+        def full(**_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    none = tmp_path / "none"
+    arguments = {
+        "edit": ("--model", none, "--video", none, "--mask", none, "--prompt", "a cat", "--out", out),
+        "plan": ("--mask", none, "-o", out),
+        "demo": ("--edit", "none", "--out", out),
+        "explain": (none, "--picture", out),
+        "calibrate": ("--model", none, "--video", none, "--mask", none, "-o", out),
+        "bench quality": ("--methods", "none", "--out", out),
+        "bench engine": (none, "--out", out),
+    }[command]
+    before = sorted(tmp_path.rglob("*"))
+    status, _, err = hetcache_command(*command.split(), *arguments)
+    assert status == 2
+    assert err.startswith(f"hetcache: {out}")
+    assert "cannot be written: " in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_demo_takes_an_object_away_with_the_reference_model(hetcache_command, tmp_path):

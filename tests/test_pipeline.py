@@ -181,6 +181,15 @@ def test_plan_for_reads_the_pipeline_and_leaves_it_alone(pipe, mask):
         plan_of(pipe, mask[:, :32])
 
 
+def test_plan_for_takes_the_very_mask_of_the_pipeline(pipe, mask):
+    expected = plan_of(pipe, mask).active_index
+    grid = np.zeros((2, 4, 4), dtype=bool)
+    grid[:, 1, 1:3] = True
+    still = to_pictures(mask[:1])[0]
+    for same in (to_pictures(mask), still, torch.from_numpy(mask)[None, None].float(), mask[..., None], grid):
+        assert np.array_equal(plan_of(pipe, same).active_index, expected)
+
+
 def test_plan_for_takes_a_compiled_pipeline(pipe, mask):
     plan = plan_of(pipe, mask)
     compile_with_hetcache(pipe)

@@ -47,11 +47,11 @@ def test_every_kind_of_mask_is_read_alike():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((5, 7)), "must be \\[frames, height, width\\]"),
+        (np.zeros(7), "must be \\[frames, height, width\\]"),
         (np.zeros((3, 5, 8)), "does not fit the token grid"),
         (np.zeros((8, 10, 14)), "9 frames"),
         (np.full(GRID, np.nan), "finite"),
-        (np.full(GRID, 255), "between 0 and 1"),
+        (np.full(GRID, 3), "the value 3, which may be labels or shades"),
         (np.full(GRID, -0.1), "between 0 and 1"),
         (np.full(GRID, "a"), "finite numbers"),
         (np.zeros(GRID, dtype=bool), "empty"),

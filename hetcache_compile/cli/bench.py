@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..console import console, progress_bars
 from ..errors import InputFileError
+from ..files import check_writable
 from .common import (
     ContextRatio,
     Device,
@@ -77,12 +78,13 @@ def bench_quality_command(
     """
     from .. import reference
     from ..bench.methods import parse_methods
-    from ..bench.quality import Settings, bench_quality, file_digest
+    from ..bench.quality import RESULT, Settings, bench_quality, file_digest
     from ..bench.quality_report import HEADER, busiest, write_report
     from ..calibration.calibration import Calibration
     from ..edit.editing import load_pipeline
     from ..edit.report import busy_machine_warning
 
+    check_writable(out / RESULT)
     known = parse_methods(methods)
     recorded = None if model and not calibration else calibration or reference.CALIBRATION
     measured = Calibration.load(recorded) if recorded else None
@@ -124,7 +126,7 @@ def clip_of_files(
         raise InputFileError("--video and --mask go together: give both, or neither for the held-out clips")
     size = (num_frames, height, width)
     expected = read_video(truth, *size) if truth else None
-    return Clip(video.stem, read_video(video, *size), read_mask(mask, *size), prompt, expected)
+    return Clip(video.stem, read_video(video, *size), read_mask(mask, *size, video=video), prompt, expected)
 
 
 @bench.command("engine")
@@ -141,6 +143,7 @@ def bench_engine(
     from ..engine.manifest import Manifest
     from ..export.check import latency
 
+    check_writable(out / "bench.json")
     manifest = Manifest.load(folder)
     with progress_bars() as progress:
         result = latency.bench_engine(folder, provider, rounds, progress)

@@ -11,6 +11,7 @@ import typer
 from ..calibration.calibration import Calibration
 from ..console import console, progress_bars
 from ..errors import InputFileError
+from ..files import check_writable
 from ..pipelines.planning import Choice
 from ..plan.plan import Plan
 from ..plan.schedule import preset_options
@@ -84,6 +85,7 @@ def calibrate(
     from ..edit.editing import load_pipeline
     from ..provenance import processor_name
 
+    check_writable(out)
     videos, masks, prompts = video or [], mask or [], prompt or []
     if len(masks) != len(videos) or len(prompts) not in (0, len(videos)) or (videos and clips is not None):
         raise InputFileError("give each --video a --mask, and all or none a --prompt; or --clips without any of them")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..bench.methods import parse_option
-from ..errors import PlanError
+from ..errors import MaskError, PlanError
 from ..plan.options import PlanOptions
 from ..plan.schedule import preset_options
 
@@ -47,6 +48,18 @@ NumFrames = Annotated[
 ]
 Height = Annotated[int, typer.Option(help="Height in pixels.", min=1)]
 Width = Annotated[int, typer.Option(help="Width in pixels.", min=1)]
+MaskFile = Annotated[
+    Path, typer.Option(help="White where to generate: video, folder, picture, .npy or .npz (docs/masks.md).")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Masked is what is brighter than this share of white. [default: 0.5]", min=0.0, max=0.999),
+]
+Invert = Annotated[bool, typer.Option("--invert", help="Generate where the mask is black.")]
+Labels = Annotated[
+    str | None, typer.Option(help="Generate these objects of a label map, such as 1,3. [default: all objects]")
+]
+StartFrame = Annotated[int, typer.Option(help="First frame of the video to edit.", min=0)]
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Classifier-free guidance; 1 turns it off. [default: 5; reference model: 2]")
 ]
@@ -74,6 +87,19 @@ def options_of(
 
     kept = {name: value for name, value in options.items() if value is not None and (name not in own or given(name))}
     return kept | given_by_name
+
+
+def mask_options(threshold: float | None, invert: bool, labels: str | None) -> dict[str, Any]:
+    """What the mask's options mean, for `read_mask`.
+
+    Raises:
+        MaskError: the labels are no whole numbers.
+    """
+    try:
+        numbers = None if labels is None else [int(label) for label in labels.split(",")]
+    except ValueError as error:
+        raise MaskError(f"labels must be whole numbers with commas between them, such as 1,3: got {labels}") from error
+    return {"threshold": threshold, "invert": invert, "labels": numbers}
 
 
 def check_size(height: int, width: int, num_frames: int, pipe: Any = None) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..console import TokenInput, console, progress_bars, token_inputs
 from ..errors import HetCacheError, PlanError
+from ..files import check_writable
 from .bench import bench
 from .calibrate import (
     CalibrationFile,
@@ -33,13 +34,19 @@ from .common import (
     Extrapolation,
     Height,
     Inner,
+    Invert,
+    Labels,
     Margin,
+    MaskFile,
     More,
     NumFrames,
     ScheduleName,
+    StartFrame,
     Steps,
+    Threshold,
     Width,
     check_size,
+    mask_options,
     options_of,
     torch_device,
     torch_dtype,
@@ -78,7 +85,9 @@ def demo(
     from .. import reference
     from ..calibration.calibration import Calibration
     from ..edit.editing import EditRequest
+    from ..edit.report import FILES
 
+    check_writable(*(out / name for name in FILES))
     clip = reference.demo_clip(edit)
     with console.status("loading the reference model"):
         pipe = reference.load(torch_dtype(dtype), torch_device(device))
@@ -103,14 +112,17 @@ def edit(
     context: typer.Context,
     model: Annotated[Path, typer.Option(help="Local diffusers checkpoint, such as Wan2.1-VACE-1.3B-diffusers.")],
     video: Annotated[Path, typer.Option(help="Video file, or folder of pictures.")],
-    mask: Annotated[Path, typer.Option(help="White where to generate: video, folder, picture or .npy.")],
+    mask: MaskFile,
     prompt: Annotated[str, typer.Option(help="What to generate inside the mask.")],
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/edit"),
     height: Height = 480,
     width: Width = 832,
     num_frames: NumFrames = 81,
-    start_frame: Annotated[int, typer.Option(help="First frame of the video to edit.", min=0)] = 0,
+    start_frame: StartFrame = 0,
+    threshold: Threshold = None,
+    invert: Invert = False,
+    labels: Labels = None,
     steps: Steps = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -142,16 +154,20 @@ def edit(
     """Edit a video with any local diffusers checkpoint that takes a video and a mask."""
     from ..compilation.artefact import load_compiled
     from ..edit.editing import EditRequest, load_engine_pipeline, load_pipeline
-    from ..edit.media import read_mask, read_video
+    from ..edit.media import playback_of, read_mask, read_video
+    from ..edit.report import FILES
     from ..engine.engine import load
     from ..plan.plan import Plan
 
     if compiled is not None and engine is not None:
         raise PlanError("--compiled is for the model's own forms: leave --engine or --compiled out")
+    check_writable(*(out / name for name in FILES))
     known_plan = Plan.load(plan) if plan else None
     known_calibration = load_calibration(calibration, model)
     frames = read_video(video, num_frames, height, width, start_frame)
-    pixels = read_mask(mask, num_frames, height, width)
+    playback = playback_of(video, num_frames, start_frame)
+    of_mask = mask_options(threshold, invert, labels)
+    pixels = read_mask(mask, num_frames, height, width, start=start_frame, video=video, **of_mask)
     with console.status(f"loading {model}"):
         if engine is not None:
             pipe = load_engine_pipeline(model, load(engine, provider))
@@ -171,6 +187,7 @@ def edit(
         guidance_scale=guidance_scale,
         seed=seed,
         keep_masked=keep_masked,
+        playback=playback,
     )
     _edit(
         pipe, request, out, schedule, inner,
@@ -182,7 +199,7 @@ def edit(
 @app.command("plan")
 def make_plan(
     context: typer.Context,
-    mask: Annotated[Path, typer.Option(help="White where to generate: video, folder, picture or .npy.")],
+    mask: MaskFile,
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")] = Path("edit.hetplan"),
     preview: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG.")] = None,
     model: Annotated[
@@ -192,6 +209,13 @@ def make_plan(
     height: Height = 480,
     width: Width = 832,
     num_frames: NumFrames = 81,
+    video: Annotated[
+        Path | None, typer.Option(help="What is edited: a mask of its size, of another rate or length fits to it.")
+    ] = None,
+    start_frame: StartFrame = 0,
+    threshold: Threshold = None,
+    invert: Invert = False,
+    labels: Labels = None,
     steps: Steps = 50,
     reference_images: Annotated[int, typer.Option(help="How many reference images the edit has.", min=0)] = 0,
     schedule: ScheduleName = None,
@@ -215,6 +239,7 @@ def make_plan(
     from ..plan.preview import save_preview
     from ..plan.schedule import OPTIMAL, default_schedule
 
+    check_writable(out, *([preview] if preview else []))
     if model is None:
         check_size(height, width, num_frames)
     known = load_calibration(calibration, model)
@@ -223,7 +248,8 @@ def make_plan(
             raise PlanError(f"--budget {budget} finds a schedule: leave --schedule {schedule} out, or the budget")
         schedule = OPTIMAL + budget
     schedule = default_schedule(known) if schedule is None else schedule
-    pixels = read_mask(mask, num_frames, height, width)
+    of_mask = mask_options(threshold, invert, labels)
+    pixels = read_mask(mask, num_frames, height, width, start=start_frame, video=video, **of_mask)
     options = options_of(
         context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation
     )
@@ -279,6 +305,8 @@ def explain(
     from ..edit.first_call import call_of_function, call_of_pipeline
     from ..plan.plan import Plan
 
+    if picture is not None:
+        check_writable(picture)
     if ":" in model and not Path(model).exists():
         call = call_of_function(model)
     else:
@@ -307,6 +335,7 @@ def _edit(
 
     made = plan or editing.make_plan(pipe, request, schedule, **partition)
     if plan is not None:
+        editing.check_plan(plan, pipe, request)
         request = replace(request, num_inference_steps=len(plan.steps))
     console.print(made.describe(), highlight=False)
     with progress_bars() as progress:

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from ..errors import CompiledError
+from .. import files
+from ..errors import CompiledError, OutputFileError
 from ..files import PathLike, atomically
 from ..provenance import __version__, processor_name
 
@@ -53,12 +54,11 @@ def identity(model: torch.nn.Module) -> dict[str, str]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and raise `CompiledError` if it cannot be written: before the long work."""
+    """Raise `CompiledError` if a folder cannot be written: before the long work."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise CompiledError(f"{folder} cannot be written: {error}") from error
+        files.check_writable(folder / HEAD, folder / FILES)
+    except OutputFileError as error:
+        raise CompiledError(str(error)) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,15 +17,16 @@ import torch
 from numpy.typing import NDArray
 
 from ..engine.engine import Engine
-from ..errors import InputFileError
+from ..errors import InputFileError, PlanError
 from ..pipelines.planning import plan_for
+from ..plan.partition import to_token_grid
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import hetcache_backend
 from ..runtime.session import session
 from ..runtime.stats import Stats
 from ..runtime.timing import Stopwatch
-from .media import GREY, Frames, to_frames, to_pictures
+from .media import GREY, Frames, Playback, to_frames, to_pictures
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, step, steps)`."""
@@ -35,7 +36,8 @@ Progress = Callable[[str, int, int], None]
 class EditRequest:
     """What to edit, and how: the arguments of one pipeline call.
 
-    The model sees grey inside the mask, which tells WanVACE to inpaint; with `keep_masked` it sees the video there.
+    The model sees grey inside the mask, which tells WanVACE to inpaint; with `keep_masked` it sees the video there. The
+    result is shown as `playback` says.
     """
 
     video: Frames
@@ -47,6 +49,7 @@ class EditRequest:
     max_sequence_length: int = 512
     seed: int = 0
     keep_masked: bool = False
+    playback: Playback = field(default_factory=Playback)
 
     @property
     def visible_video(self) -> Frames:
@@ -148,6 +151,27 @@ def make_plan(pipe: Any, request: EditRequest, schedule: str | None, **partition
         schedule=schedule,
         **{**partition, **request.size},
     )
+
+
+def check_plan(plan: Plan, pipe: Any, request: EditRequest) -> None:
+    """See that a plan is one for this request.
+
+    Raises:
+        PlanError: it is for another token grid, or tokens that the mask covers are not active in it.
+    """
+    model = pipe.transformer_2 if pipe.transformer is None else pipe.transformer
+    patch, rows, columns = model.config.patch_size  # not by `plan_for`, which asks a model more than an engine knows
+    temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    frames, height, width = request.mask.shape
+    grid = ((frames - 1) // temporal + 1) // patch, height // (spatial * rows), width // (spatial * columns)
+    if grid != plan.grid:
+        raise PlanError(f"the plan is for the token grid {plan.grid}, and this edit has {grid}: make another plan")
+    masked = to_token_grid(request.mask, grid, temporal_factor=temporal, temporal_patch=patch).ravel()
+    if missing := int((masked & ~plan.active_mask).sum()):
+        raise PlanError(
+            f"the plan is for another mask: {missing} of the {masked.sum()} tokens in this one are not active in it; "
+            "make a plan with this mask"
+        )
 
 
 def run_eager(pipe: Any, request: EditRequest, progress: Progress) -> Run:

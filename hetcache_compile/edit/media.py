@@ -1,21 +1,24 @@
-"""Videos and masks in and out. PyAV for video files, Pillow for pictures."""
+"""Videos in and out, and what is done with their frames. PyAV writes video files; `frames` and `masks` read them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..errors import InputFileError
 from ..files import atomically
+from ..runtime.session import HetCacheWarning
+from .frames import cover, open_source, read_frames
+from .masks import read_mask as read_mask
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 Frames = NDArray[np.uint8]
 GREY = np.uint8(128)
 """What masked pixels are filled with: 0 on the scale from -1 to 1."""
@@ -23,6 +26,11 @@ TINT = (230, 40, 40)
 """The colour of the mask in pictures."""
 FPS = 16
 """Frames per second of videos that are written."""
+TICKS = Fraction(90_000)
+"""Units of time in a second, for videos whose rate varies."""
+UNEVEN = 0.1
+"""By how much of a frame the times of a video stray from its rate where the rate varies."""
+SOUND_RATE = 48_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,65 +52,117 @@ class Clip:
     truth: Frames | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Playback:
+    """How the frames of a clip are shown.
+
+    Attributes:
+        rate: frames a second.
+        times: float64 `[T]`, seconds after the first frame, where the rate varies; else None.
+        sound: the file that the sound is in; None for a silent clip.
+        begin: where the clip begins in this file, in seconds.
+        end: where it ends.
+    """
+
+    rate: Fraction = Fraction(16)
+    times: NDArray[np.float64] | None = None
+    sound: Path | None = None
+    begin: float = 0.0
+    end: float = 0.0
+
+
 def read_video(path: Path, num_frames: int, height: int, width: int, start: int = 0) -> Frames:
     """`num_frames` frames of a video or a folder of pictures, from frame `start`: uint8 `[T, height, width, 3]`.
 
-    Each frame is scaled to cover the size and cut at the centre.
+    Each frame is turned upright, scaled to cover the size and cut at the centre. An HDR video gives a warning: its
+    values are taken as they are.
 
     Raises:
         InputFileError: nothing readable there, or too few frames.
     """
-    found = _pictures(path, start + num_frames)[start:]
-    pictures = [_cover(picture.convert("RGB"), height, width) for picture in found]
-    return np.stack([np.asarray(picture) for picture in pictures])
+    source = open_source(path)
+    if source.transfer:
+        warnings.warn(
+            f"{path} is HDR ({source.transfer}), and is read without tone mapping: colours will be pale; convert it "
+            "to SDR first",
+            HetCacheWarning,
+            stacklevel=2,
+        )
+    wanted = range(start, start + num_frames)
+    return np.stack(read_frames(source, wanted, lambda one: np.asarray(cover(_rgb(one), height, width, source.aspect))))
 
 
-def read_mask(path: Path, num_frames: int, height: int, width: int) -> NDArray[np.bool_]:
-    """A mask as bool `[T, height, width]`, white is masked: a video, a folder of pictures, a picture, or a .npy.
-
-    One picture stands for every frame. Its size must be that of the video: a mask that has to be resized is a
-    mask of something else.
+def playback_of(path: Path, num_frames: int, start: int = 0) -> Playback:
+    """How `num_frames` frames of a video are shown, from frame `start`; 16 a second for pictures, which do not say.
 
     Raises:
-        InputFileError: nothing readable there, another size, or too few frames.
+        InputFileError: nothing readable there.
     """
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputFileError(f"{path} cannot be read as an array: {error}") from error
-        frames = array if array.ndim == 3 else array[None] if array.ndim == 2 else None
-        if frames is None:
-            raise InputFileError(f"{path} must hold [frames, height, width], it holds shape {array.shape}")
-        mask = frames > (0.5 if frames.max(initial=0) <= 1 else 127)
-    else:
-        one = path.suffix.lower() in PICTURES
-        pictures = _pictures(path, 1 if one else num_frames)
-        mask = np.stack([np.asarray(picture.convert("L")) > 127 for picture in pictures])
-    if mask.shape[0] == 1 and num_frames > 1:
-        mask = np.repeat(mask, num_frames, axis=0)
-    if mask.shape[0] < num_frames or mask.shape[1:] != (height, width):
-        raise InputFileError(
-            f"{path} holds a mask of {mask.shape[0]} frames of {mask.shape[1]}x{mask.shape[2]} (height x width), "
-            f"the edit needs {num_frames} frames of {height}x{width}"
-        )
-    return np.asarray(mask[:num_frames], dtype=np.bool_)
+    source = open_source(path)
+    if source.times is None or source.rate is None:
+        return Playback()
+    times = source.times[start : start + num_frames]
+    begin, end = source.begin + times[0], source.begin + source.end(start + len(times) - 1)
+    with av.open(str(path)) as container:
+        sound = path if container.streams.audio else None
+    even = np.arange(len(times)) / float(source.rate)
+    varies = np.abs(times - times[0] - even).max() > UNEVEN / float(source.rate)
+    return Playback(source.rate, times - times[0] if varies else None, sound, begin, end)
 
 
-def write_video(path: Path, frames: Frames, fps: int = FPS) -> None:
-    """Write uint8 `[T, H, W, 3]` as H.264 in an mp4, atomically. Odd sizes lose their last row or column."""
+def write_video(path: Path, frames: Frames, fps: int | Fraction = FPS, like: Playback | None = None) -> None:
+    """Write uint8 `[T, H, W, 3]` as H.264 in an mp4, atomically. Odd sizes lose their last row or column.
+
+    Args:
+        path: of the file.
+        frames: to write.
+        fps: frames a second.
+        like: in place of `fps`: show the frames when those of this clip are shown, with its sound (as AAC).
+    """
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+    like = like or Playback(Fraction(fps))
+    ticks = like.rate if like.times is None else TICKS
+    stamps = range(len(frames)) if like.times is None else (like.times * float(TICKS)).round().astype(int).tolist()
+    sound = _sound(like)
 
     def write(temporary: str) -> None:
         with av.open(temporary, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
+            stream = container.add_stream("libx264", rate=like.rate, options={"crf": "16"})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            stream.codec_context.time_base = 1 / ticks
+            if sound:
+                heard = container.add_stream("aac", rate=SOUND_RATE, layout=sound[0].layout)
+            for frame, stamp in zip(frames, stamps, strict=False):
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                picture.pts, picture.time_base = stamp, 1 / ticks
+                container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
+            for part in (*sound, None) if sound else ():
+                container.mux(heard.encode(part))
 
     atomically(path, write)
+
+
+def _sound(playback: Playback) -> list[av.AudioFrame]:
+    """What is heard in a clip. If it cannot be read, nothing and a warning: the edit is done, and worth keeping."""
+    if playback.sound is None:
+        return []
+    heard = []
+    try:
+        with av.open(str(playback.sound)) as container:
+            for part in container.decode(audio=0):
+                if part.time is None or part.time < playback.begin:
+                    continue
+                if part.time >= playback.end:
+                    break
+                rate = part.sample_rate
+                part.pts, part.time_base = round((part.time - playback.begin) * rate), Fraction(1, rate)
+                heard.append(part)
+    except av.error.FFmpegError as error:
+        warnings.warn(f"{playback.sound}: its sound is left out: {error}", HetCacheWarning, stacklevel=2)
+        return []
+    return heard
 
 
 def to_pictures(frames: Frames | NDArray[np.bool_]) -> list[Image.Image]:
@@ -117,44 +177,10 @@ def to_frames(pipeline_frames: Any) -> Frames:
     return np.asarray(np.clip(np.asarray(pipeline_frames) * 255, 0, 255).round(), dtype=np.uint8)
 
 
-def _pictures(path: Path, count: int) -> list[Image.Image]:
-    """The first `count` pictures of a video file, a folder, or a picture file."""
-    if not path.exists():
-        raise InputFileError(f"no file or folder at {path}")
-    try:
-        if path.is_dir():
-            names = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
-            found = [_open(name) for name in names[:count]]
-        elif path.suffix.lower() in PICTURES:
-            found = [_open(path)]
-        else:
-            found = []
-            with av.open(str(path)) as container:
-                for frame in container.decode(video=0):
-                    found.append(frame.to_image())
-                    if len(found) == count:
-                        break
-    except (av.error.FFmpegError, UnidentifiedImageError, OSError, IndexError) as error:
-        raise InputFileError(f"{path} cannot be read as video or pictures: {error}") from error
-    if len(found) < count:
-        raise InputFileError(f"{path} holds {len(found)} frames, the edit needs {count}")
-    if len({picture.size for picture in found}) > 1:
-        raise InputFileError(f"the pictures in {path} have different sizes")
-    return found
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture
-
-
-def _cover(picture: Image.Image, height: int, width: int) -> Image.Image:
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    resized = picture.resize(size, Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + width, top + height))
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):  # Pillow would clip
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def stack_side_by_side(videos: Sequence[Frames], titles: Sequence[str]) -> Frames:

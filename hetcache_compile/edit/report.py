@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from .media import stack_side_by_side, tint, write_video
 from .metrics import psnr
 from .page import Words, render_page
 
+FILES = ("edit.mp4", "side_by_side.mp4", "plan.png", "edit.hetplan", "report.json", "report.html")
+"""What `write_report` writes."""
 BUSY = 1.2
 """FULL and uncached calls that differ by more than this factor were not measured under the same conditions."""
 
@@ -71,7 +74,7 @@ def make_report(
 def write_report(
     folder: Path, report: dict[str, Any], request: EditRequest, plan: Plan, cached: Run, uncached: Run | None
 ) -> None:
-    """Write every file of an edit into `folder`."""
+    """Write every file of an edit into `folder`. Its video has the rate and the sound of the input."""
     assert cached.frames is not None
     videos, titles = [tint(request.video, request.mask)], ["input, mask in red"]
     if uncached is not None and uncached.frames is not None:
@@ -80,8 +83,9 @@ def write_report(
     videos.append(cached.frames)
     speedup = report["speedup_vs_compiled"]
     titles.append("hetcache" + (f", {speedup:.2f}x" if speedup else ""))
-    write_video(folder / "edit.mp4", cached.frames)
-    write_video(folder / "side_by_side.mp4", stack_side_by_side(videos, titles))
+    write_video(folder / "edit.mp4", cached.frames, like=request.playback)
+    silent = replace(request.playback, sound=None)
+    write_video(folder / "side_by_side.mp4", stack_side_by_side(videos, titles), like=silent)
     save_preview(plan, folder / "plan.png")
     plan.save(folder / "edit.hetplan")
     text = json.dumps(report, indent=2) + "\n"

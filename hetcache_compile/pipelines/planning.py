@@ -15,6 +15,7 @@ from ..calibration.best_schedule import Expectation, expect
 from ..calibration.output_weights import step_lengths
 from ..calibration.schedule_search import Budget
 from ..errors import MaskError, PlanError
+from ..plan.mask import to_mask
 from ..plan.options import PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
@@ -44,7 +45,8 @@ def plan_for(
     Args:
         pipe: a pipeline with `vae_scale_factor_temporal`, `vae_scale_factor_spatial`, `scheduler` and
             `transformer` (whose config has `patch_size`); it is not changed.
-        mask: `[num_frames, height, width]` in pixels, or on the token grid.
+        mask: what the pipeline takes, or anything else that `mask.to_mask` takes: `num_frames` frames, or one that
+            stands for all, of `height` x `width` pixels; or on the token grid.
         height: of the video, in pixels.
         width: of the video, in pixels.
         num_frames: of the video, rounded like the pipeline does.
@@ -60,6 +62,7 @@ def plan_for(
         PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
     """
     PlanOptions.check(options)
+    mask = to_mask(mask, size=(height, width))
     schedule = default_schedule(calibration) if schedule is None else schedule
     make = partial(
         _plan_for, pipe, mask, (num_frames, height, width), num_inference_steps, num_reference_images, schedule,
@@ -152,7 +155,7 @@ def _plan_for(
         raise PlanError(f"{latent_frames} latent frames are no multiple of the patch size {patch_t}")
     grid = (latent_frames // patch_t, height // (spatial * patch_h), width // (spatial * patch_w))
     pixels = (num_frames, height, width)
-    if np.shape(mask) not in (grid, pixels):
+    if np.shape(mask) not in (grid, pixels, (1, height, width)):
         raise MaskError(f"the mask has shape {np.shape(mask)}, this call needs {pixels} pixels or {grid} tokens")
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)

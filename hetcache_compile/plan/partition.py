@@ -11,11 +11,11 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 from ..errors import MaskError, PlanError
+from .mask import to_mask
 from .options import RUNGS, SELECTIONS, TILE
 
 Grid = tuple[int, int, int]
@@ -42,32 +42,26 @@ def to_token_grid(
 ) -> NDArray[np.bool_]:
     """A mask in pixels, or already on the token grid, as bool `[T', H', W']`.
 
-    A token is masked when any pixel it covers is (value above 0.5, as in diffusers' WanVACE pipeline). Video VAEs
-    give the first pixel frame a latent frame of its own and then group `temporal_factor` frames; `temporal_patch`
-    latent frames make one token frame; reference images stand in front as latent frames that are never masked.
+    A token is masked when any pixel it covers is. Video VAEs give the first pixel frame a latent frame of its own and
+    then group `temporal_factor` frames; `temporal_patch` latent frames make one token frame; reference images stand in
+    front as latent frames that are never masked.
 
     Args:
-        mask: bool or float array, tensor or list, `[T, H, W]`; pixels of `1 + temporal_factor * (T_latent - 1)`
-            frames whose height and width are multiples of the grid's, or `grid` itself.
+        mask: anything that `mask.to_mask` takes: pixels of `1 + temporal_factor * (T_latent - 1)` frames, or of one
+            that stands for all, whose height and width are multiples of the grid's; or `grid` itself.
         grid: (T', H', W'), reference frames included.
 
     Raises:
-        MaskError: another shape, or values outside 0 to 1.
+        MaskError: another shape, or values that are no mask.
     """
-    array = _as_array(mask)
-    if array.ndim != 3 or array.size == 0:
-        raise MaskError(f"the mask must be [frames, height, width], got shape {array.shape}")
-    if array.dtype != np.bool_:
-        if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
-            raise MaskError("the mask must hold finite numbers or booleans")
-        if array.min() < 0 or array.max() > 1:
-            raise MaskError(f"mask values must lie between 0 and 1, got {array.min():g} to {array.max():g}")
-        array = np.asarray(array > 0.5, dtype=np.bool_)
+    array = to_mask(mask, size=grid[1:])
     if array.shape == grid:
         return array
     latent_frames = grid[0] * temporal_patch - reference_frames
     frames = 1 + temporal_factor * (latent_frames - 1)
-    _, height, width = array.shape
+    count, height, width = array.shape
+    if count == 1 and latent_frames > 0:
+        array = np.broadcast_to(array, (frames, height, width))
     if latent_frames < 1 or array.shape[0] != frames or height % grid[1] or width % grid[2]:
         raise MaskError(
             f"a mask of shape {array.shape} does not fit the token grid {grid}: give {grid}, or pixels of "
@@ -80,17 +74,6 @@ def to_token_grid(
     latent = np.logical_or.reduceat(blocks, starts, axis=0)
     latent = np.concatenate([np.zeros((reference_frames, *grid[1:]), dtype=bool), latent])
     return np.asarray(latent.reshape(grid[0], temporal_patch, *grid[1:]).any(axis=1))
-
-
-def _as_array(mask: Any) -> NDArray[Any]:
-    """A mask as an array: numpy knows neither bfloat16 nor other devices, and has no name for a ragged list."""
-    if isinstance(mask, torch.Tensor):
-        mask = mask.detach().cpu()
-        mask = mask.float() if mask.is_floating_point() else mask
-    try:
-        return np.asarray(mask)
-    except ValueError as error:
-        raise MaskError(f"the mask must be [frames, height, width]: {error}") from error
 
 
 def classify(generative: NDArray[np.bool_], margin: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

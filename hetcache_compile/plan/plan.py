@@ -247,7 +247,8 @@ class Plan:
         """A plan from a mask in pixels or on the token grid.
 
         Args:
-            mask: bool or float `[T, H, W]`; see `partition.to_token_grid` for the layout of frames.
+            mask: bool `[T, H, W]` or anything else that `mask.to_mask` takes; see `partition.to_token_grid` for the
+                layout of frames.
             grid: token grid (T', H', W'), with reference frames in front.
             num_inference_steps: number of model steps.
             schedule: see `schedule.make_schedule`.
