@@ -251,13 +251,12 @@ ROWS = (
         size=EIGHTH,
         shape=(1, CHANNELS, 4, 6),
         steps=2,
-        source_argument="image",
     ),
     packed_row(
         LongCatImageEditPipeline,
         longcat,
         longcat_call,
-        reason="diffusers 0.42.1 counts the prompts even if their embeddings are given, and takes not both",
+        reason="diffusers 0.42.1 counts the prompts even if it is given embeddings, and refuses both together",
     ),
     image_row(
         JoyImageEditPipeline,

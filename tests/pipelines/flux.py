@@ -182,7 +182,7 @@ ROWS = (
         lambda: edit(control_image=picture(IMAGE, seed=1), strength=0.6),
         steps=2,
     ),
-    flux_row(FluxImg2ImgPipeline, parts, lambda: edit(strength=0.6), guided=GUIDED, steps=2, source_argument="image"),
+    flux_row(FluxImg2ImgPipeline, parts, lambda: edit(strength=0.6), guided=GUIDED, steps=2),
     flux_row(FluxPipeline, parts, call, guided=GUIDED),
     flux_row(
         FluxControlNetInpaintPipeline,
@@ -231,10 +231,11 @@ ROWS = (
         flux2,
         lambda: flux2_call(image=[picture(REFERENCE)]),
         shape=UNPACKED,
+        references_first=True,
         reference_tokens=256,
     ),
     flux_row(ChromaPipeline, chroma, chroma_call, guided=SCALED),
-    flux_row(ChromaImg2ImgPipeline, chroma, chroma_edit, guided=SCALED, steps=2, source_argument="image"),
+    flux_row(ChromaImg2ImgPipeline, chroma, chroma_edit, guided=SCALED, steps=2),
     flux_row(
         ChromaInpaintPipeline,
         chroma,

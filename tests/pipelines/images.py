@@ -302,7 +302,6 @@ ROWS = (
         sd3,
         lambda: sd3_call(image=picture(IMAGE), strength=0.6),
         steps=2,
-        source_argument="image",
     ),
     sd3_row(
         StableDiffusion3ControlNetInpaintingPipeline,
@@ -319,7 +318,6 @@ ROWS = (
         z_image,
         lambda: z_call(image=picture(IMAGE), strength=0.6),
         steps=2,
-        source_argument="image",
     ),
     z_row(ZImageInpaintPipeline, z_image, lambda: inpaint(z_call(), strength=0.6), steps=2, **MASKED),
     grid_row(HiDreamImagePipeline, hidream, hidream_call, attributes=HIDREAM_SIZE),

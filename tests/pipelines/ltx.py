@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     LTX2ConditionPipeline,
     LTX2ImageToVideoPipeline,
+    LTX2InContextPipeline,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
     LTXConditionPipeline,
@@ -21,6 +22,7 @@ from diffusers import (
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from zoo.entry import seeded, text_mask
 
 from .parts import TEXT, TEXT_WIDTH, flow
@@ -90,7 +92,8 @@ def call(width: int = TEXT_WIDTH, **changes: Any) -> dict[str, Any]:
 def conditions() -> dict[str, Any]:
     """The first frame stands in the latents; what belongs to a later frame stands in front of them."""
     later = LTXVideoCondition(video=video((5, *SIZE[1:]), seed=1), frame_index=4)
-    return call(conditions=[LTXVideoCondition(image=picture(SIZE), frame_index=0), later])
+    first = LTXVideoCondition(image=picture(SIZE), frame_index=0)
+    return call(conditions=[first, later], image_cond_noise_scale=0.0)
 
 
 AUDIO_WIDTH = 4
@@ -179,6 +182,11 @@ def conditions2() -> dict[str, Any]:
     return call2(conditions=[first, LTX2VideoCondition(frames=video((5, *SIZE[1:]), seed=1), index=1)])
 
 
+def in_context(**changes: Any) -> dict[str, Any]:
+    """The tokens of the reference stand behind those of the video."""
+    return call2(reference_conditions=[LTX2ReferenceCondition(frames=video(SIZE, seed=1))], **changes)
+
+
 packed_row = partial(
     row, size=SIZE, grid=GRID, layout="BNC", shape=UNPACKED, guided={"guidance_scale": 3.0}, guided_calls=1
 )
@@ -189,10 +197,19 @@ ROWS = (
         LTXConditionPipeline,
         lambda: {**parts(), "scheduler": flow(use_dynamic_shifting=False)},
         conditions,
+        references_first=True,
         reference_tokens=48,
     ),
     packed_row(LTX2Pipeline, parts2, call2),
     packed_row(LTX2Pipeline, parts2, all_guidance, "all guidance", guided={}, calls=3),
     packed_row(LTX2ImageToVideoPipeline, parts2, lambda: call2(image=picture(SIZE))),
     packed_row(LTX2ConditionPipeline, parts2, conditions2, reference_tokens=48),
+    packed_row(LTX2InContextPipeline, parts2, in_context, reference_tokens=72),
+    packed_row(
+        LTX2InContextPipeline,
+        parts2,
+        lambda: in_context(conditioning_attention_strength=0.5),
+        "weaker reference",
+        reference_tokens=72,
+    ),
 )

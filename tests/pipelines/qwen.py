@@ -100,7 +100,7 @@ MASKED = {"mask_argument": "mask_image", "source_argument": "image", "masking": 
 qwen_row = partial(packed_row, shape=SHAPE, guided={"true_cfg_scale": 3.0})
 ROWS = (
     qwen_row(QwenImagePipeline, parts, call),
-    qwen_row(QwenImageImg2ImgPipeline, parts, img2img, steps=2, source_argument="image"),
+    qwen_row(QwenImageImg2ImgPipeline, parts, img2img, steps=2),
     qwen_row(
         QwenImageInpaintPipeline, parts, lambda: img2img(mask_image=mask_picture(IMAGE, IMAGE_GRID)), steps=2, **MASKED
     ),

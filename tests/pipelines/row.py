@@ -32,7 +32,7 @@ class Row:
 
     Attributes:
         name: the class's name, followed by the variant in brackets if the class has several rows.
-        build: makes the pipeline, always with the same weights.
+        build: makes the pipeline, always with the same weights, and without a progress bar.
         call: the arguments of one call, without a generator; the result is latents.
         size: (frames, height, width) of the call in pixels.
         grid: (T', H', W') of the tokens that are denoised.
@@ -44,17 +44,18 @@ class Row:
         calls: how often a step calls the model otherwise.
         steps: how many steps denoise: fewer than `STEPS` where a strength skips some.
         reference_tokens: how many tokens of references a packed sequence has beside those of the grid.
+        references_first: whether they stand in front of those of the grid, not behind.
         mask_argument: which argument takes the mask; none if the pipeline has no such argument.
-        source_argument: which argument takes the pictures that the mask lies on.
+        source_argument: which argument then takes the pictures that the mask lies on.
         masking: what the pipeline does with the mask.
         reason: why the row does not run.
     """
 
     name: str
-    build: Callable[[], Any] | None = None
-    call: Callable[[], dict[str, Any]] = dict
-    size: Grid = (1, 0, 0)
-    grid: Grid = (1, 0, 0)
+    build: Callable[[], Any]
+    call: Callable[[], dict[str, Any]]
+    size: Grid
+    grid: Grid
     shape: tuple[int, ...] = ()
     layout: str = "BCTHW"
     guided: Arguments = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Row:
     calls: int = 1
     steps: int = STEPS
     reference_tokens: int = 0
+    references_first: bool = False
     mask_argument: str = ""
     source_argument: str = ""
     masking: Masking | None = None
@@ -111,6 +113,7 @@ def row(
 
     def build() -> Any:
         pipe = pipeline(**parts())
+        pipe.set_progress_bar_config(disable=True)
         for name, value in (attributes or {}).items():
             setattr(pipe, name, value)
         return pipe

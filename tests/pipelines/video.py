@@ -38,7 +38,6 @@ from .row import STEPS, Masking, embeds, mask_video, picture, row, video
 
 CHANNELS = 2
 SIZE = (5, 16, 24)
-"""A call for 2 x 4 x 6 tokens where the VAE quarters time, and halves height and width."""
 GRID = (2, 4, 6)
 
 
@@ -61,7 +60,7 @@ def without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def cogvideox(in_channels: int = CHANNELS, **changes: Any) -> dict[str, Any]:
-    """The VAE quarters time, and halves height and width."""
+    """The VAE halves time, height and width."""
     autoencoder = {
         "block_out_channels": (4, 4),
         "down_block_types": ("CogVideoXDownBlock3D",) * 2,
@@ -280,7 +279,6 @@ ROWS = (
         lambda: without(call(video=video(SIZE), strength=0.7), "num_frames"),
         **COG,
         steps=2,
-        source_argument="video",
     ),
     video_row(
         CogVideoXFunControlPipeline,

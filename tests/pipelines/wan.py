@@ -1,4 +1,4 @@
-"""Wan, and what grew from it: SkyReels-V2, ChronoEdit, Lucy Edit.
+"""Wan, and what grew from it: SkyReels-V2, ChronoEdit, Lucy Edit, AnyFlow, Helios.
 
 The VAE halves time, and quarters height and width; a patch is 2 x 2 latents.
 """
@@ -9,9 +9,15 @@ from functools import partial
 from typing import Any
 
 from diffusers import (
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
     AutoencoderKLWan,
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
+    FlowMapEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
     LucyEditPipeline,
     SkyReelsV2DiffusionForcingImageToVideoPipeline,
     SkyReelsV2DiffusionForcingPipeline,
@@ -198,6 +204,30 @@ def lucy() -> dict[str, Any]:
     return parts(transformer=transformer(in_channels=2 * CHANNELS), expand_timesteps=True)
 
 
+def anyflow() -> dict[str, Any]:
+    model = seeded(lambda: AnyFlowTransformer3DModel(**BLOCK))
+    return parts(transformer=model, scheduler=FlowMapEulerDiscreteScheduler())
+
+
+def first_known() -> dict[str, Any]:
+    """Without a negative prompt: the pipeline would join it to the other one even if nothing guides."""
+    return frames(video=video(SIZE)[:1], negative_prompt_embeds=None)
+
+
+ANYFLOW_GUIDED = {"guidance_scale": 3.0, "negative_prompt_embeds": embeds(TEXT, TEXT_WIDTH, seed=1)}
+
+
+def helios() -> dict[str, Any]:
+    config = {name: value for name, value in BLOCK.items() if name != "rope_max_seq_len"}
+    model = seeded(lambda: HeliosTransformer3DModel(**config, rope_dim=(4, 4, 4)))
+    return parts(transformer=model, scheduler=HeliosScheduler(stages=1))
+
+
+def one_chunk() -> dict[str, Any]:
+    """One loop over the steps; the known frames are tokens of their own in front, and return with the result."""
+    return frames(video=video(SIZE), num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1])
+
+
 wan_row = partial(row, size=SIZE, grid=GRID, shape=SHAPE, guided={"guidance_scale": 3.0})
 ROWS = (
     wan_row(WanVACEPipeline, vace_parts, vace, mask_argument="mask", source_argument="video"),
@@ -222,7 +252,6 @@ ROWS = (
         parts,
         lambda: call(video=video(SIZE), strength=0.7),
         steps=2,
-        source_argument="video",
     ),
     wan_row(WanAnimatePipeline, animate_parts, animate),
     wan_row(
@@ -257,5 +286,7 @@ ROWS = (
         "temporal reasoning",
         shape=(1, CHANNELS, 2, 8, 12),
     ),
-    wan_row(LucyEditPipeline, lucy, lambda: frames(video=video(SIZE)), source_argument="video"),
+    wan_row(LucyEditPipeline, lucy, lambda: frames(video=video(SIZE))),
+    wan_row(AnyFlowPipeline, anyflow, first_known, layout="BTCHW", guided=ANYFLOW_GUIDED, guided_calls=1),
+    wan_row(HeliosPipeline, helios, one_chunk, shape=(1, CHANNELS, 6, 8, 12)),
 )
