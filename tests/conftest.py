@@ -24,7 +24,7 @@ from hetcache_compile.passes.writing.write import WRITERS
 
 SLOW = (
     "zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli",
-    "examples", "session", "matrix",
+    "examples", "session", "matrix", "tiny_pipelines",
 )  # fmt: skip
 """The files that take half a minute and more, the slowest first."""
 
