@@ -17,10 +17,9 @@ from models import Case
 
 from hetcache_compile import Forms, Plan
 from hetcache_compile.capture.capture import Program, capture
+from hetcache_compile.capture.rewrite import write_forms
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
-from hetcache_compile.passes.ir.contract import Budgets
-from hetcache_compile.passes.ir.form import Form
-from hetcache_compile.passes.writing.write import WRITERS
+from hetcache_compile.passes.forms.pipeline import FormOptions
 
 SLOW = (
     "zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli",
@@ -43,7 +42,7 @@ class Captured:
     model: torch.nn.Module
     program: Program
     analysis: Analysis
-    by_budgets: dict[Budgets, dict[str, Form]] = field(default_factory=dict)
+    by_options: dict[FormOptions, Forms] = field(default_factory=dict)
 
     def call(self, seed: int) -> dict[str, Any]:
         """Keyword arguments of a call of the captured shape."""
@@ -55,12 +54,10 @@ class Captured:
             return self.model(**kwargs)[0]
 
     def forms(self, plan: Plan) -> Forms:
-        """What `rewrite` gives, without a new capture; written once for each pair of budgets."""
-        if plan.budgets not in self.by_budgets:
-            self.by_budgets[plan.budgets] = {
-                kind: write(self.program.module, self.analysis, plan.budgets) for kind, write in WRITERS.items()
-            }
-        return Forms(self.program, self.analysis, plan, self.by_budgets[plan.budgets])
+        """What `rewrite` gives, without a new capture; written once for plans that share forms."""
+        if plan.form_options not in self.by_options:
+            self.by_options[plan.form_options] = write_forms(self.program, self.analysis, plan)
+        return self.by_options[plan.form_options].for_plan(plan)
 
 
 @functools.cache

@@ -31,8 +31,21 @@ def no_gradients():
 
 
 @pytest.fixture(scope="module")
-def model():
-    return CASE.build()
+def model(captured):
+    return captured(CASE).model
+
+
+@pytest.fixture(scope="module")
+def forms_of(captured):
+    """What `rewrite` makes of the model for a plan."""
+    return captured(CASE).forms
+
+
+@pytest.fixture(scope="module")
+def compiled(model):
+    torch._dynamo.reset()
+    yield torch.compile(model, backend="hetcache", options={"inner": "eager"})
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +163,10 @@ def test_scores_in_half_precision_do_not_overflow() -> None:
     assert {0, 1} <= set(choose_active(broken, torch.randn(8, 4), standing, 4, "attention", 2).tolist())
 
 
-def test_full_steps_choose_what_the_attention_matrices_say(model, calls) -> None:
+def test_full_steps_choose_what_the_attention_matrices_say(model, calls, forms_of) -> None:
     """Brute force: of the context, the tokens that generative rows of all attention matrices give most to."""
     chosen_by = plan("attention")
-    _, cache = hetcache.rewrite(model, chosen_by, (), calls[0]).full(**calls[0])
+    _, cache = forms_of(chosen_by).full(**calls[0])
     rows = torch.from_numpy(chosen_by.query_index)
     assert set(rows.tolist()) == set(np.flatnonzero(chosen_by.token_kind == TokenKind.GENERATIVE))
     matrices = attention_matrices(model, calls[0], N)
@@ -166,13 +179,13 @@ def test_full_steps_choose_what_the_attention_matrices_say(model, calls) -> None
     assert set(cache["past_selection.active_index"].tolist()) == {*always, *best.tolist()}
 
 
-def test_clusters_are_those_of_hidden_states(model, calls) -> None:
+def test_clusters_are_those_of_hidden_states(model, calls, forms_of) -> None:
     """Of what the keys of the middle attention are projected from, before positions are rotated into them."""
     chosen_by, seen = plan("kmeans"), []
     handle = model.blocks[0].attn1.to_k.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(**calls[0])
     handle.remove()
-    _, cache = hetcache.rewrite(model, chosen_by, (), calls[0]).full(**calls[0])
+    _, cache = forms_of(chosen_by).full(**calls[0])
     standing = torch.from_numpy(chosen_by.token_standing)
     arguments = standing, chosen_by.num_active, "kmeans", choose.NUM_CLUSTERS
     assert cache["past_selection.active_index"].equal(choose_active(torch.zeros(N), seen[0][0], *arguments))
@@ -183,10 +196,12 @@ def test_clusters_are_those_of_hidden_states(model, calls) -> None:
 @pytest.mark.parametrize(
     ("strategy", "context_extrapolation"), [(STRATEGIES[0], 0), *((name, 1) for name in STRATEGIES[1:])]
 )
-def test_the_forms_follow_what_full_steps_choose(model, calls, strategy: str, context_extrapolation: int) -> None:
+def test_the_forms_follow_what_full_steps_choose(
+    calls, forms_of, compiled, strategy: str, context_extrapolation: int
+) -> None:
     """A partial step is that of a fixed plan with the same tokens, and the backend does what the forms do."""
     chosen_by = plan(strategy, context_extrapolation=context_extrapolation)
-    forms = hetcache.rewrite(model, chosen_by, (), calls[0])
+    forms = forms_of(chosen_by)
     cache, outputs, chosen = {}, [], []
     for kind, call in zip(KINDS, calls, strict=True):
         output, cache = forms.run(kind, cache, (), call)
@@ -197,19 +212,17 @@ def test_the_forms_follow_what_full_steps_choose(model, calls, strategy: str, co
     fixed = replace(
         chosen_by, selection="uniform", active_index=active, context_index=np.setdiff1d(np.arange(N), active)
     )
-    fixed_forms = hetcache.rewrite(model, fixed, (), calls[0])
+    fixed_forms = forms_of(fixed)
     _, fixed_cache = fixed_forms.full(**calls[0])
     expected, _ = fixed_forms.partial(fixed_cache, **calls[1])
     torch.testing.assert_close(outputs[1], expected[0], atol=1e-5, rtol=0)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="hetcache", options={"inner": "eager"})
     with hetcache.session(chosen_by):
         torch.testing.assert_close([compiled(**call)[0] for call in calls], outputs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_frozen_inputs(model, calls, strategy: str) -> None:
-    forms = hetcache.rewrite(model, plan(strategy), (), calls[0])
+def test_frozen_inputs(model, calls, forms_of, strategy: str) -> None:
+    forms = forms_of(plan(strategy))
     expected, cache = forms.full(**calls[0])
     torch.testing.assert_close(expected[0], model(**calls[0])[0], atol=1e-5, rtol=0)
     for kind in ("partial", "reuse"):
@@ -241,12 +254,12 @@ def test_another_mask_with_the_same_budgets_compiles_nothing(model, calls) -> No
     assert len(compiled_forms) == before
 
 
-def test_all_generative_and_one_generative_token(model, calls) -> None:
+def test_all_generative_and_one_generative_token(calls, forms_of) -> None:
     for mask in (np.ones(CASE.grid, dtype=bool), np.eye(1, N, 17, dtype=bool).reshape(CASE.grid)):
         chosen_by = hetcache.Plan.from_mask(
             mask, CASE.grid, num_inference_steps=2, schedule="FP", selection="hetcache", margin=0, multiple=1
         )
-        forms = hetcache.rewrite(model, chosen_by, (), calls[0])
+        forms = forms_of(chosen_by)
         expected, cache = forms.full(**calls[0])
         output, _ = forms.partial(cache, **calls[0])
         torch.testing.assert_close(output[0], expected[0], atol=1e-5, rtol=0)
