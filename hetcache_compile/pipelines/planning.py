@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,15 +9,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from ..calibration.best_schedule import Expectation, expect
 from ..calibration.output_weights import step_lengths
 from ..calibration.schedule_search import Budget
-from ..errors import MaskError, PlanError
-from ..plan.mask import to_mask
+from ..errors import PlanError
 from ..plan.options import PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
+from .edit import Edit, edit_of
+from .observe import models_of
 
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
@@ -28,47 +30,54 @@ def plan_for(
     pipe: Any,
     *,
     mask: Any,
-    height: int,
-    width: int,
-    num_frames: int,
-    num_inference_steps: int = 50,
-    num_reference_images: int = 0,
     schedule: Schedule | None = None,
     calibration: Calibration | None = None,
-    **options: Any,
+    num_reference_images: int | None = None,
+    **arguments: Any,
 ) -> Plan:
-    """A plan for one call of a diffusers video pipeline, with the pipeline's own factors, model and scheduler.
+    """A plan for one call of a diffusers pipeline that edits pictures or videos.
+
+    Give it the mask, and what you give the pipeline. With a prompt, or what stands for one, the pipeline is run up to
+    its first model call: the token grid, the times and the references are those of that call. Without one they are
+    computed from the sizes and the pipeline's own factors, as far as these say.
 
     Where the schedule is searched for, so is the margin, and whether cached keys and values are predicted, unless they
     are given: the plan is the best of `choices`.
 
     Args:
-        pipe: a pipeline with `vae_scale_factor_temporal`, `vae_scale_factor_spatial`, `scheduler` and
-            `transformer` (whose config has `patch_size`); it is not changed.
-        mask: what the pipeline takes, or anything else that `mask.to_mask` takes: `num_frames` frames, or one that
-            stands for all, of `height` x `width` pixels; or on the token grid.
-        height: of the video, in pixels.
-        width: of the video, in pixels.
-        num_frames: of the video, rounded like the pipeline does.
-        num_inference_steps: as passed to the pipeline.
-        num_reference_images: how many reference images the call has.
+        pipe: a pipeline with a `transformer`; it is not changed.
+        mask: what the pipeline takes, or anything else that `mask.to_mask` takes, in pixels: a frame for each of the
+            video's, or one that stands for all; or on the token grid, `[T', H', W']`.
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding. By default
             `"balanced"`, and `"optimal:1%"` with a calibration.
         calibration: of this model, for an `"optimal:..."` schedule, and for the weights of outputs.
-        options: fields of `PlanOptions`. A preset's own options hold unless they are given. By default
-            `extrapolation` is 1 where the model takes a `timestep`, else 0.
+        num_reference_images: how many latent frames of references stand in front; found where the pipeline is run.
+        arguments: of the pipeline's call, such as `prompt`, `image`, `height`, `width`, `num_frames`, `strength` and
+            `num_inference_steps`; and fields of `PlanOptions`. A preset's own options hold unless they are given. By
+            default `extrapolation` is 1 where the model takes a `timestep`, else 0.
 
     Raises:
-        PlanError: the size is no multiple of what the model needs, the pipeline lacks a part, or an option is none.
+        PlanError: the pipeline does not run with these arguments, or they do not say enough, or an option is none.
+        MaskError: the mask is none, or is not like the pictures of the call.
     """
+    options = {name: arguments.pop(name) for name in PlanOptions.names() if name in arguments}
     PlanOptions.check(options)
-    mask = to_mask(mask, size=(height, width))
+    _check_arguments(pipe, arguments)
+    edit = edit_of(pipe, mask, arguments, num_reference_images)
     schedule = default_schedule(calibration) if schedule is None else schedule
-    make = partial(
-        _plan_for, pipe, mask, (num_frames, height, width), num_inference_steps, num_reference_images, schedule,
-        calibration,
-    )  # fmt: skip
+    make = partial(_plan_for, pipe, edit, schedule, calibration)
     return choices(make, schedule, calibration, options)[0].plan
+
+
+def _check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    known = list(inspect.signature(type(pipe).__call__).parameters)[1:]
+    for name in arguments:
+        if name not in known:
+            options = ", ".join(PlanOptions.names())
+            raise PlanError(
+                f"{name!r} is neither an argument of {type(pipe).__name__} nor an option: options are {options}, "
+                f"arguments {', '.join(known)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,66 +130,30 @@ def _rank(choice: Choice, by_error: bool) -> tuple[float, float]:
     return key if by_error else key[::-1]
 
 
-def _plan_for(
-    pipe: Any,
-    mask: Any,
-    size: tuple[int, int, int],
-    num_inference_steps: int,
-    num_reference_images: int,
-    schedule: Schedule,
-    calibration: Calibration | None,
-    **options: Any,
-) -> Plan:
+def _plan_for(pipe: Any, edit: Edit, schedule: Schedule, calibration: Calibration | None, **options: Any) -> Plan:
     """One plan, see `plan_for`."""
-    num_frames, height, width = size
-    # Not `or`: the truth of a compiled module is its length, and most have none.
-    models = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    model = next((model for model in models if model is not None), None)
-    if model is None or not hasattr(pipe, "vae_scale_factor_temporal"):
-        raise PlanError(f"{type(pipe).__name__} is no video pipeline with a transformer")
+    model = models_of(pipe)[0]
     model = getattr(model, "_orig_mod", model)
     takes_time = "timestep" in inspect.signature(model.forward).parameters
     options = {"extrapolation": int(takes_time), **preset_options(schedule), **options}
-    patch_t, patch_h, patch_w = model.config.patch_size
-    temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
-    if height % (spatial * patch_h) or width % (spatial * patch_w):
-        raise PlanError(
-            f"height and width must be multiples of {spatial * patch_h} and {spatial * patch_w}, "
-            f"got {height} and {width}"
-        )
-    if num_frames % temporal != 1 % temporal:
-        num_frames = num_frames // temporal * temporal + 1
-    latent_frames = num_reference_images + (num_frames - 1) // temporal + 1
-    if latent_frames % patch_t:
-        raise PlanError(f"{latent_frames} latent frames are no multiple of the patch size {patch_t}")
-    grid = (latent_frames // patch_t, height // (spatial * patch_h), width // (spatial * patch_w))
-    pixels = (num_frames, height, width)
-    if np.shape(mask) not in (grid, pixels, (1, height, width)):
-        raise MaskError(f"the mask has shape {np.shape(mask)}, this call needs {pixels} pixels or {grid} tokens")
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(num_inference_steps)
-    distances = time_distances(model, scheduler.timesteps)
-    timesteps = scheduler.timesteps.double().cpu().numpy()
+    steps = len(edit.timesteps)
     plan = replace(
-        Plan.from_mask(
-            mask, grid, num_inference_steps=len(distances), schedule="full", temporal_factor=temporal,
-            temporal_patch=patch_t, reference_frames=num_reference_images, **options,
-        ),
-        timesteps=timesteps,
-        sigmas=_sigmas_of(scheduler, len(distances)),
-        distances=distances,
-    )  # fmt: skip
+        Plan.from_mask(edit.mask, edit.grid, num_inference_steps=steps, schedule="full", **options),
+        timesteps=edit.timesteps,
+        sigmas=edit.sigmas,
+        distances=distances_of(model, edit.timesteps),
+    )
     if calibration is None:
         return plan.with_schedule(schedule)
     return calibration.like(options).scheduled(
-        plan, schedule, timesteps=timesteps, lengths=step_lengths(pipe.scheduler, num_inference_steps),
-        multistep=bool(options.get("multistep", True)), distances=distances,
+        plan, schedule, timesteps=edit.timesteps, lengths=step_lengths(pipe.scheduler, steps),
+        multistep=bool(options.get("multistep", True)), distances=plan.distances if plan.distances.size else None,
     )  # fmt: skip
 
 
-def _sigmas_of(scheduler: Any, num_steps: int) -> Any:
-    """The noise levels of the steps, or none: schedulers keep one more, for the end."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None or len(sigmas) not in (num_steps, num_steps + 1):
+def distances_of(model: Any, timesteps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """See `time_distances`; empty for a model whose time embedding is not of diffusers' kind."""
+    try:
+        return time_distances(model, torch.as_tensor(timesteps, dtype=torch.float32))
+    except PlanError:
         return np.zeros(0)
-    return np.asarray(sigmas, dtype=np.float64)[:num_steps]

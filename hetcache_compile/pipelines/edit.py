@@ -1,0 +1,162 @@
+"""What a plan has to know of one call of a pipeline: which tokens are masked, and the times of its steps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import MaskError, PlanError
+from ..plan.mask import to_mask
+from ..plan.partition import Grid
+from .layout import Factors, grid_of_call
+from .observe import first_call, models_of, noise_levels
+
+SIZES = frozenset({"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "output_type"})
+"""Arguments of a pipeline that say nothing of what is edited: with these alone it cannot be run."""
+MASKS = ("mask", "mask_video", "mask_image")
+"""Arguments that take a mask: those of videos a list of pictures, those of pictures one."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One call of a pipeline.
+
+    Attributes:
+        grid: (T', H', W') of the tokens that are denoised.
+        mask: bool `grid`.
+        timesteps: float64 `[S]` in the scheduler's units.
+        sigmas: float64 `[S]`, or empty.
+    """
+
+    grid: Grid
+    mask: NDArray[np.bool_]
+    timesteps: NDArray[np.float64]
+    sigmas: NDArray[np.float64]
+
+
+def edit_of(pipe: Any, mask: Any, arguments: Mapping[str, Any], num_reference_images: int | None = None) -> Edit:
+    """What a call is, from its first model call if the arguments suffice to run the pipeline; see `plan_for`.
+
+    Raises:
+        PlanError: the arguments do not say.
+        MaskError: the mask is none, or does not fit.
+    """
+    size = _size(arguments)
+    pixels = to_mask(mask, size=size)
+    if set(arguments) <= SIZES:
+        return _computed(pipe, pixels, arguments, num_reference_images or 0)
+    given = dict(arguments)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in MASKS:
+        if name in parameters and given.get(name) is None:
+            frames = [Image.fromarray(frame.astype(np.uint8) * 255) for frame in pixels]
+            given[name] = frames if "num_frames" in parameters else frames[0]
+    call = first_call(pipe, given)
+    grid = grid_of_call(call, *(size or pixels.shape[1:]))
+    factors = Factors.of(pipe, call.model)
+    frames = _default(pipe, arguments, "num_frames", len(pixels))
+    references = _references(factors, grid, frames) if num_reference_images is None else num_reference_images
+    return Edit(grid, on_grid(pixels, grid, factors, references), call.timesteps, call.sigmas)
+
+
+def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any], references: int) -> Edit:
+    """What a call is, by sizes alone."""
+    model = models_of(pipe)[0]
+    model = getattr(model, "_orig_mod", model)
+    factors = Factors.of(pipe, model)
+    height, width = _size(arguments) or pixels.shape[1:]
+    frames = factors.frames(_default(pipe, arguments, "num_frames", len(pixels)))
+    _, patch_h, patch_w = factors.patch
+    if height % (factors.spatial * patch_h) or width % (factors.spatial * patch_w):
+        raise PlanError(
+            f"height and width must be multiples of {factors.spatial * patch_h} and {factors.spatial * patch_w}, "
+            f"got {height} and {width}"
+        )
+    latent_frames = references + factors.latent_frames(frames)
+    if latent_frames % factors.patch[0]:
+        raise PlanError(f"{latent_frames} latent frames are no multiple of the patch size {factors.patch[0]}")
+    grid = (
+        latent_frames // factors.patch[0],
+        height // (factors.spatial * patch_h),
+        width // (factors.spatial * patch_w),
+    )
+    if pixels.shape not in (grid, (frames, height, width), (1, height, width)):
+        shapes = f"{(frames, height, width)} pixels, or one still, or {grid} tokens"
+        raise MaskError(f"the mask has shape {pixels.shape}, this call needs {shapes}")
+    scheduler = copy.deepcopy(pipe.scheduler)
+    try:
+        scheduler.set_timesteps(_default(pipe, arguments, "num_inference_steps", 50))
+    except ValueError as error:
+        raise PlanError(
+            f"the times of {type(pipe).__name__} depend on the call ({error}): give plan_for its prompt, and all else "
+            "that you give the pipeline"
+        ) from error
+    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()
+    mask = on_grid(pixels, grid, factors, references)
+    return Edit(grid, mask, timesteps, noise_levels(scheduler, len(timesteps)))
+
+
+def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references: int = 0) -> NDArray[np.bool_]:
+    """A mask in pixels, or already on the grid, as bool `grid`.
+
+    Pipelines may scale their pictures first, so a token is masked where any pixel is that it covers a part of.
+
+    Raises:
+        MaskError: it has another number of frames, or another shape than the pictures.
+    """
+    if pixels.shape == grid:
+        return pixels
+    frames, height, width = pixels.shape
+    if abs(grid[1] * width - grid[2] * height) > max(height, width):
+        raise MaskError(
+            f"the mask has {height} x {width} pixels (height x width), the call has {grid[1]} x {grid[2]} tokens: give "
+            "the mask of the pictures that are edited"
+        )
+    scaled = pixels
+    for axis in (1, 2):
+        size, tokens = pixels.shape[axis], grid[axis]
+        ends = [-(-(place + 1) * size // tokens) for place in range(tokens)]
+        starts = [place * size // tokens for place in range(tokens)]
+        scaled = np.stack([scaled.take(range(*span), axis).any(axis) for span in zip(starts, ends, strict=True)], axis)
+    latent_frames = grid[0] * factors.patch[0] - references
+    if frames not in (1, factors.temporal * latent_frames):  # a codec that takes the first frame alone
+        wanted = 1 + factors.temporal * (latent_frames - 1)
+        if not wanted - factors.temporal * factors.patch[0] < frames < wanted + factors.temporal:
+            raise MaskError(f"the mask has {frames} frames, the call has {wanted}, in {latent_frames} latent frames")
+        groups = [scaled[:1], *np.split(scaled[1:wanted], range(factors.temporal, wanted - 1, factors.temporal))]
+    else:
+        groups = np.split(scaled, latent_frames) if frames > 1 else [scaled] * latent_frames
+    # Frames that a pipeline adds at the end are like the last one.
+    latent = [group.any(axis=0) for group in groups if len(group)]
+    latent += [latent[-1]] * (latent_frames - len(latent))
+    nothing = np.zeros_like(latent[0])
+    stacked = np.stack([nothing] * references + latent)
+    return np.asarray(stacked.reshape(grid[0], factors.patch[0], *grid[1:]).any(axis=1))
+
+
+def _references(factors: Factors, grid: Grid, num_frames: int) -> int:
+    """How many latent frames stand in front that are not of the video, which may be filled up to whole patches."""
+    patch = factors.patch[0]
+    tokens = -(-factors.latent_frames(num_frames) // patch)
+    return max(0, grid[0] - tokens) * patch
+
+
+def _size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = arguments.get("height"), arguments.get("width")
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+def _default(pipe: Any, arguments: Mapping[str, Any], name: str, other: int) -> int:
+    """An argument, else its default in the pipeline's signature, else another number."""
+    if arguments.get(name) is not None:
+        return int(arguments[name])
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else other

@@ -1,0 +1,122 @@
+"""What becomes of a pipeline with a session: the verdict of a row of `tests/pipelines`, on an unmodified pipeline."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from pipelines.row import Row
+
+import hetcache_compile as hetcache
+from hetcache_compile import Plan, StepKind
+from hetcache_compile.pipelines.observe import models_of
+from hetcache_compile.runtime.session import HetCacheWarning
+
+MIXED = ("full", "partial", "reuse", "full", "reuse")
+"""Kinds of steps, from the first: rows have two to five."""
+
+
+@dataclass
+class Verdict:
+    """What was found of a row.
+
+    Attributes:
+        result: `cached`; `plain`, where the graph is refused and the pipeline gives what it always gives; `no plan`;
+            `broken`, where the pipeline itself does not run; or `wrong`.
+        reason: why it is not cached.
+        grid: of the plan.
+        steps: kinds of the calls of a mixed plan without guidance, a letter each.
+        guided: the same with guidance; empty where the pipeline has none.
+    """
+
+    name: str
+    result: str
+    reason: str = ""
+    grid: tuple[int, ...] = ()
+    steps: str = ""
+    guided: str = ""
+    wrong: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Without what is empty."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+def check(row: Row) -> Verdict:
+    """Plan its call, run it all FULL and mixed, with guidance and without, two edits in a session each time."""
+    if row.reason:
+        return Verdict(row.name, "broken", row.reason)
+    try:
+        plan = plan_of(row)
+    except hetcache.HetCacheError as error:
+        return Verdict(row.name, "no plan", str(error))
+    verdict = Verdict(row.name, "cached", grid=plan.grid)
+    expected = Plan.from_token_mask(row.token_mask.ravel(), row.grid)
+    # References in front are latent frames that are never masked.
+    if plan.grid != row.grid or set(expected.active_index[-1:]) - set(plan.active_index):
+        verdict.wrong.append(f"the plan has grid {plan.grid}, right is {row.grid}")
+    for guided in (False, True) if row.guided else (False,):
+        _run(row, plan, guided, verdict)
+    if verdict.wrong:
+        verdict.result = "wrong"
+    return verdict
+
+
+def plan_of(row: Row) -> Plan:
+    """The plan for a row's call, as a user makes it: every step FULL, exactly the masked tokens active and a margin."""
+    arguments = {**row.call(), "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    mask = arguments.pop("mask", row.mask)
+    return hetcache.plan_for(row.build(), mask=mask, schedule="full", multiple=1, margin=1, **arguments)
+
+
+def mixed(plan: Plan) -> Plan:
+    """The same plan with steps of every kind."""
+    return plan.with_schedule(list(MIXED[: len(plan.steps)]))
+
+
+def _run(row: Row, plan: Plan, guided: bool, verdict: Verdict) -> None:
+    """Two edits under each plan; what is not as it must be goes into `verdict.wrong`."""
+    torch._dynamo.reset()
+    expected = [row.run(row.build(), seed, guided) for seed in range(2)]
+    pipe, cached = row.build(), mixed(plan)
+    compile_models(pipe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", HetCacheWarning)
+        with hetcache.session(plan):
+            full = [row.run(pipe, seed, guided) for seed in range(2)]
+        with hetcache.session(cached) as session:
+            edits = [row.run(pipe, seed, guided) for seed in range(2)]
+        with hetcache.session(cached):
+            alone = row.run(pipe, 1, guided)
+    how = "with guidance" if guided else "without guidance"
+    for seed, (one, other) in enumerate(zip(full, expected, strict=True)):
+        if not torch.equal(one, other):
+            verdict.wrong.append(f"{how}, edit {seed}: all FULL differs by {float((one - other).abs().max()):.1e}")
+    if not torch.equal(edits[1], alone):
+        verdict.wrong.append(f"{how}: the second edit in a session is not that of a session of its own")
+    if not all(bool(torch.isfinite(one).all()) for one in edits):
+        verdict.wrong.append(f"{how}: not finite")
+    said = [str(one.message).removeprefix("hetcache: ") for one in caught if one.category is HetCacheWarning]
+    kinds = "".join(kind.letter for kind in session.stats.kinds)
+    if not kinds and said:
+        verdict.result, verdict.reason = "plain", said[0]
+        return
+    if said:
+        verdict.wrong.append(f"{how}: {said[0]}")
+    calls = row.guided_calls if guided else row.calls
+    planned = "".join(kind.letter * calls for kind in cached.steps)
+    if kinds != 2 * planned:
+        verdict.wrong.append(f"{how}: the calls were {kinds}, planned are {planned} twice")
+    if StepKind.REUSE in cached.steps and np.array_equal(edits[0], expected[0]):
+        verdict.wrong.append(f"{how}: nothing was left out")
+    verdict.guided, verdict.steps = (planned, verdict.steps) if guided else (verdict.guided, planned)
+
+
+def compile_models(pipe: Any) -> None:
+    """Compile what denoises, with `eager` inside."""
+    for name in ("transformer", "transformer_2"):
+        if getattr(pipe, name, None) in models_of(pipe):
+            setattr(pipe, name, torch.compile(getattr(pipe, name), backend="hetcache", options={"inner": "eager"}))
