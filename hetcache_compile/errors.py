@@ -8,6 +8,7 @@ __all__ = [
     "CalibrationError",
     "CompiledError",
     "EngineError",
+    "EstimateError",
     "ExportError",
     "GridMismatchError",
     "HetCacheError",
@@ -55,6 +56,10 @@ class NonFiniteError(HetCacheError, ArithmeticError):
 
 class InputFileError(HetCacheError, ValueError):
     """A video, mask or model folder cannot be read."""
+
+
+class EstimateError(HetCacheError, ValueError):
+    """Nothing can be estimated of this model or this GPU."""
 
 
 class EngineError(HetCacheError, RuntimeError):
