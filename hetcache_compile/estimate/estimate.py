@@ -17,6 +17,7 @@ from .inventory import PLAIN, Inventory, take_inventory
 from .models import KnownModel
 
 GIB = 2**30
+STORED_AS: dict[str, str] = {name: "as computed" if name == "same" else name for name in CACHE_DTYPES}
 LABELS = {PLAIN: "uncached", **{kind.form: kind.name for kind in StepKind}}
 
 
@@ -107,14 +108,14 @@ class Estimate:
         """How many times the plan is predicted to be faster than the uncached model, compiled too."""
         return self.uncached_seconds / self.plan_seconds
 
-    def largest_fit(self) -> str | None:
+    def fits_with(self) -> str | None:
         """The first cache type with which weights and caches fit into the memory of the GPU; None where none does."""
         room = self.gpu_bytes - self.weights_bytes
         return next((name for name, cache in self.caches.items() if cache.edit <= room), None)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return {**asdict(self), "speedup": self.speedup, "largest_fit": self.largest_fit()}
+        return {**asdict(self), "speedup": self.speedup, "fits_with": self.fits_with()}
 
     def __str__(self) -> str:
         parameters = f"{self.parameters / 1e9:.2f} billion parameters"
@@ -134,16 +135,19 @@ class Estimate:
                 f"{LABELS[kind]:9} {form.flops / 1e12:9.1f} {form.flops / whole.flops:12.1%} {attention:10.0%} "
                 f"{form.bytes / 1e9:9.1f} {form.seconds:9.4f}"
             )
-        heads = "one branch", f"the edit ({self.branches} x {self.experts})", "predicted K/V"
-        lines += ["", "cached K/V in" + "".join(f"{head:>18}" for head in heads)]
+        lines += ["", f"{'cached K/V':12}{'one branch':>14}{'the edit':>14}{'and predicted K/V':>20}"]
         for name, cache in self.caches.items():
             sizes = (cache.branch, cache.edit, cache.predicted_edit)
-            lines.append(f"  {name:11}" + "".join(f"{size / GIB:14.2f} GiB" for size in sizes))
-        fit = self.largest_fit()
-        fits = f"weights and caches fit with cached K/V in {fit}" if fit else "weights and caches do not fit"
+            branch, edit, predicted = (f"{size / GIB:.2f} GiB" for size in sizes)
+            lines.append(f"{STORED_AS[name]:12}{branch:>14}{edit:>14}{predicted:>20}")
+        fit = self.fits_with()
+        fits = f"weights and caches fit, with K/V {STORED_AS[fit]}" if fit else "weights and caches do not fit"
+        counted = f"{self.branches} branch" + "es" * (self.branches > 1)
+        counted += f" x {self.experts} experts" * (self.experts > 1)
         lines += [
             "",
-            f"{self.gpu_bytes / GIB:.0f} GiB of {self.gpu}: {fits} (activations come on top)",
+            f"the edit has {counted}; activations, text encoder and VAE come on top of what is shown",
+            f"{self.gpu}, {self.gpu_bytes / GIB:.0f} GiB: {fits}",
             f"the plan: {self.plan_flops / 1e15:.1f} of {self.uncached_flops / 1e15:.1f} PFLOPs, predicted "
             f"{self.plan_seconds:.1f} s of {self.uncached_seconds:.1f} s in the model ({self.speedup:.1f}x)",
             f"rates: {self.rates}",

@@ -83,19 +83,22 @@ def missing_blocks(model: KnownModel) -> dict[str, int]:
     """How many blocks of each kind the smallest model that shows all kinds lacks, where it is worth it."""
     missing = {}
     for name, least in model.depths.items():
-        value = model.config.get(name, ())
+        value = model.config.get(name) or ()
         count = (len(value) if isinstance(value, list | tuple) else int(value)) - least
         if count > 1:
             missing[name] = count
     return missing
 
 
-def shortened(config: Mapping[str, Any], missing: Mapping[str, int]) -> dict[str, Any]:
-    """The config of a model with fewer blocks. Of a list of layers the first remain, at the first places."""
-    changed = dict(config)
-    for name, count in missing.items():
-        value = config[name]
-        changed[name] = list(range(len(value) - count)) if isinstance(value, list | tuple) else value - count
+def shortened(model: KnownModel, missing: Mapping[str, int]) -> dict[str, Any]:
+    """The config of a model with fewer blocks. Of a list of layers as many as remain stand at the first places."""
+    changed = dict(model.config)
+    for name in model.depths if missing else ():
+        value, count = changed.get(name), missing.get(name, 0)
+        if isinstance(value, list | tuple):
+            changed[name] = list(range(len(value) - count))
+        elif value is not None:
+            changed[name] = value - count
     return changed
 
 
@@ -118,7 +121,7 @@ def build(model: KnownModel, config: Mapping[str, Any], dtype: torch.dtype) -> n
 
 
 def _take(model: KnownModel, plan: Plan, dtype: torch.dtype, missing: Mapping[str, int]) -> Inventory:
-    module = build(model, shortened(model.config, missing), dtype)
+    module = build(model, shortened(model, missing), dtype)
     kwargs = sample_call(module, CallShape(plan, text_tokens=model.text_tokens), dtype)
     kwargs["timestep"] = kwargs["timestep"].to(dtype)  # some pipelines cast it, and their models rely on that
     if model.time_per_token:
