@@ -115,6 +115,8 @@ def test_seconds_are_a_roofline() -> None:
     found = card.seconds(Work(Counter({by_flops: 2, by_bytes: 3}), fused_bytes=int(1e12), eager_bytes=int(5e12)), "fa2")
     expected = card.call_seconds + 2e15 / card.attention_flops["fa2"] + 4e12 / card.memory_bytes_per_second
     assert found == pytest.approx(expected)
+    with pytest.raises(EstimateError, match="RTX 4090 has rates of sdpa, fa2, not of fa3"):
+        find_gpu("rtx4090").seconds(Work(), "fa3")
 
 
 def test_an_estimate_of_an_edit() -> None:
@@ -163,6 +165,8 @@ def test_a_local_folder_without_weights(tmp_path: Path, hetcache_command: Any) -
         (["wan2.1-t2v-14b", "--height", "100"], ["height must be a multiple of 16"]),
         (["wan2.1-t2v-14b", "--num-frames", "80"], ["one more than a multiple of 4"]),
         (["flux.1-dev", "--num-frames", "5"], ["makes pictures"]),
+        (["flux.1-dev", "--margin", "1", "--set", "merged_ratio=0.5"], ["margin, merged_ratio of a plan needs a mask"]),
+        (["flux.1-dev", "--plan", "a.hetplan", "--steps", "9"], ["--plan has a mask and steps already"]),
     ],
 )
 def test_what_is_refused(arguments: list[str], parts: list[str], hetcache_command: Any) -> None:

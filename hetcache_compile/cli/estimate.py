@@ -92,10 +92,12 @@ def _load(file: Path, model: KnownModel, given: Size) -> Plan:
     return plan
 
 
-def _make(
-    model: KnownModel, size: tuple[int, int, int], mask: Path | None, active: float, **options: Any
-) -> Plan:  # fmt: skip
-    """A plan of a mask, or of a share of active tokens. Those of references are context."""
+def _make(model: KnownModel, size: tuple[int, int, int], mask: Path | None, active: float, **options: Any) -> Plan:
+    """A plan of a mask, or of a share of active tokens. Those of references are context.
+
+    Raises:
+        EstimateError: an option is for a plan of a mask.
+    """
     import numpy as np
 
     from ..edit.media import read_mask
@@ -109,8 +111,8 @@ def _make(
         tokens = to_token_grid(read_mask(mask, num_frames, height, width), grid, temporal_factor=model.token[0])
         references = np.zeros((whole[0] - grid[0], *grid[1:]), dtype=bool)
         return Plan.from_mask(np.concatenate([tokens, references]), whole, **options)
-    kept = ("num_inference_steps", "schedule", "extrapolation", "context_extrapolation")
+    options.pop("context_ratio", None)  # there always; the share is of all tokens that are computed
+    if of_mask := options.keys() - {"num_inference_steps", "schedule", "extrapolation", "context_extrapolation"}:
+        raise EstimateError(f"{', '.join(sorted(of_mask))} of a plan needs a mask: give --mask or --plan")
     count = max(1, round(active * int(np.prod(grid))))
-    return Plan.from_token_mask(
-        np.arange(np.prod(whole)) < count, whole, **{name: options[name] for name in kept if name in options}
-    )
+    return Plan.from_token_mask(np.arange(np.prod(whole)) < count, whole, **options)

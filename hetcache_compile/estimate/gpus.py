@@ -51,7 +51,12 @@ class Gpu:
             work: of the call.
             attention: the kernel.
             eager: whether light operators are kernels of their own, instead of fused ones.
+
+        Raises:
+            EstimateError: no rate of this kernel is listed.
         """
+        if attention not in self.attention_flops:
+            raise EstimateError(f"{self.name} has rates of {', '.join(self.attention_flops)}, not of {attention}")
         light_bytes = work.eager_bytes if eager else work.fused_bytes
         seconds = self.call_seconds + light_bytes / self.memory_bytes_per_second
         for operation, count in work.operations.items():
