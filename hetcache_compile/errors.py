@@ -8,6 +8,7 @@ __all__ = [
     "CalibrationError",
     "CompiledError",
     "EngineError",
+    "EstimateError",
     "ExportError",
     "GridMismatchError",
     "HetCacheError",
@@ -60,6 +61,10 @@ class InputFileError(HetCacheError, ValueError):
 
 class OutputFileError(HetCacheError, OSError):
     """A result cannot be written."""
+
+
+class EstimateError(HetCacheError, ValueError):
+    """Nothing can be estimated of this model or this GPU."""
 
 
 class EngineError(HetCacheError, RuntimeError):

@@ -35,7 +35,7 @@ SMALL = ("--height", SIZE, "--width", SIZE, "--num-frames", FRAMES)
 
 
 def test_every_command_has_help(hetcache_command):
-    names = ("demo", "plan", "edit", "compile", "explain", "calibrate", "bench")
+    names = ("demo", "plan", "edit", "compile", "explain", "estimate", "calibrate", "bench")
     for command in ((), *((name,) for name in names), ("bench", "quality"), ("bench", "engine")):
         status, out, _ = hetcache_command(*command, "--help")
         assert status == 0

@@ -14,6 +14,7 @@ from models_check import distance, random_plan
 from torch import nn
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture import assumed_values
 from hetcache_compile.passes.forms.pipeline import in_process
 
 GRID, N, TEXT, WIDTH = (2, 3, 5), 30, 11, 14
@@ -154,6 +155,25 @@ def test_a_graph_that_depends_on_a_mask() -> None:
     for name, other in (("text_mask", torch.arange(TEXT)[None] < 8), ("image", torch.zeros(1, 3, WIDTH))):
         with pytest.raises(hetcache.SessionError, match=f"captured for another value of {name}"):
             forms.full(**{**padded_inputs(0), name: other})
+
+
+class SquareMask(nn.Module):
+    """Padding is dropped, and a mask of all against all is made of the rest."""
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([text[:, text_mask[0]], hidden_states], 1)
+        valid = F.pad(text_mask[:, text_mask[0]], (0, N), value=True)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=valid[:, :, None] & valid[:, None])[:, -N:]
+
+
+@pytest.mark.parametrize(("largest", "constants"), [(2**24, True), (1000, False)])
+def test_a_large_mask_is_left_to_the_graph(monkeypatch: pytest.MonkeyPatch, largest: int, constants: bool) -> None:
+    monkeypatch.setattr(assumed_values, "LARGEST", largest)
+    inputs = padded_inputs(0)
+    del inputs["image"]
+    forms = hetcache.rewrite(SquareMask(), random_plan(GRID, 10, 20, 0), kwargs=inputs)
+    assert any(tensor.numel() == (7 + N) ** 2 for tensor in forms.program.state.values()) is constants
+    check_exact(forms, SquareMask(), inputs)
 
 
 def test_latents_that_decide_are_assumed_too() -> None:

@@ -16,7 +16,7 @@ FOLDERS = {"passes": ROOT / "passes", "export": ROOT / "export"}
 ORDER = {
     "": (
         "passes", "errors", "files", "provenance", "console", "plan", "calibration", "pipelines", "capture",
-        "compilation", "runtime", "engine", "edit", "bench", "reference", "export", "cli", "__init__",
+        "compilation", "runtime", "engine", "edit", "bench", "reference", "export", "estimate", "cli", "__init__",
     ),
     "passes": ("ir", "rules", "analysis", "kernels", "writing", "forms", "testing", "__init__"),
     "export": ("model", "lowering", "onnx", "trt", "check", "serving", "exporter", "cli", "__init__"),

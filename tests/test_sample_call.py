@@ -26,6 +26,8 @@ EXPORTED = ("FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "QwenIma
 CALLED = (
     *EXPORTED,
     "LTXVideoTransformer3DModel",
+    "LTX2VideoTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel",
     "SD3Transformer2DModel",
     "WanTransformer3DModel",
     "WanTransformer3DModel (2.2 TI2V)",

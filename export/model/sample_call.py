@@ -1,8 +1,8 @@
 """A sample call of a diffusers model, made up from the names of its inputs and from its config.
 
 Only shapes, types and units have to be right: the values are for tests and timing. `INPUTS` knows what the pipelines of
-Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Flux, SD3, Qwen-Image, Z-Image and their relatives pass. A model with an input
-that it does not know needs a recorded call (`read_call`) or a factory.
+Wan, LTX, LTX-2, CogVideoX, HunyuanVideo (1 and 1.5), Mochi, Flux, SD3, Qwen-Image, Z-Image and their relatives pass. A
+model with an input that it does not know needs a recorded call (`read_call`) or a factory.
 """
 
 from __future__ import annotations
@@ -172,6 +172,28 @@ class InputMaker:
         """The grid of each sample's pictures."""
         return [[self.shape.plan.grid]] * self.shape.batch
 
+    def second_text(self) -> torch.Tensor:
+        """`[B, 256, width]` of a second text encoder, which spells out glyphs."""
+        return self.randn(self.shape.batch, GLYPH_TOKENS, self.size("text_embed_2_dim"))
+
+    def second_text_mask(self) -> torch.Tensor | None:
+        """`[B, 256]`: every token counts."""
+        if self.config.get("text_embed_2_dim") is None:
+            return None
+        return torch.ones(self.shape.batch, GLYPH_TOKENS, dtype=torch.bool)
+
+    def audio(self, *widths: str) -> torch.Tensor:
+        """`[B, audio tokens, width]`."""
+        return self.randn(self.shape.batch, self.audio_tokens, self.size(*widths))
+
+    @property
+    def audio_tokens(self) -> int:
+        """As long as the video is at 24 frames a second."""
+        frames = int(self.config["vae_scale_factors"][0])
+        seconds = ((self.shape.plan.grid[0] - 1) * frames + 1) / 24
+        hop = self.size("audio_hop_length") * self.size("audio_scale_factor")
+        return max(1, round(seconds * self.size("audio_sampling_rate") / hop))
+
     def latents_list(self) -> list[torch.Tensor]:
         """`[C, T, H, W]` of each sample."""
         patch = (int(self.config["all_f_patch_size"][0]), *[int(self.config["all_patch_size"][0])] * 2)
@@ -185,6 +207,11 @@ class InputMaker:
 
 TEXT_WIDTHS = ("text_dim", "text_embed_dim", "joint_attention_dim", "caption_channels", "cap_feat_dim")
 """What configs call the width of text states."""
+
+GLYPH_TOKENS = 256
+"""Of HunyuanVideo 1.5 and HunyuanImage."""
+IMAGE_TOKENS = {"image_dim": 257, "image_embed_dim": 729}
+"""Tokens of a picture's encoder, by the config entry that says how wide they are: CLIP ViT-H/14, SigLIP."""
 
 PICTURES = frozenset({"sample_size", "pos_embed_max_size"})
 """Config entries of models that take `[B, C, H, W]`."""
@@ -213,6 +240,18 @@ INPUTS: dict[str, Callable[[InputMaker], Any]] = {
     "width": lambda call: call.shape.plan.grid[2],
     "rope_interpolation_scale": lambda call: (8 / 25, 32, 32),
     "image_rotary_emb": InputMaker.rotary_table,
+    "encoder_hidden_states_image": lambda call: call.randn(
+        call.shape.batch, IMAGE_TOKENS["image_dim"], call.size("image_dim")
+    ),
+    # No picture is given, which HunyuanVideo 1.5 is told by zeros.
+    "image_embeds": lambda call: torch.zeros(
+        call.shape.batch, IMAGE_TOKENS["image_embed_dim"], call.size("image_embed_dim"), dtype=call.dtype
+    ),
+    "encoder_hidden_states_2": InputMaker.second_text,
+    "encoder_attention_mask_2": InputMaker.second_text_mask,
+    "audio_hidden_states": lambda call: call.audio("audio_in_channels"),
+    "audio_encoder_hidden_states": InputMaker.text,
+    "audio_num_frames": lambda call: call.audio_tokens,
     "ofs": lambda call: torch.full((1,), 2.0) if call.config.get("ofs_embed_dim") else None,
     "control_hidden_states": lambda call: call.latents(call.size("vace_in_channels")),
     "control_hidden_states_scale": lambda call: torch.ones(len(call.config["vace_layers"]), dtype=call.dtype),

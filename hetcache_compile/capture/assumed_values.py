@@ -32,6 +32,9 @@ ASKING = {
     torch.Tensor.item,
     torch.Tensor.tolist,
 }
+LARGEST = 2**24
+"""Numbers in a result that is computed at capture. A larger one, such as a mask of all tokens against all, is left to
+the graph."""
 MAKING = {torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor}
 """Operators whose results are known without any input."""
 
@@ -79,7 +82,10 @@ class Known(TorchFunctionMode):
             torch.Tensor, lambda tensor: self.values[id(tensor)].real, (tuple(args), kwargs)
         )
         with _disable_current_modes():
-            real = func(*real_args, **real_kwargs)
+            large = _is_large(func, real_args, real_kwargs)
+            real = None if large else func(*real_args, **real_kwargs)
+        if large:
+            return func(*self._indexed(func, args), **kwargs)
         if constant or func in ASKING:
             self.assumed |= inputs
             self._remember(real, real, inputs)
@@ -110,6 +116,15 @@ class Known(TorchFunctionMode):
             positions = value.real.nonzero(as_tuple=True)
         self._remember(positions, positions, value.inputs)
         return positions
+
+
+def _is_large(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call has a result of more than `LARGEST` numbers."""
+    try:
+        made = func(*pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
+    except (RuntimeError, NotImplementedError, TypeError):  # only data tells its size
+        return False
+    return any(_is_tensor(leaf) and leaf.numel() > LARGEST for leaf in pytree.tree_leaves(made))
 
 
 def _is_tensor(value: Any) -> bool:

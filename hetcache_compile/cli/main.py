@@ -1,4 +1,7 @@
-"""The command line: `hetcache demo | plan | edit | compile | explain | calibrate | bench`. Only it prints and exits."""
+"""The command line: `hetcache demo | plan | edit | compile | explain | estimate | calibrate | bench`.
+
+Only it prints and exits.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,7 @@ from .common import (
     torch_dtype,
 )
 from .compile import compile_forms
+from .estimate import estimate_command
 
 app = typer.Typer(
     help="Token-partitioned caching for diffusion transformers, as a compiler pass.",
@@ -63,6 +67,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command()(calibrate)
 app.command("compile")(compile_forms)
+app.command("estimate")(estimate_command)
 
 
 @app.command()
