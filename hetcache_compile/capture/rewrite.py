@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
-from ..passes.analysis.inputs import TokenInputs
+from ..passes.analysis.inputs import TokenInputs, holds_input
 from ..passes.forms import pipeline
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.contract import STEP_WEIGHTS, FormOptions
@@ -159,7 +159,8 @@ def rewrite(
         args: positional arguments of a sample call; shapes and Python values become static.
         kwargs: keyword arguments of it.
         token_inputs: tensor inputs that hold packed tokens already, with the dim of their token axis, or
-            `(dim, first token row)` where the dim holds other rows too. Found by itself where it is clear.
+            `(dim, first token row)` where the dim holds other rows too. By default as the plan says; else found by
+            itself where it is clear.
 
     Raises:
         UnsupportedGraphError: with every reason why the graph cannot be rewritten.
@@ -167,7 +168,18 @@ def rewrite(
     """
     model = getattr(model, "_orig_mod", model)
     program = capture(model, args, kwargs or {})
+    token_inputs = token_inputs or planned_token_inputs(program, plan)
     return replace(write_forms(program, analyse(program.module, plan.grid, token_inputs), plan), model=model)
+
+
+def planned_token_inputs(program: Program, plan: Plan) -> TokenInputs | None:
+    """Those inputs of a program that hold tokens by the plan; None where it names none of them."""
+    found = {
+        name: where
+        for name, where in plan.token_inputs.items()
+        if any(holds_input(placeholder, name) for placeholder in program.inputs)
+    }
+    return found or None
 
 
 def write_forms(program: Program, analysis: Analysis, plan: Plan) -> Forms:

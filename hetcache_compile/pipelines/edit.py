@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from ..errors import MaskError, PlanError
 from ..plan.mask import to_mask
 from ..plan.partition import Grid
-from .layout import Factors, grid_of_call
+from .layout import Factors, grid_of_call, token_inputs_of
 from .observe import first_call, models_of, noise_levels
 
 SIZES = frozenset({"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "output_type"})
@@ -34,16 +34,19 @@ class Edit:
         mask: bool `grid`.
         timesteps: float64 `[S]` in the scheduler's units.
         sigmas: float64 `[S]`, or empty.
+        token_inputs: see `plan.Plan`.
     """
 
     grid: Grid
     mask: NDArray[np.bool_]
     timesteps: NDArray[np.float64]
     sigmas: NDArray[np.float64]
+    token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def edit_of(pipe: Any, mask: Any, arguments: Mapping[str, Any], num_reference_images: int | None = None) -> Edit:
-    """What a call is, from its first model call if the arguments suffice to run the pipeline; see `plan_for`.
+    """What a call is, from its first model call if the arguments suffice to run the pipeline; see
+    `planning.plan_for`.
 
     Raises:
         PlanError: the arguments do not say.
@@ -57,14 +60,15 @@ def edit_of(pipe: Any, mask: Any, arguments: Mapping[str, Any], num_reference_im
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in MASKS:
         if name in parameters and given.get(name) is None:
-            frames = [Image.fromarray(frame.astype(np.uint8) * 255) for frame in pixels]
-            given[name] = frames if "num_frames" in parameters else frames[0]
+            pictures = [Image.fromarray(frame.astype(np.uint8) * 255) for frame in pixels]
+            given[name] = pictures if "num_frames" in parameters else pictures[0]
     call = first_call(pipe, given)
     grid = grid_of_call(call, *(size or pixels.shape[1:]))
     factors = Factors.of(pipe, call.model)
     frames = _default(pipe, arguments, "num_frames", len(pixels))
     references = _references(factors, grid, frames) if num_reference_images is None else num_reference_images
-    return Edit(grid, on_grid(pixels, grid, factors, references), call.timesteps, call.sigmas)
+    mask = on_grid(pixels, grid, factors, references)
+    return Edit(grid, mask, call.timesteps, call.sigmas, token_inputs_of(call, grid))
 
 
 def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any], references: int) -> Edit:
@@ -135,10 +139,10 @@ def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references:
     else:
         groups = np.split(scaled, latent_frames) if frames > 1 else [scaled] * latent_frames
     # Frames that a pipeline adds at the end are like the last one.
-    latent = [group.any(axis=0) for group in groups if len(group)]
+    latent = [np.asarray(group.any(axis=0)) for group in groups if len(group)]
     latent += [latent[-1]] * (latent_frames - len(latent))
     nothing = np.zeros_like(latent[0])
-    stacked = np.stack([nothing] * references + latent)
+    stacked = np.stack([*[nothing] * references, *latent])
     return np.asarray(stacked.reshape(grid[0], factors.patch[0], *grid[1:]).any(axis=1))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -119,20 +119,55 @@ def _is_like(sizes: tuple[int, int], height: int, width: int) -> bool:
     return abs(h * width - w * height) <= max(height, width)
 
 
+def token_inputs_of(call: FirstCall, grid: Grid) -> dict[str, tuple[int, int]]:
+    """The packed inputs that hold tokens of the grid: the dim of the tokens, and the row of the first, by name.
+
+    They are the latents, and lists of as many rows, such as what a ControlNet adds in each block.
+    """
+    (name, latents), *others = call.arguments.items()
+    if not isinstance(latents, torch.Tensor) or latents.ndim != 3:
+        return {}
+    length = latents.shape[1]
+    first = _first_row(call.arguments, length, prod(grid))
+    lists = [
+        other
+        for other, value in others
+        if isinstance(value, list | tuple) and value and all(_has_rows(entry, length) for entry in value)
+    ]
+    return dict.fromkeys((name, *lists), (1, first))
+
+
+def _has_rows(value: Any, length: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == length
+
+
+def _first_row(arguments: Mapping[str, Any], length: int, count: int) -> int:
+    """Where the tokens of the grid begin in a sequence of `length`, `count` of them: references may stand in front."""
+    for ids in _ids(arguments, length):
+        return int((ids[:, 0] == ids[:, 0].min()).nonzero()[0]) if len(ids) > count else 0
+    return 0
+
+
+def _ids(arguments: Mapping[str, Any], length: int) -> Iterator[torch.Tensor]:
+    """Tensors that say of each token where it stands, `[length, axes]`."""
+    for ids in list(arguments.values())[1:]:
+        if isinstance(ids, torch.Tensor) and ids.ndim in (2, 3) and length == ids.shape[-2] and 2 < ids.shape[-1] < 6:
+            yield ids.reshape(-1, *ids.shape[-2:])[0].double()
+
+
 def _packed(arguments: Mapping[str, Any], length: int, name: str) -> Grid:
     """The grid of a packed sequence of `length` tokens, those of references among them."""
-    sizes = [arguments.get(axis) for axis in ("num_frames", "height", "width")]
-    if all(isinstance(size, int) for size in sizes):
-        return sizes[0], sizes[1], sizes[2]
+    frames, height, width = (arguments.get(axis) for axis in ("num_frames", "height", "width"))
+    if isinstance(frames, int) and isinstance(height, int) and isinstance(width, int):
+        return frames, height, width
     shapes = arguments.get("img_shapes")
     if shapes is not None:
         first = shapes[0]
         return tuple(first[0] if isinstance(first[0], list | tuple) else first)
-    for ids in arguments.values():
-        if isinstance(ids, torch.Tensor) and ids.ndim in (2, 3) and length == ids.shape[-2] and 2 < ids.shape[-1] < 6:
-            grid = _grid_of_ids(ids.reshape(-1, *ids.shape[-2:])[0].double())
-            if grid is not None:
-                return grid
+    for ids in _ids(arguments, length):
+        grid = _grid_of_ids(ids)
+        if grid is not None:
+            return grid
     raise PlanError(
         f"{name} is given {length} packed tokens, and nothing that says where they stand: give the mask on the token "
         "grid, [T', H', W']"
@@ -144,7 +179,7 @@ def _grid_of_ids(ids: torch.Tensor) -> Grid | None:
 
     References differ from them in the first axis, and have higher numbers there.
     """
-    own = ids[ids[:, 0] == ids[:, 0].min()] if ids[:, 1].min() == ids[0, 1] else ids
-    rows, columns = own[:, 1].unique(), own[:, 2].unique()
+    own = ids[ids[:, 0] == ids[:, 0].min()]
+    rows, columns = set(own[:, 1].tolist()), set(own[:, 2].tolist())
     frames, left = divmod(len(own), len(rows) * len(columns))
     return None if left or not frames else (frames, len(rows), len(columns))

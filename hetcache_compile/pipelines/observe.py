@@ -105,7 +105,7 @@ def _kept(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     vars(pipe).pop("_num_timesteps", None)
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
     pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "disable": True})
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count())
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             yield
@@ -120,6 +120,8 @@ def _times(pipe: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The times that are left, and their noise levels: a strength leaves out the first ones."""
     scheduler = pipe.scheduler
     timesteps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()
+    if len(timesteps) == getattr(scheduler, "num_inference_steps", None) + 1:  # some keep the end too, as no step
+        timesteps = timesteps[:-1]
     sigmas = noise_levels(scheduler, len(timesteps))
     left = getattr(pipe, "_num_timesteps", None)
     if isinstance(left, int) and 0 < left < len(timesteps):

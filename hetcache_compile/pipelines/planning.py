@@ -142,6 +142,7 @@ def _plan_for(pipe: Any, edit: Edit, schedule: Schedule, calibration: Calibratio
         timesteps=edit.timesteps,
         sigmas=edit.sigmas,
         distances=distances_of(model, edit.timesteps),
+        token_inputs=edit.token_inputs,
     )
     if calibration is None:
         return plan.with_schedule(schedule)

@@ -39,7 +39,7 @@ ARRAYS = (
     "context_cluster",
     "weights",
 )
-HEADER = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging")
+HEADER = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging", "token_inputs")
 """What the file's header holds beside the grid."""
 
 
@@ -79,6 +79,8 @@ class Plan:
             empty where steps go by their times.
         merging: how cached tokens are merged (see `options.MERGINGS`). Where full steps cluster the keys of each
             attention (`passes.kernels.kmeans`), they start from `context_cluster`.
+        token_inputs: where latents come packed, the inputs of the model that hold tokens: the dim of the tokens and
+            the row of the first, by name. References may stand before and behind them.
     """
 
     grid: Grid
@@ -96,6 +98,7 @@ class Plan:
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     merging: str = "boxes"
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -372,6 +375,7 @@ class Plan:
         def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Plan:
             fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
             fields |= {name: header[name] for name in HEADER if name in header}
+            fields["token_inputs"] = {name: tuple(where) for name, where in fields.get("token_inputs", {}).items()}
             return cls(
                 grid=tuple(header["grid"]), steps=tuple(StepKind(int(step)) for step in arrays["steps"]), **fields
             )

@@ -27,6 +27,10 @@ SCALES: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...] = (
     ("1000 - timesteps", lambda times, sigmas: 1000 - times),
     ("sigmas", lambda times, sigmas: sigmas),
     ("sigmas / (1 + sigmas)", lambda times, sigmas: sigmas / (1 + sigmas)),
+    (
+        "sin(timesteps) / (sin(timesteps) + cos(timesteps))",
+        lambda times, sigmas: times.sin() / (times.sin() + times.cos()),
+    ),
     ("log(sigmas) / 4", lambda times, sigmas: sigmas.clamp_min(1e-30).log() / 4),
 )
 """What models are given, made of a scheduler's timesteps and noise levels."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture.capture import Program, capture, with_input_names
 from ..capture.regional import capture_by_regions
-from ..capture.rewrite import check_weights, write_form
+from ..capture.rewrite import check_weights, planned_token_inputs, write_form
 from ..compilation.options import BackendOptions, Compiled, Compiler
 from ..compilation.regional import compile_by_regions, compile_whole
 from ..errors import SessionError
@@ -118,9 +118,11 @@ class Preparer:
             UnsupportedGraphError: the graph cannot be rewritten.
             GridMismatchError: the plan is for another grid.
         """
-        if plan.grid not in prepared.analyses:
-            prepared.analyses[plan.grid] = analyse(prepared.program.module, plan.grid, self.token_inputs)
-        return prepared.analyses[plan.grid]
+        key = plan.grid, *plan.token_inputs.items()
+        if key not in prepared.analyses:
+            token_inputs = self.token_inputs or planned_token_inputs(prepared.program, plan)
+            prepared.analyses[key] = analyse(prepared.program.module, plan.grid, token_inputs)
+        return prepared.analyses[key]
 
     def time_of(self, prepared: Prepared) -> int | None:
         """The position of the input that holds the time of a step."""
@@ -138,7 +140,7 @@ class Preparer:
         latents = tuple(number for number, name in enumerate(names) if name in analysis.token_sources)
         time = self.time_of(prepared)
         packed = all(node.op == "placeholder" for node, _ in analysis.of_type(Enter))
-        if time is None and packed and self.token_inputs is None:
+        if time is None and packed and not self.token_inputs:
             raise UnsupportedGraphError(
                 [
                     Refusal(
@@ -189,7 +191,7 @@ class Preparer:
             Exception: whatever the inner compiler raises.
         """
         options = plan.form_options.for_kind(kind)
-        key = (options, kind)
+        key = (options, kind, *plan.token_inputs.items())
         if key not in prepared.forms:
             program = prepared.program
             form = write_form(kind, program, self.analyse(prepared, plan), plan, options)

@@ -138,7 +138,9 @@ class Session:
         self._models: Any = WeakIdKeyDictionary()
         self._indices: dict[tuple[str, torch.device, int], torch.Tensor] = {}
         self.form_options = self.plan.form_options
-        self.route_key = (self.form_options, self.plan.weights.size > 0, len(self.plans))
+        self.route_key = (
+            self.form_options, self.plan.weights.size > 0, len(self.plans), tuple(self.plan.token_inputs.items()),
+        )  # fmt: skip
         times = self.plan.timesteps
         self._timeline = Timeline(times, self.plan.sigmas) if times.size else None
 
@@ -397,6 +399,10 @@ def session(plan: Plan | Sequence[Plan], *, strict: bool = False, check_finite: 
     return Session(plan, strict=strict, check_finite=check_finite)
 
 
+ALIKE = ("steps", "token_inputs")
+"""What plans of one batch share, beside what their forms know of them."""
+
+
 def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
     """One plan or several, as a tuple.
 
@@ -410,7 +416,7 @@ def checked_plans(plans: Plan | Sequence[Plan]) -> tuple[Plan, ...]:
     first, *rest = plans
     for number, plan in enumerate(rest, start=1):
         different = first.form_options.differences(plan.form_options)
-        different = different or ("steps" if first.steps != plan.steps else "")
+        different = different or next((name for name in ALIKE if getattr(first, name) != getattr(plan, name)), "")
         if different:
             raise SessionError(f"the plans of a batch must be alike, but plans 0 and {number} differ in {different}")
     return tuple(plans)

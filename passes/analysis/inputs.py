@@ -25,14 +25,17 @@ def resolve_token_inputs(
     known: dict[Node, Tokens] = {}
     refusals = []
     for name, where in token_inputs.items():
-        # An input that is a list has a placeholder for each entry: `samples_0`, `samples_1`.
-        pattern = re.compile(re.escape(plain_name(name)) + r"(_\d+)*")
-        named = [node for node in placeholders if pattern.fullmatch(plain_name(node.name))]
+        named = [node for node in placeholders if holds_input(node.name, name)]
         if not named:
             names = ", ".join(node.name for node in placeholders)
             refusals.append(Refusal(f"token_inputs names {name!r}, which is no input", help=f"the inputs are {names}"))
         known.update({node: _declared(node, where, grid) for node in named})
     return known, refusals
+
+
+def holds_input(placeholder: str, name: str) -> bool:
+    """Whether a placeholder is the input of this name, or an entry of the list of this name: `samples_0`."""
+    return re.fullmatch(re.escape(plain_name(name)) + r"(_\d+)*", plain_name(placeholder)) is not None
 
 
 def plain_name(name: str) -> str:
