@@ -11,8 +11,9 @@ import torch
 from pipelines.row import Row
 
 import hetcache_compile as hetcache
-from hetcache_compile import Plan, StepKind
+from hetcache_compile import Plan
 from hetcache_compile.pipelines.observe import models_of
+from hetcache_compile.plan.partition import TokenKind
 from hetcache_compile.runtime.session import HetCacheWarning
 
 MIXED = ("full", "partial", "reuse", "full", "reuse")
@@ -24,7 +25,8 @@ class Verdict:
     """What was found of a row.
 
     Attributes:
-        result: `cached`; `plain`, where the graph is refused and the pipeline gives what it always gives; `no plan`;
+        result: `cached`; `cached late`, from the fourth step on, where other inputs than latents and time change at
+            every step; `plain`, where the graph is refused and the pipeline gives what it always gives; `no plan`;
             `broken`, where the pipeline itself does not run; or `wrong`.
         reason: why it is not cached.
         grid: of the plan.
@@ -54,10 +56,7 @@ def check(row: Row) -> Verdict:
     except hetcache.HetCacheError as error:
         return Verdict(row.name, "no plan", str(error))
     verdict = Verdict(row.name, "cached", grid=plan.grid)
-    expected = Plan.from_token_mask(row.token_mask.ravel(), row.grid)
-    # References in front are latent frames that are never masked.
-    if plan.grid != row.grid or set(expected.active_index[-1:]) - set(plan.active_index):
-        verdict.wrong.append(f"the plan has grid {plan.grid}, right is {row.grid}")
+    verdict.wrong += wrong_plan(row, plan)
     for guided in (False, True) if row.guided else (False,):
         _run(row, plan, guided, verdict)
     if verdict.wrong:
@@ -65,11 +64,22 @@ def check(row: Row) -> Verdict:
     return verdict
 
 
-def plan_of(row: Row) -> Plan:
-    """The plan for a row's call, as a user makes it: every step FULL, exactly the masked tokens active and a margin."""
-    arguments = {**row.call(), "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+def plan_of(row: Row, **changes: Any) -> Plan:
+    """The plan for a row's call, as a user makes it, with a margin of one token and every step FULL."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = {**row.call(), "output_type": "latent", "generator": generator, **changes}
     mask = arguments.pop("mask", row.mask)
     return hetcache.plan_for(row.build(), mask=mask, schedule="full", multiple=1, margin=1, **arguments)
+
+
+def wrong_plan(row: Row, plan: Plan) -> list[str]:
+    """What is wrong with the tokens of a plan."""
+    if plan.grid != row.grid:
+        return [f"the plan has grid {plan.grid}, right is {row.grid}"]
+    generative = plan.tokens_of(TokenKind.GENERATIVE).reshape(plan.grid)
+    own = generative.any(axis=(1, 2))  # frames of references, which stand in front, are never masked
+    right = np.array_equal(generative[own], row.token_mask[own]) and own[-1] and (np.diff(own) >= 0).all()
+    return [] if right else ["the plan has other tokens masked than the pipeline"]
 
 
 def mixed(plan: Plan) -> Plan:
@@ -108,11 +118,28 @@ def _run(row: Row, plan: Plan, guided: bool, verdict: Verdict) -> None:
         verdict.wrong.append(f"{how}: {said[0]}")
     calls = row.guided_calls if guided else row.calls
     planned = "".join(kind.letter * calls for kind in cached.steps)
-    if kinds != 2 * planned:
+    if set(kinds) == {"F"} != set(planned) and not said and _is_late(row, guided):
+        verdict.result, verdict.reason = "cached late", "what a ControlNet adds is another input at every step"
+    elif kinds != 2 * planned:
         verdict.wrong.append(f"{how}: the calls were {kinds}, planned are {planned} twice")
-    if StepKind.REUSE in cached.steps and np.array_equal(edits[0], expected[0]):
+    elif np.array_equal(edits[0], expected[0]):
         verdict.wrong.append(f"{how}: nothing was left out")
-    verdict.guided, verdict.steps = (planned, verdict.steps) if guided else (verdict.guided, planned)
+    if guided:
+        verdict.guided = kinds[: len(kinds) // 2]
+    else:
+        verdict.steps = kinds[: len(kinds) // 2]
+
+
+def _is_late(row: Row, guided: bool) -> bool:
+    """Whether calls are as planned from the fourth step on, and FULL before."""
+    steps, calls = "FRRRRRPF", row.guided_calls if guided else row.calls
+    pipe = row.build()
+    compile_models(pipe)
+    plan = plan_of(row, num_inference_steps=len(steps))
+    with hetcache.session(plan.with_schedule(steps[: len(plan.steps)])) as session:
+        row.run(pipe, 0, guided, num_inference_steps=len(steps))
+    kinds = "".join(kind.letter for kind in session.stats.kinds)
+    return kinds == "".join(letter * calls for letter in "FFF" + steps[3 : len(plan.steps)])
 
 
 def compile_models(pipe: Any) -> None:

@@ -84,6 +84,7 @@ class _Copier:
 
     def __init__(self, source: GraphModule, values: dict[Node, Any]) -> None:
         self.source, self.values = source, values
+        self.mode = next(value.fake_mode for value in values.values() if isinstance(value, FakeTensor))
         self.graph = Graph()
         self.state: dict[str, torch.Tensor] = {}
         self.captured: dict[Hashable, _Captured] = {}
@@ -150,9 +151,10 @@ class _Copier:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 new = self.constants[key, node.name] = self.graph.placeholder(f"constant_{len(self.constants)}")
-            new.meta["val"] = node.meta["val"]
             tensors = exported.state_dict if target in exported.state_dict else exported.constants
             self.state[new.name] = tensors[target]
+            # All inputs are of one fake mode: each region has one of its own.
+            new.meta["val"] = self.mode.from_tensor(tensors[target], static_shapes=True)
         return self.constants[key, node.name]
 
 

@@ -120,7 +120,7 @@ def _times(pipe: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The times that are left, and their noise levels: a strength leaves out the first ones."""
     scheduler = pipe.scheduler
     timesteps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()
-    if len(timesteps) == getattr(scheduler, "num_inference_steps", None) + 1:  # some keep the end too, as no step
+    if len(timesteps) - 1 == getattr(scheduler, "num_inference_steps", None):  # some keep the end too, as no step
         timesteps = timesteps[:-1]
     sigmas = noise_levels(scheduler, len(timesteps))
     left = getattr(pipe, "_num_timesteps", None)

@@ -1,0 +1,79 @@
+"""`python tests/pipelines_table.py [NAME ...]` checks pipelines and writes docs/pipelines.json and its table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from pipelines import ROWS
+from pipelines_check import check
+
+from hetcache_compile.files import atomically
+
+DOCS = Path(__file__).parent.parent / "docs"
+JSON, TABLE = DOCS / "pipelines.json", DOCS / "pipelines.md"
+RESULTS = ("cached", "cached late", "plain", "no plan", "broken", "wrong")
+
+INTRODUCTION = """# Pipelines of diffusers
+
+One row for each pipeline (and for each way to call it that reads differently), unmodified, with tiny components of
+random weights, torch 2.13, diffusers 0.42. `plan_for` gets the mask and the arguments of the call; the transformer is
+compiled with `backend="hetcache"`. {counts}.
+
+* **cached**: the plan has the right grid, the right tokens and the steps of the call. With every step FULL the result
+  is that of the pipeline bit for bit. With a plan of all kinds of steps each call is of the kind that is planned, the
+  result is finite, and the second edit of a session is bit for bit that of a session of its own. With guidance and
+  without, where the pipeline has it.
+* **cached late**: the same, but the second and the third step are FULL too: an input beside the latents changes at
+  every step, which looks like another branch of guidance until it has changed twice.
+* **plain**: the graph is refused, for the reason given, once; the result is that of the pipeline.
+* **no plan**: `plan_for` says why, and what to give it.
+* **broken**: the pipeline of this diffusers does not run.
+
+*Steps* are the calls of the model without guidance and with it: F full, P partial, R reuse.
+
+Written by `python tests/pipelines_table.py`; `tests/test_pipelines.py` checks each row.
+
+| pipeline | result | grid | steps | with guidance | reason |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    counts = Counter(row["result"] for row in rows)
+    text = INTRODUCTION.format(counts=", ".join(f"{counts[name]} {name}" for name in RESULTS if counts[name]))
+    return text + "".join(f"| {' | '.join(_cells(row))} |\n" for row in rows)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    grid = " x ".join(map(str, row.get("grid", ())))
+    reason = " ".join(row.get("reason", "").split()).replace("|", "\\|")
+    return [row["name"], row["result"], grid, row.get("steps", ""), row.get("guided", ""), reason]
+
+
+def main(names: list[str]) -> None:
+    """Check all rows, or those whose name contains one of `names`, and write both files."""
+    known = {row["name"]: row for row in json.loads(JSON.read_text())} if JSON.exists() else {}
+    for row in ROWS:
+        if not names or any(name.lower() in row.name.lower() for name in names):
+            verdict = check(row)
+            print(f"{row.name}: {verdict.result} {verdict.reason} {'; '.join(verdict.wrong)}", flush=True)
+            known[row.name] = verdict.as_json()
+            rows = [known[row.name] for row in ROWS if row.name in known]
+            atomically(JSON, lambda path, rows=rows: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+    rows = [known[row.name] for row in ROWS if row.name in known]
+    atomically(TABLE, lambda path: Path(path).write_text(render(rows)))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    main(sys.argv[1:])
