@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-torch check docs bench bench-size front drift clean
+.PHONY: demo test test-pipelines test-torch check docs bench bench-size front drift clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +16,9 @@ demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo
 
 test: .venv/ready   ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+
+test-pipelines: .venv/ready   ## every pipeline of diffusers, as docs/pipelines.md has it
+	$(BIN)/python -m pytest -n 2 -m pipelines tests/test_pipelines.py
 
 # Another torch than the one of `make test`, in a venv of its own. The CPU build of a version is smaller where there is one.
 TORCH ?= 2.11.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,7 +113,7 @@ def _run(row: Row, plan: Plan, guided: bool, verdict: Verdict) -> None:
     said = [str(one.message).removeprefix("hetcache: ") for one in caught if one.category is HetCacheWarning]
     kinds = "".join(kind.letter for kind in session.stats.kinds)
     if not kinds and said:
-        verdict.result, verdict.reason = "plain", said[0]
+        verdict.result, verdict.reason = "plain", without_places(said[0])
         return
     if said:
         verdict.wrong.append(f"{how}: {said[0]}")
@@ -140,6 +141,11 @@ def _is_late(row: Row, guided: bool) -> bool:
         row.run(pipe, 0, guided, num_inference_steps=len(steps))
     kinds = "".join(kind.letter for kind in session.stats.kinds)
     return kinds == "".join(letter * calls for letter in "FFF" + steps[3 : len(plan.steps)])
+
+
+def without_places(reason: str) -> str:
+    """A reason without the folder that packages are installed in, and without the advice behind it."""
+    return re.sub(r"\S*/site-packages/", "", reason).partition(". Hooks on parts of the model")[0]
 
 
 def compile_models(pipe: Any) -> None:
