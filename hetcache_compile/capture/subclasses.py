@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,57 +81,62 @@ class Unwrapping:
     """A graph of Dynamo without inputs that are subclasses, and what makes its inputs of those of a call.
 
     Attributes:
-        graph: a copy with plain inputs; the graph itself where all are plain.
+        graph: a copy in which the plain tensors come after all other inputs; the graph itself where all are plain.
     """
 
     def __init__(self, graph: GraphModule) -> None:
-        places = list(graph.graph.find_nodes(op="placeholder"))
-        values = [node.meta.get("example_value") for node in places]
-        self._wrapped = [n for n, value in enumerate(values) if is_traceable_wrapper_subclass(value)]
-        self._take = operator.itemgetter(*self._wrapped, *self._wrapped[:1]) if self._wrapped else None
+        values = [node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")]
+        wrapped = [number for number, value in enumerate(values) if is_traceable_wrapper_subclass(value)]
+        self.graph = _with_plain_inputs(graph) if wrapped else graph
+        self._weights = _taking(wrapped)
+        self._others = _taking([number for number in range(len(values)) if number not in set(wrapped)])
         self._known: Any = WeakIdKeyDictionary()
-        self.graph = self._with_plain_inputs(graph) if self._wrapped else graph
 
     def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """The inputs of the graph: weights are taken apart once for as long as they are the same objects."""
-        if self._take is None:
+        weights = self._weights(inputs)
+        if not weights:
             return inputs
-        weights = self._take(inputs)
-        known = self._known.get(weights[0])
-        if known is None or not all(map(operator.is_, weights, (weight() for weight in known[0]))):
-            parts = {n: [_as_weight(part) for part in plain_parts(inputs[n])] for n in self._wrapped}
-            known = self._known[weights[0]] = [weakref.ref(weight) for weight in weights], parts
-        flat: list[Any] = []
-        for number, value in enumerate(inputs):
-            flat += known[1].get(number) or (value,)
-        return flat
+        known, parts = self._known.get(weights[0], ((), ()))
+        if not known or not all(map(operator.is_, weights, (weight() for weight in known))):
+            parts = tuple(_as_weight(part) for weight in weights for part in plain_parts(weight))
+            self._known[weights[0]] = tuple(map(weakref.ref, weights)), parts
+        return (*self._others(inputs), *parts)
 
-    @staticmethod
-    def _with_plain_inputs(source: GraphModule) -> GraphModule:
-        module = GraphModule(source, copy.deepcopy(source.graph))
-        graph = module.graph
-        kinds: list[PutTogether] = []
-        for node in list(graph.find_nodes(op="placeholder")):
-            value = node.meta.get("example_value")
-            if not is_traceable_wrapper_subclass(value):
-                continue
-            whole = PutTogether.of(value)
-            # Blocks that are alike must call one object, or they would not be found to be alike.
-            kind = next((known for known in kinds if known.alike(whole)), whole)
-            kinds += [kind] if kind is whole else []
-            parts = []
-            with graph.inserting_before(node):
-                for number, part in enumerate(plain_parts(value)):
-                    new = graph.placeholder(f"{node.name}{number}")
-                    new.meta = {"example_value": _as_weight(part)}
-                    parts.append(new)
-            users = sorted(node.users)
-            if users:
-                with graph.inserting_before(users[0]):
-                    made = graph.call_function(kind, tuple(parts))
-                made.meta = {"example_value": value}
-                node.replace_all_uses_with(made)
-            graph.erase_node(node)
-        graph.lint()
-        module.recompile()
-        return module
+
+def _taking(numbers: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What picks these of a sequence. Of one number alone an itemgetter makes no tuple."""
+    if len(numbers) > 1:
+        return operator.itemgetter(*numbers)
+    return lambda values: tuple(values[number] for number in numbers)
+
+
+def _with_plain_inputs(source: GraphModule) -> GraphModule:
+    module = GraphModule(source, copy.deepcopy(source.graph))
+    graph = module.graph
+    kinds: list[PutTogether] = []
+    places = list(graph.find_nodes(op="placeholder"))
+    last = places[-1]
+    for node in places:
+        value = node.meta.get("example_value")
+        if not is_traceable_wrapper_subclass(value):
+            continue
+        whole = PutTogether.of(value)
+        # Blocks that are alike must call one object, or they would not be found to be alike.
+        kind = next((known for known in kinds if known.alike(whole)), whole)
+        kinds += [kind] if kind is whole else []
+        parts = []
+        for number, part in enumerate(plain_parts(value)):
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"{node.name}{number}")
+            last.meta = {"example_value": _as_weight(part)}
+            parts.append(last)
+        if node.users:
+            with graph.inserting_before(min(node.users)):
+                made = graph.call_function(kind, tuple(parts))
+            made.meta = {"example_value": value}
+            node.replace_all_uses_with(made)
+        graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+    return module
