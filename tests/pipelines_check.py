@@ -19,6 +19,8 @@ from hetcache_compile.runtime.session import HetCacheWarning
 
 MIXED = ("full", "partial", "reuse", "full", "reuse")
 """Kinds of steps, from the first: rows have two to five."""
+LONG = 8
+"""Steps of an edit where those of the row do not suffice to see one that is not FULL."""
 
 
 @dataclass
@@ -26,9 +28,8 @@ class Verdict:
     """What was found of a row.
 
     Attributes:
-        result: `cached`; `cached late`, from the fourth step on, where other inputs than latents and time change at
-            every step; `plain`, where the graph is refused and the pipeline gives what it always gives; `no plan`;
-            `broken`, where the pipeline itself does not run; or `wrong`.
+        result: `cached`; `fewer`, where more calls are FULL than planned; `plain`, where the graph is refused and the
+            pipeline gives what it always gives; `no plan`; `broken`, where the pipeline itself does not run; `wrong`.
         reason: why it is not cached.
         grid: of the plan.
         steps: kinds of the calls of a mixed plan without guidance, a letter each.
@@ -117,30 +118,38 @@ def _run(row: Row, plan: Plan, guided: bool, verdict: Verdict) -> None:
         return
     if said:
         verdict.wrong.append(f"{how}: {said[0]}")
-    calls = row.guided_calls if guided else row.calls
-    planned = "".join(kind.letter * calls for kind in cached.steps)
-    if set(kinds) == {"F"} != set(planned) and not said and _is_late(row, guided):
-        verdict.result, verdict.reason = "cached late", "what a ControlNet adds is another input at every step"
-    elif kinds != 2 * planned:
-        verdict.wrong.append(f"{how}: the calls were {kinds}, planned are {planned} twice")
+    kinds = kinds[: len(kinds) // 2] if kinds[: len(kinds) // 2] * 2 == kinds else kinds
+    planned = letters(cached, row, guided)
+    if set(kinds) == {"F"} != set(planned):
+        kinds, planned = _longer(row, guided)
     elif np.array_equal(edits[0], expected[0]):
         verdict.wrong.append(f"{how}: nothing was left out")
+    if set(kinds) == {"F"}:
+        verdict.wrong.append(f"{how}: every call is FULL, planned are {planned}")
+    elif kinds != planned:
+        verdict.result, verdict.reason = "fewer", f"planned are {planned}: more calls are FULL"
+        if kinds.count("F") <= planned.count("F"):
+            verdict.wrong.append(f"{how}: the calls were {kinds}, planned are {planned}")
     if guided:
-        verdict.guided = kinds[: len(kinds) // 2]
+        verdict.guided = kinds
     else:
-        verdict.steps = kinds[: len(kinds) // 2]
+        verdict.steps = kinds
 
 
-def _is_late(row: Row, guided: bool) -> bool:
-    """Whether calls are as planned from the fourth step on, and FULL before."""
-    steps, calls = "FRRRRRPF", row.guided_calls if guided else row.calls
+def letters(plan: Plan, row: Row, guided: bool) -> str:
+    """The kinds of the calls of an edit, as planned."""
+    return "".join(kind.letter * (row.guided_calls if guided else row.calls) for kind in plan.steps)
+
+
+def _longer(row: Row, guided: bool) -> tuple[str, str]:
+    """The kinds of the calls of a longer edit, and those planned."""
     pipe = row.build()
     compile_models(pipe)
-    plan = plan_of(row, num_inference_steps=len(steps))
-    with hetcache.session(plan.with_schedule(steps[: len(plan.steps)])) as session:
-        row.run(pipe, 0, guided, num_inference_steps=len(steps))
-    kinds = "".join(kind.letter for kind in session.stats.kinds)
-    return kinds == "".join(letter * calls for letter in "FFF" + steps[3 : len(plan.steps)])
+    plan = plan_of(row, num_inference_steps=LONG)
+    plan = plan.with_schedule(["full", *["reuse"] * (len(plan.steps) - 2), "partial"])
+    with hetcache.session(plan) as session:
+        row.run(pipe, 0, guided, num_inference_steps=LONG)
+    return "".join(kind.letter for kind in session.stats.kinds), letters(plan, row, guided)
 
 
 def without_places(reason: str) -> str:

@@ -18,7 +18,7 @@ from hetcache_compile.files import atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 JSON, TABLE = DOCS / "pipelines.json", DOCS / "pipelines.md"
-RESULTS = ("cached", "cached late", "plain", "no plan", "broken", "wrong")
+RESULTS = ("cached", "fewer", "plain", "no plan", "broken", "wrong")
 
 INTRODUCTION = """# Pipelines of diffusers
 
@@ -30,8 +30,9 @@ compiled with `backend="hetcache"`. {counts}.
   is that of the pipeline bit for bit. With a plan of all kinds of steps each call is of the kind that is planned, the
   result is finite, and the second edit of a session is bit for bit that of a session of its own. With guidance and
   without, where the pipeline has it.
-* **cached late**: the same, but the second and the third step are FULL too: an input beside the latents changes at
-  every step, which looks like another branch of guidance until it has changed twice.
+* **fewer**: the same, but more calls are FULL than planned. A ControlNet adds an input that changes at every step,
+  which looks like another branch of guidance until it has changed twice; or the model is given other tokens after the
+  first call; or the frames of a video have times of their own.
 * **plain**: the graph is refused, for the reason given, once; the result is that of the pipeline.
 * **no plan**: `plan_for` says why, and what to give it.
 * **broken**: the pipeline of this diffusers does not run.

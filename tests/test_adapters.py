@@ -124,7 +124,7 @@ def test_adapters_that_change_in_an_edit() -> None:
 
 
 def test_a_quantised_model() -> None:
-    """Its steps are those of a model with the same values, and it is FULL again when other weights are loaded."""
+    """Its steps are those of a model with the same values, and it is FULL again when its weights are written to."""
     model, plain, other = wan(num_layers=1), wan(num_layers=1), wan(seed=1, num_layers=1)
     quantise(model)
     quantise(plain, plainly=True)
@@ -133,8 +133,9 @@ def test_a_quantised_model() -> None:
     calls = [call(model, seed=seed) for seed in range(5)]
     with hetcache.session(plan) as session:
         outputs = run(fast, calls[:3])
-        model.load_state_dict(other.state_dict())
-        check(run(fast, calls[3:4]), run(other, calls[3:4]))
+        weights = {name: value for name, value in other.state_dict().items() if isinstance(value, Int8)}
+        model.load_state_dict(weights, strict=False)
+        check(run(fast, calls[3:4]), run(model, calls[3:4]))
         run(fast, calls[4:])
     check(outputs, expected(hetcache.rewrite(plain, plan, (), calls[0]), steps, calls[:3]))
     assert session.stats.kinds == [*StepKind, StepKind.FULL, StepKind.REUSE]

@@ -19,7 +19,7 @@ from ..passes.ir.contract import STEP_WEIGHTS, FormOptions
 from ..passes.ir.editor import PassError
 from ..passes.ir.form import Form
 from ..passes.ir.graphs import device_of
-from ..passes.ir.refusal import Refusal, UnsupportedGraphError
+from ..passes.ir.refusal import Refusal, UnsupportedGraphError, shape_of
 from ..plan.plan import Plan
 from .capture import Program, capture
 
@@ -173,13 +173,17 @@ def rewrite(
 
 
 def planned_token_inputs(program: Program, plan: Plan) -> TokenInputs | None:
-    """Those inputs of a program that hold tokens by the plan; None where it names none of them."""
-    found = {
-        name: where
-        for name, where in plan.token_inputs.items()
-        if any(holds_input(placeholder, name) for placeholder in program.inputs)
-    }
-    return found or None
+    """Those inputs of a program that hold tokens by the plan; None where there are none.
+
+    A model may be given references in its first call only: in later ones the tokens begin elsewhere.
+    """
+    inputs = [node for node in program.module.graph.nodes if node.name in program.inputs]
+
+    def fits(name: str, dim: int, first: int) -> bool:
+        shapes = [shape_of(node) for node in inputs if holds_input(node.name, name)]
+        return bool(shapes) and all(shape[dim] >= first + plan.num_tokens for shape in shapes)
+
+    return {name: where for name, where in plan.token_inputs.items() if fits(name, *where)} or None
 
 
 def write_forms(program: Program, analysis: Analysis, plan: Plan) -> Forms:

@@ -28,11 +28,6 @@ def plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
         yield from plain_parts(getattr(tensor, name))
 
 
-def _as_weight(tensor: torch.Tensor) -> torch.nn.Parameter:
-    """The same memory, told apart from other inputs."""
-    return torch.nn.Parameter(tensor, requires_grad=False)
-
-
 @dataclass(eq=False)
 class PutTogether:
     """Makes a subclass of its plain tensors; the other way round of `plain_parts`. A node of a graph calls it."""
@@ -82,12 +77,15 @@ class Unwrapping:
 
     Attributes:
         graph: a copy in which the plain tensors come after all other inputs; the graph itself where all are plain.
+        parts: where these come among its inputs.
     """
 
     def __init__(self, graph: GraphModule) -> None:
         values = [node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")]
         wrapped = [number for number, value in enumerate(values) if is_traceable_wrapper_subclass(value)]
         self.graph = _with_plain_inputs(graph) if wrapped else graph
+        num_inputs = len(self.graph.graph.find_nodes(op="placeholder"))
+        self.parts = range(len(values) - len(wrapped), num_inputs)
         self._weights = _taking(wrapped)
         self._others = _taking([number for number in range(len(values)) if number not in set(wrapped)])
         self._known: Any = WeakIdKeyDictionary()
@@ -99,9 +97,16 @@ class Unwrapping:
             return inputs
         known, parts = self._known.get(weights[0], ((), ()))
         if not known or not all(map(operator.is_, weights, (weight() for weight in known))):
-            parts = tuple(_as_weight(part) for weight in weights for part in plain_parts(weight))
+            parts = tuple(part for weight in weights for part in plain_parts(weight))
             self._known[weights[0]] = tuple(map(weakref.ref, weights)), parts
         return (*self._others(inputs), *parts)
+
+    def watched(self, given: Sequence[Any], inputs: Sequence[Any]) -> Sequence[Any]:
+        """What tells that weights changed: the graph's inputs, and subclasses behind them.
+
+        Who writes into a subclass raises its own count of writes, and not that of the tensors inside.
+        """
+        return (*inputs, *self._weights(given)) if self.parts else inputs
 
 
 def _taking(numbers: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -129,7 +134,7 @@ def _with_plain_inputs(source: GraphModule) -> GraphModule:
         for number, part in enumerate(plain_parts(value)):
             with graph.inserting_after(last):
                 last = graph.placeholder(f"{node.name}{number}")
-            last.meta = {"example_value": _as_weight(part)}
+            last.meta = {"example_value": part}
             parts.append(last)
         if node.users:
             with graph.inserting_before(min(node.users)):

@@ -112,13 +112,13 @@ class CompiledGraph:
         key = (shapes, session.route_key)
         route = self._routes.get(key)
         if route is None:
-            route = self._routes[key] = self.find_route(session, inputs, shapes)
+            route = self._routes[key] = self.find_route(session, given, inputs, shapes)
             while len(self._routes) > MOST_ROUTES:
                 self._routes.popitem(last=False)
         if isinstance(route, Route):
             try:
                 with torch.no_grad():
-                    return self.run_step(session, route, inputs)
+                    return self.run_step(session, route, given, inputs)
             except NotCachedError as error:
                 route = error.refused
                 if route.topic != ASSUMED:
@@ -138,7 +138,9 @@ class CompiledGraph:
                     self._plain[key] = self.compiler(self.graph, list(inputs))
         return self._plain[key](*inputs)
 
-    def find_route(self, session: Session, inputs: Sequence[Any], shapes: Hashable) -> Route | Refused:
+    def find_route(
+        self, session: Session, given: Sequence[Any], inputs: Sequence[Any], shapes: Hashable
+    ) -> Route | Refused:
         """What calls of these shapes need for the session's plan, or why they run plainly.
 
         Raises:
@@ -152,7 +154,7 @@ class CompiledGraph:
             try:
                 if shapes not in self._prepared:
                     self._prepared[shapes] = self.preparer.capture(inputs)
-                    self._weights[shapes] = Weights(inputs)
+                    self._weights[shapes] = Weights(self.unwrapped.watched(given, inputs), self.unwrapped.parts)
                 prepared = self._prepared[shapes]
                 analysis = self.preparer.analyse(prepared, plan)
                 roles = self.preparer.roles(prepared, analysis, inputs)
@@ -180,12 +182,13 @@ class CompiledGraph:
         attention = torch.ops.aten.scaled_dot_product_attention.default
         return bool(prepared.program.module.graph.find_nodes(op="call_function", target=attention))
 
-    def run_step(self, session: Session, route: Route, inputs: Sequence[Any]) -> Any:
+    def run_step(self, session: Session, route: Route, given: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """One call inside a session: choose the form, make it if need be, run it on the branch's buffers."""
         start = time.perf_counter()
         roles = route.roles
         self._check_assumed(route, inputs)
-        anchor = route.weights.anchor(inputs)
+        watched = self.unwrapped.watched(given, inputs)
+        anchor = route.weights.anchor(watched)
         model = self if anchor is None else anchor
         call = Call(
             model=model,
@@ -193,7 +196,7 @@ class CompiledGraph:
             time=None if roles.time is None else time_value(inputs[roles.time]),
             latents=[inputs[number] for number in roles.latents],
             conditions=[inputs[number] for number in roles.conditions],
-            weights=lambda thorough: route.weights.generation(model, inputs, thorough),
+            weights=lambda thorough: route.weights.generation(model, watched, thorough),
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
@@ -209,9 +212,9 @@ class CompiledGraph:
         watch = Stopwatch(route.device)
         results = []
         for p, own in enumerate(buffers):
-            given = form.pick((*inputs, *route.part.samples[p]) if route.part.samples[p] else inputs)
+            picked = form.pick((*inputs, *route.part.samples[p]) if route.part.samples[p] else inputs)
             indices = [session.index(name, route.device, p, kind=turn.kind, step=turn.step) for name in form.indices]
-            results.append(own_outputs(form.run(*given, *indices, *own), own))
+            results.append(own_outputs(form.run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
         return join(results, route.part.outputs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,11 @@ class Weights:
 
     Args:
         inputs: of a call.
+        parts: positions of plain tensors that a weight is made of.
     """
 
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        numbers = [number for number, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)]
+    def __init__(self, inputs: Sequence[Any], parts: Collection[int] = ()) -> None:
+        numbers = [n for n, value in enumerate(inputs) if n in parts or isinstance(value, torch.nn.Parameter)]
         self._first = numbers[0] if numbers else None
         self._counted = not any(inputs[number].is_inference() for number in numbers)
         count = 1 if 0 < len(numbers) <= FEW else -(-len(numbers) // WINDOW)
