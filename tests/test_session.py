@@ -183,16 +183,23 @@ def test_no_memory_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         check(run(fast, calls), run(model, calls))
 
 
-def test_layerwise_casting_is_one_warning() -> None:
-    """Its hooks cut the model into dozens of graphs."""
-    model = wan()
-    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+HOOKS: dict[str, Callable[[Any], object]] = {
+    "layerwise casting": lambda model: model.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    "group offloading": lambda model: model.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_hooks_on_parts_of_a_model_are_one_warning(hooks: str) -> None:
+    """They cut the model into dozens of graphs."""
+    model = wan(num_layers=1)
+    HOOKS[hooks](model)
     fast, calls = compiled(model), [call(model, seed=seed) for seed in range(2)]
     with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FP")):
         warnings.simplefilter("always")
         check(run(fast, calls), run(model, calls))
     reason, closing = messages(caught)
-    assert "layerwise casting: use pipe.enable_model_cpu_offload()" in reason
+    assert "pipe.enable_model_cpu_offload()" in reason
     assert "calls ran plainly" in closing
 
 

@@ -16,12 +16,15 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import SessionError
 from ..passes.analysis.normalise import normalise
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError, module_path, source_line
 from .assumed_values import know
+
+DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         UnsupportedGraphError: there is none.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _DataByDetach():
             # torch warns of a class of its own when it copies its trees. Neither we nor users can mend that.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             exported: ExportedProgram = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
@@ -157,6 +160,16 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
     _check_sizes(exported.graph_module)
     return exported
+
+
+class _DataByDetach(TorchFunctionMode):
+    """Takes `tensor.data`, which tracing cannot follow, for `tensor.detach()`: the same memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call what is asked for, or `detach`."""
+        return args[0].detach() if func == DATA else func(*args, **(kwargs or {}))
 
 
 def composites_of_others(module: GraphModule) -> dict[Any, Any]:

@@ -103,7 +103,7 @@ def build_cogvideox(**variant: Any) -> CogVideoXTransformer3DModel:
         "patch_size": 2,
         "max_text_seq_length": TEXT,
     }
-    return seeded(lambda: CogVideoXTransformer3DModel(**config, **variant))
+    return seeded(lambda: CogVideoXTransformer3DModel(**{**config, **variant}))
 
 
 def build_mochi() -> MochiTransformer3DModel:
@@ -165,6 +165,13 @@ ENTRIES = (
         cogvideox,
         VIDEO,
         note=JOINT + "; a positional table over both is added",
+    ),
+    Entry(
+        "CogVideoXTransformer3DModel (another size)",
+        lambda: build_cogvideox(sample_width=20, sample_height=12),
+        cogvideox,
+        VIDEO,
+        note=JOINT + "; the positional table is not the config's: it is made in the call, and filled through `.data`",
     ),
     Entry(
         "CogVideoXTransformer3DModel (1.5)",
