@@ -22,8 +22,8 @@ from hetcache_compile.passes.analysis.analyse import Analysis, analyse
 from hetcache_compile.passes.forms.pipeline import FormOptions
 
 SLOW = (
-    "zoo", "sample_call", "trt", "engine", "export_reference", "select", "batch", "calibration", "export", "cli",
-    "examples", "session", "matrix", "tiny_pipelines",
+    "zoo", "sample_call", "trt", "engine", "export_reference", "artefact", "batch", "calibration", "cli", "export",
+    "matrix", "examples", "tiny_pipelines", "pipelines", "session", "regions", "select", "gpu_script",
 )  # fmt: skip
 """The files that take half a minute and more, the slowest first."""
 

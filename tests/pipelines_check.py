@@ -46,7 +46,8 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """Without what is empty."""
-        return {name: value for name, value in vars(self).items() if value}
+        found = {name: value for name, value in vars(self).items() if value}
+        return found | {"grid": list(self.grid)} if self.grid else found
 
 
 def check(row: Row) -> Verdict:
@@ -113,12 +114,11 @@ def _run(row: Row, plan: Plan, guided: bool, verdict: Verdict) -> None:
         verdict.wrong.append(f"{how}: not finite")
     said = [str(one.message).removeprefix("hetcache: ") for one in caught if one.category is HetCacheWarning]
     kinds = "".join(kind.letter for kind in session.stats.kinds)
-    if not kinds and said:
-        verdict.result, verdict.reason = "plain", without_places(said[0])
-        return
-    if said:
-        verdict.wrong.append(f"{how}: {said[0]}")
     kinds = kinds[: len(kinds) // 2] if kinds[: len(kinds) // 2] * 2 == kinds else kinds
+    if said:
+        verdict.result, verdict.reason = "fewer" if kinds else "plain", without_places(said[0])
+        verdict.guided, verdict.steps = (kinds, verdict.steps) if guided else (verdict.guided, kinds)
+        return
     planned = letters(cached, row, guided)
     if set(kinds) == {"F"} != set(planned):
         kinds, planned = _longer(row, guided)

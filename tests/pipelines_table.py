@@ -32,7 +32,8 @@ compiled with `backend="hetcache"`. {counts}.
   without, where the pipeline has it.
 * **fewer**: the same, but more calls are FULL than planned. A ControlNet adds an input that changes at every step,
   which looks like another branch of guidance until it has changed twice; or the model is given other tokens after the
-  first call; or the frames of a video have times of their own.
+  first call; or the frames of a video have times of their own; or a second expert has a FULL step of its own. Where a
+  part of the calls runs plainly, the reason is what the session warns of.
 * **plain**: the graph is refused, for the reason given, once; the result is that of the pipeline.
 * **no plan**: `plan_for` says why, and what to give it.
 * **broken**: the pipeline of this diffusers does not run.

@@ -144,7 +144,7 @@ class CompiledGraph:
         """What calls of these shapes need for the session's plan, or why they run plainly.
 
         Raises:
-            GridMismatchError: the plan is for another grid than this model's.
+            GridMismatchError: the plan is for another grid than this model's, and no call before was on the plan's.
             SessionError: the batch cannot be shared among the session's plans.
         """
         if self._broken_by:
@@ -163,6 +163,8 @@ class CompiledGraph:
                 part = self.preparer.part(prepared, latents, len(session.plans))
                 self.preparer.analyse(part, plan)
             except GridMismatchError as error:
+                if self._is_whole(shapes) and session.stats.kinds:
+                    return refused_by(error)  # some pipelines go on with fewer frames
                 if self._is_whole(shapes):
                     raise
                 return Refused(part_of_a_model(str(error)), PART, error)  # or an encoder, compiled too

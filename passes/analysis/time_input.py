@@ -32,14 +32,16 @@ def time_input(inputs: Sequence[Node]) -> Node | None:
     if len(found) == 1:
         return found[0]
     given = {node for node in inputs if not is_state(node.name)}
-    return next((node for node in numbers if _is_embedded(node, given - {node})), None)
+    flat = [node for node in numbers if not isinstance(node.meta["val"], torch.Tensor) or node.meta["val"].ndim <= 2]
+    return next((node for node in flat if _is_embedded(node, given - {node})), None)
 
 
 def _is_number(node: Node) -> bool:
     """A real number, or one for each sample or token."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return value.ndim <= 2 and value.dtype != torch.bool and not value.is_complex()
+        axes = sum(size > 1 for size in value.shape)  # Cosmos 2 has a time for each frame: [B, 1, T, 1, 1]
+        return axes <= 2 and value.dtype != torch.bool and not value.is_complex()
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 
