@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-pipelines test-torch check docs bench bench-size front drift clean
+.PHONY: demo test test-wide test-torch check docs bench bench-size front drift clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,11 +14,11 @@ BIN := .venv/bin
 demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo
 	$(BIN)/hetcache demo --out out/demo
 
-test: .venv/ready   ## all tests
+test: .venv/ready   ## all tests but those of `test-wide`
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
-test-pipelines: .venv/ready   ## every pipeline of diffusers, as docs/pipelines.md has it
-	$(BIN)/python -m pytest -n 2 -m pipelines tests/test_pipelines.py
+test-wide: .venv/ready   ## what is left of the tests: many models and pipelines, such as all rows of docs/pipelines.md
+	$(BIN)/python -m pytest -n 2 -m wide
 
 # Another torch than the one of `make test`, in a venv of its own. The CPU build of a version is smaller where there is one.
 TORCH ?= 2.11.0

@@ -114,6 +114,7 @@ def test_an_input_with_as_many_rows_as_the_batch_for_another_reason() -> None:
 ZOO = {entry.name: entry for entry in ENTRIES}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "name",
     [

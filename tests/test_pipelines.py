@@ -1,6 +1,6 @@
 """`plan_for` and sessions on diffusers' own pipelines: every row of `docs/pipelines.md`, and what `plan_for` refuses.
 
-The rows of `QUICK` are run whole with all other tests, the others with `make test-pipelines`.
+The rows of `QUICK` are run with all other tests, the others with `make test-wide`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 from pipelines import ROWS
 from pipelines.row import Row
-from pipelines_check import check, plan_of, wrong_plan
+from pipelines_check import check, compile_models, plan_of, wrong_plan
 from pipelines_table import JSON, TABLE, render
 
 import hetcache_compile as hetcache
@@ -22,16 +22,15 @@ import hetcache_compile as hetcache
 EXPECTED = {row["name"]: row for row in json.loads(JSON.read_text())} if JSON.exists() else {}
 RUNNING = [row for row in ROWS if not row.reason]
 BY_NAME = {row.name: row for row in ROWS}
-QUICK = (
-    "WanVACEPipeline", "WanVideoToVideoPipeline", "FluxInpaintPipeline", "FluxKontextPipeline", "CogVideoXPipeline",
-    "Cosmos2VideoToWorldPipeline", "StableDiffusion3InpaintPipeline", "QwenImageEditInpaintPipeline",
-)  # fmt: skip
+QUICK = ("WanVideoToVideoPipeline", "FluxInpaintPipeline", "FluxKontextPipeline", "Cosmos2VideoToWorldPipeline")
+"""Those run with all other tests: without names of branches, with other numbers of tokens, with other times."""
 
 
 def name_of(row: Row) -> str:
     return row.name
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("row", RUNNING, ids=name_of)
 def test_a_plan_has_the_tokens_of_the_call(row: Row) -> None:
     """Read from the pipeline's first model call; or refused, as the table says."""
@@ -48,7 +47,7 @@ def test_a_pipeline(name: str) -> None:
     assert check(BY_NAME[name]).as_json() == EXPECTED[name]
 
 
-@pytest.mark.pipelines
+@pytest.mark.wide
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name not in QUICK], ids=name_of)
 def test_every_pipeline(row: Row) -> None:
     assert check(row).as_json() == EXPECTED[row.name]
@@ -77,6 +76,7 @@ def plan_for(row: Row, pipe: Any = None, **changes: Any) -> hetcache.Plan:
 def test_planning_leaves_the_pipeline_and_generators_as_they_were() -> None:
     row = BY_NAME["FluxInpaintPipeline"]
     pipe, generator = row.build(), torch.Generator().manual_seed(3)
+    compile_models(pipe)
     before, attributes, state = torch.get_rng_state(), dict(vars(pipe)), generator.get_state()
     timesteps = pipe.scheduler.timesteps.clone()
     plan_for(row, pipe, generator=generator)

@@ -41,6 +41,14 @@ def guided(fast: Any, edit: int) -> list[torch.Tensor]:
     return outputs
 
 
+@pytest.fixture(autouse=True)
+def own_objects() -> Iterator[None]:
+    """Do not look through what other tests have left, again and again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def live_tensors() -> int:
     gc.collect()
     return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())

@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines import ROWS
 from pipelines.row import Masking, Row, quarter
 
+pytestmark = pytest.mark.wide
 RUNNING = tuple(row for row in ROWS if not row.reason)
 every_row = pytest.mark.parametrize("row", RUNNING, ids=lambda row: row.name)
 

@@ -256,7 +256,10 @@ def step_lengths(scheduler: Any, num_steps: int) -> Array | None:
     both = []
     for _ in range(2):
         trial, sample = copy.deepcopy(scheduler), draw()
-        trial.set_timesteps(num_steps)
+        try:
+            trial.set_timesteps(num_steps)
+        except ValueError:
+            return None  # its times depend on the size of the pictures
         for timestep in trial.timesteps:
             output = draw()
             try:

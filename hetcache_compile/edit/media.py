@@ -64,7 +64,7 @@ class Playback:
         end: where it ends.
     """
 
-    rate: Fraction = Fraction(16)
+    rate: Fraction = Fraction(FPS)
     times: NDArray[np.float64] | None = None
     sound: Path | None = None
     begin: float = 0.0

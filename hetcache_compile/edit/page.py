@@ -26,7 +26,7 @@ from ..plan.partition import TokenKind
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from .editing import EditRequest, Run
-from .media import FPS, TINT, Frames
+from .media import TINT, Frames
 from .metrics import psnr
 
 FOLDER = Path(__file__).parent
@@ -112,8 +112,8 @@ def page_data(
     sheets = {"input": sheet.pictures(request.video), "mask": sheet.mask(request.mask)}
     sheets["cached"] = sheet.pictures(cached.frames)
     data: dict[str, Any] = {
-        "frames": sheet.frames, "height": sheet.height, "width": sheet.width, "columns": sheet.columns, "fps": FPS,
-        "exact": sheet.exact, "full_size": sheet.scale == 1, "sheets": sheets,
+        "frames": sheet.frames, "height": sheet.height, "width": sheet.width, "columns": sheet.columns,
+        "fps": float(request.playback.rate), "exact": sheet.exact, "full_size": sheet.scale == 1, "sheets": sheets,
         "plan": tokens_by_frame(plan, sheet.frames), "calls": calls_by_step(plan, cached),
         "seconds": report["total_seconds"], "median_seconds": report["seconds"], "steps": report["steps"],
         "uncached_call_seconds": None, "psnr": None, "difference": None,

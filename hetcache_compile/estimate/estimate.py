@@ -17,7 +17,8 @@ from .inventory import PLAIN, Inventory, take_inventory
 from .models import KnownModel
 
 GIB = 2**30
-STORED_AS: dict[str, str] = {name: "as computed" if name == "same" else name for name in CACHE_DTYPES}
+STORED_AS: dict[str, str] = {name: "as computed" if name == "same" else f"{name} *" for name in CACHE_DTYPES}
+NOT_YET = "* what it would take: sessions keep keys and values as computed, other types cannot be chosen yet"
 LABELS = {PLAIN: "uncached", **{kind.form: kind.name for kind in StepKind}}
 
 
@@ -141,10 +142,12 @@ class Estimate:
             branch, edit, predicted = (f"{size / GIB:.2f} GiB" for size in sizes)
             lines.append(f"{STORED_AS[name]:12}{branch:>14}{edit:>14}{predicted:>20}")
         fit = self.fits_with()
-        fits = f"weights and caches fit, with K/V {STORED_AS[fit]}" if fit else "weights and caches do not fit"
+        fits = "weights and caches fit" if fit == "same" else "weights and caches do not fit"
+        fits += f", they would with K/V in {fit}" if fit not in ("same", None) else ""
         counted = f"{self.branches} branch" + "es" * (self.branches > 1)
         counted += f" x {self.experts} experts" * (self.experts > 1)
         lines += [
+            NOT_YET,
             "",
             f"the edit has {counted}; activations, text encoder and VAE come on top of what is shown",
             f"{self.gpu}, {self.gpu_bytes / GIB:.0f} GiB: {fits}",

@@ -45,8 +45,9 @@ class Edit:
 
 
 def edit_of(pipe: Any, mask: Any, arguments: Mapping[str, Any], num_reference_images: int | None = None) -> Edit:
-    """What a call is, from its first model call if the arguments suffice to run the pipeline; see
-    `planning.plan_for`.
+    """What a call is, from its first model call if the arguments suffice to run the pipeline.
+
+    Arguments as in `plan_for` of `planning`.
 
     Raises:
         PlanError: the arguments do not say.

@@ -28,8 +28,8 @@ SCALES: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...] = (
     ("sigmas", lambda times, sigmas: sigmas),
     ("sigmas / (1 + sigmas)", lambda times, sigmas: sigmas / (1 + sigmas)),
     (
-        "sin(timesteps) / (sin(timesteps) + cos(timesteps))",
-        lambda times, sigmas: times.sin() / (times.sin() + times.cos()),
+        "sin / (sin + cos) of timesteps that are angles",
+        lambda times, sigmas: torch.where(times.abs() <= 2, times.sin() / (times.sin() + times.cos()), torch.nan),
     ),
     ("log(sigmas) / 4", lambda times, sigmas: sigmas.clamp_min(1e-30).log() / 4),
 )
