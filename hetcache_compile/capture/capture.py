@@ -163,7 +163,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 class _DataByDetach(TorchFunctionMode):
-    """Takes `tensor.data`, which tracing cannot follow, for `tensor.detach()`: the same memory."""
+    """Takes the data of a tensor, which tracing cannot follow, for the tensor detached: the same memory."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
