@@ -286,7 +286,7 @@ new MutationObserver(drive).observe(document.body, { attributeFilter: ["data-rea
 
 
 def opened(folder: Path) -> Elements:
-    """The page of a folder, once its script has run. On a busy machine the browser may stop before: it is asked again."""
+    """The page of a folder, once its script has run. A busy machine may stop the browser before: it is asked again."""
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
         f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
