@@ -79,6 +79,7 @@ def export(export_command, name, tmp_path, *extra):
     )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", EXPORTED)
 def test_folders_of_other_models_are_exported_and_checked(name, export_command, tmp_path):
     out, (status, text, err) = export(export_command, name, tmp_path)

@@ -19,7 +19,7 @@ from ..errors import PlanError
 from ..plan.options import PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
-from .edit import Edit, edit_of
+from .call import PlannedCall, planned_call
 from .observe import models_of
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def plan_for(
     options = {name: arguments.pop(name) for name in PlanOptions.names() if name in arguments}
     PlanOptions.check(options)
     _check_arguments(pipe, arguments)
-    edit = edit_of(pipe, mask, arguments, num_reference_images)
+    call = planned_call(pipe, mask, arguments, num_reference_images)
     schedule = default_schedule(calibration) if schedule is None else schedule
-    make = partial(_plan_for, pipe, edit, schedule, calibration)
+    make = partial(_plan_for, pipe, call, schedule, calibration)
     return choices(make, schedule, calibration, options)[0].plan
 
 
@@ -130,24 +130,26 @@ def _rank(choice: Choice, by_error: bool) -> tuple[float, float]:
     return key if by_error else key[::-1]
 
 
-def _plan_for(pipe: Any, edit: Edit, schedule: Schedule, calibration: Calibration | None, **options: Any) -> Plan:
+def _plan_for(
+    pipe: Any, call: PlannedCall, schedule: Schedule, calibration: Calibration | None, **options: Any
+) -> Plan:
     """One plan, see `plan_for`."""
     model = models_of(pipe)[0]
     model = getattr(model, "_orig_mod", model)
     takes_time = "timestep" in inspect.signature(model.forward).parameters
     options = {"extrapolation": int(takes_time), **preset_options(schedule), **options}
-    steps = len(edit.timesteps)
+    steps = len(call.timesteps)
     plan = replace(
-        Plan.from_mask(edit.mask, edit.grid, num_inference_steps=steps, schedule="full", **options),
-        timesteps=edit.timesteps,
-        sigmas=edit.sigmas,
-        distances=distances_of(model, edit.timesteps),
-        token_inputs=edit.token_inputs,
+        Plan.from_mask(call.mask, call.grid, num_inference_steps=steps, schedule="full", **options),
+        timesteps=call.timesteps,
+        sigmas=call.sigmas,
+        distances=distances_of(model, call.timesteps),
+        token_inputs=call.token_inputs,
     )
     if calibration is None:
         return plan.with_schedule(schedule)
     return calibration.like(options).scheduled(
-        plan, schedule, timesteps=edit.timesteps, lengths=step_lengths(pipe.scheduler, steps),
+        plan, schedule, timesteps=call.timesteps, lengths=step_lengths(pipe.scheduler, steps),
         multistep=bool(options.get("multistep", True)), distances=plan.distances if plan.distances.size else None,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ MASKS = ("mask", "mask_video", "mask_image")
 
 
 @dataclass(frozen=True)
-class Edit:
+class PlannedCall:
     """One call of a pipeline.
 
     Attributes:
@@ -44,7 +44,9 @@ class Edit:
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def edit_of(pipe: Any, mask: Any, arguments: Mapping[str, Any], num_reference_images: int | None = None) -> Edit:
+def planned_call(
+    pipe: Any, mask: Any, arguments: Mapping[str, Any], num_reference_images: int | None = None
+) -> PlannedCall:
     """What a call is, from its first model call if the arguments suffice to run the pipeline.
 
     Arguments as in `plan_for` of `planning`.
@@ -69,10 +71,10 @@ def edit_of(pipe: Any, mask: Any, arguments: Mapping[str, Any], num_reference_im
     frames = _default(pipe, arguments, "num_frames", len(pixels))
     references = _references(factors, grid, frames) if num_reference_images is None else num_reference_images
     mask = on_grid(pixels, grid, factors, references)
-    return Edit(grid, mask, call.timesteps, call.sigmas, token_inputs_of(call, grid))
+    return PlannedCall(grid, mask, call.timesteps, call.sigmas, token_inputs_of(call, grid))
 
 
-def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any], references: int) -> Edit:
+def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any], references: int) -> PlannedCall:
     """What a call is, by sizes alone."""
     model = models_of(pipe)[0]
     model = getattr(model, "_orig_mod", model)
@@ -106,7 +108,7 @@ def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any]
         ) from error
     timesteps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()
     mask = on_grid(pixels, grid, factors, references)
-    return Edit(grid, mask, timesteps, noise_levels(scheduler, len(timesteps)))
+    return PlannedCall(grid, mask, timesteps, noise_levels(scheduler, len(timesteps)))
 
 
 def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references: int = 0) -> NDArray[np.bool_]:
