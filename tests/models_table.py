@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from models_check import check
+from verdicts import write_verdicts
 from zoo import ENTRIES
-
-from hetcache_compile.files import atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 JSON, TABLE = DOCS / "models.json", DOCS / "models.md"
@@ -55,21 +49,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["name"], "exact", *errors, str(row["cached"]), str(len(row.get("whole", ()))), ""]
 
 
-def main(names: list[str]) -> None:
-    """Check all entries, or those whose name contains one of `names`, and write both files."""
-    known = {row["name"]: row for row in json.loads(JSON.read_text())} if JSON.exists() else {}
-    for entry in ENTRIES:
-        if not names or any(name.lower() in entry.name.lower() for name in names):
-            verdict = check(entry)
-            print(f"{entry.name}: {verdict.result} {verdict.error:.0e} {verdict.reason}", flush=True)
-            known[entry.name] = verdict.as_json()
-    rows = [known[entry.name] for entry in ENTRIES if entry.name in known]
-    atomically(JSON, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
-    atomically(TABLE, lambda path: Path(path).write_text(render(rows)))
-
-
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    main(sys.argv[1:])
+    write_verdicts(ENTRIES, check, JSON, TABLE, render)

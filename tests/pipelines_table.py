@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from pipelines import ROWS
 from pipelines_check import check
-
-from hetcache_compile.files import atomically
+from verdicts import write_verdicts
 
 DOCS = Path(__file__).parent.parent / "docs"
 JSON, TABLE = DOCS / "pipelines.json", DOCS / "pipelines.md"
@@ -60,22 +54,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["name"], row["result"], grid, row.get("steps", ""), row.get("guided", ""), reason]
 
 
-def main(names: list[str]) -> None:
-    """Check all rows, or those whose name contains one of `names`, and write both files."""
-    known = {row["name"]: row for row in json.loads(JSON.read_text())} if JSON.exists() else {}
-    for row in ROWS:
-        if not names or any(name.lower() in row.name.lower() for name in names):
-            verdict = check(row)
-            print(f"{row.name}: {verdict.result} {verdict.reason} {'; '.join(verdict.wrong)}", flush=True)
-            known[row.name] = verdict.as_json()
-            rows = [known[row.name] for row in ROWS if row.name in known]
-            atomically(JSON, lambda path, rows=rows: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
-    rows = [known[row.name] for row in ROWS if row.name in known]
-    atomically(TABLE, lambda path: Path(path).write_text(render(rows)))
-
-
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    main(sys.argv[1:])
+    write_verdicts(ROWS, check, JSON, TABLE, render)

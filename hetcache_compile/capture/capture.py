@@ -25,6 +25,7 @@ from ..passes.ir.refusal import Refusal, UnsupportedGraphError, module_path, sou
 from .assumed_values import know
 
 DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+"""What `tensor.data` calls."""
 
 
 @dataclass(frozen=True)

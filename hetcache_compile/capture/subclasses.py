@@ -83,11 +83,12 @@ class Unwrapping:
     def __init__(self, graph: GraphModule) -> None:
         values = [node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")]
         wrapped = [number for number, value in enumerate(values) if is_traceable_wrapper_subclass(value)]
+        plain = [number for number, value in enumerate(values) if not is_traceable_wrapper_subclass(value)]
         self.graph = _with_plain_inputs(graph) if wrapped else graph
         num_inputs = len(self.graph.graph.find_nodes(op="placeholder"))
-        self.parts = range(len(values) - len(wrapped), num_inputs)
+        self.parts = range(len(plain), num_inputs)
         self._weights = _taking(wrapped)
-        self._others = _taking([number for number in range(len(values)) if number not in set(wrapped)])
+        self._others = _taking(plain)
         self._known: Any = WeakIdKeyDictionary()
 
     def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:

@@ -246,7 +246,15 @@ def run_pipeline(
         return tensors
 
     progress(stage, 0, request.num_inference_steps)
-    arguments: dict[str, Any] = {
+    output_type = "np" if decode else "latent"
+    with _timed_calls(pipe) as watches:
+        frames = pipe(**call_arguments(request), output_type=output_type, callback_on_step_end=after_step).frames
+    return Run(to_frames(frames[0]) if decode else None, [watch.seconds for watch in watches])
+
+
+def call_arguments(request: EditRequest) -> dict[str, Any]:
+    """The arguments of the pipeline's call, but for what becomes of the result."""
+    return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "video": to_pictures(request.visible_video),
@@ -255,13 +263,8 @@ def run_pipeline(
         "guidance_scale": request.guidance_scale,
         "max_sequence_length": request.max_sequence_length,
         "generator": torch.Generator("cpu").manual_seed(request.seed),
-        "output_type": "np" if decode else "latent",
-        "callback_on_step_end": after_step,
         **request.size,
     }
-    with _timed_calls(pipe) as watches:
-        frames = pipe(**arguments).frames
-    return Run(to_frames(frames[0]) if decode else None, [watch.seconds for watch in watches])
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import InputFileError
+from ..pipelines.observe import first_call
 from ..plan.partition import Grid
 
 
@@ -23,10 +23,6 @@ class ModelCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     grid: Grid
-
-
-class _StopError(Exception):
-    """Ends a pipeline at its first model call. Only an error does so before the model has computed."""
 
 
 def call_of_function(name: str) -> ModelCall:
@@ -48,7 +44,7 @@ def call_of_function(name: str) -> ModelCall:
 
 def call_of_pipeline(pipe: Any, height: int, width: int, num_frames: int) -> ModelCall:
     """The first model call of a pipeline that edits masked video, on an empty video that is all mask."""
-    from .editing import EditRequest, make_plan, run_eager
+    from .editing import EditRequest, call_arguments, make_plan
 
     request = EditRequest(
         video=np.zeros((num_frames, height, width, 3), dtype=np.uint8),
@@ -56,18 +52,5 @@ def call_of_pipeline(pipe: Any, height: int, width: int, num_frames: int) -> Mod
         prompt="",
         num_inference_steps=1,
     )
-
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-        raise _StopError
-
-    handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_StopError):
-            run_eager(pipe, request, lambda *_: None)
-    finally:
-        handle.remove()
-    args, kwargs = calls[0]
-    return ModelCall(pipe.transformer.eval(), args, kwargs, make_plan(pipe, request, "full").grid)
+    call = first_call(pipe, {**call_arguments(request), "output_type": "latent"})
+    return ModelCall(call.model.eval(), call.args, call.kwargs, make_plan(pipe, request, "full").grid)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..errors import MaskError, PlanError
 from ..plan.mask import to_mask
-from ..plan.partition import Grid
+from ..plan.partition import Grid, latents_to_tokens
 from .layout import Factors, grid_of_call, token_inputs_of
 from .observe import first_call, models_of, noise_levels
 
@@ -144,9 +144,7 @@ def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references:
     # Frames that a pipeline adds at the end are like the last one.
     latent = [np.asarray(group.any(axis=0)) for group in groups if len(group)]
     latent += [latent[-1]] * (latent_frames - len(latent))
-    nothing = np.zeros_like(latent[0])
-    stacked = np.stack([*[nothing] * references, *latent])
-    return np.asarray(stacked.reshape(grid[0], factors.patch[0], *grid[1:]).any(axis=1))
+    return latents_to_tokens(np.stack(latent), grid, factors.patch[0], references)
 
 
 def _references(factors: Factors, grid: Grid, num_frames: int) -> int:

@@ -71,7 +71,13 @@ def to_token_grid(
     rows = array.reshape(frames, grid[1], height // grid[1], width).any(axis=2)
     blocks = rows.reshape(frames, grid[1], grid[2], width // grid[2]).any(axis=3)
     starts = [0, *range(1, frames, temporal_factor)]
-    latent = np.logical_or.reduceat(blocks, starts, axis=0)
+    return latents_to_tokens(np.logical_or.reduceat(blocks, starts, axis=0), grid, temporal_patch, reference_frames)
+
+
+def latents_to_tokens(
+    latent: NDArray[np.bool_], grid: Grid, temporal_patch: int, reference_frames: int
+) -> NDArray[np.bool_]:
+    """A mask of latent frames `[T, H', W']` as bool `grid`: references in front, which are never masked."""
     latent = np.concatenate([np.zeros((reference_frames, *grid[1:]), dtype=bool), latent])
     return np.asarray(latent.reshape(grid[0], temporal_patch, *grid[1:]).any(axis=1))
 
