@@ -25,7 +25,7 @@ from ..passes.ir.refusal import Refusal, UnsupportedGraphError, module_path, sou
 from .assumed_values import know
 
 DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-"""What `tensor.data` calls."""
+"""What reading the data of a tensor calls."""
 
 
 @dataclass(frozen=True)
