@@ -1,7 +1,7 @@
 """What the forms save on a GPU, at the size of a real model with random weights.
 
     python benchmarks/gpu.py                       # writes benchmarks/results/gpu.json as it goes
-    python benchmarks/gpu.py --toy --device cpu    # the same at a size that runs in a test
+    python benchmarks/gpu.py --size toy --device cpu    # the same at a size that runs in a test
 
 The model has the shapes of Wan2.1-VACE-1.3B (30 + 15 blocks) or of its first blocks; inputs are random. Errors come
 first: a form that is wrong is not timed. Then each size is timed in one process: plain calls as they are, compiled
@@ -16,12 +16,13 @@ import copy
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import WanVACETransformer3DModel
@@ -40,7 +41,11 @@ SIZES: dict[str, dict[str, Any]] = {
 TEXT = {"text_dim": 4096, "length": 512}
 VACE_CHANNELS = 96
 SCHEDULE = "FPRRR" * 10
-SECTIONS = ("rates", "errors", "forms", "compiled blocks", "eager", "compiled", "CUDA graphs")
+SECTIONS = (
+    "rates", "errors", "forms", "CUDA graphs", "compiled blocks", "eager", "TaylorSeer", "cache-dit", "compiled",
+)  # fmt: skip
+EVERY = 5
+"""Steps of which other caches compute one."""
 
 
 class Report:
@@ -198,7 +203,12 @@ def measure_rates(found: dict[str, Any], device: torch.device, dtype: torch.dtyp
 
 @torch.no_grad()
 def check_errors(
-    found: dict[str, Any], size: str, layers: int, device: torch.device, shares: list[float], inner: str
+    found: dict[str, Any],
+    size: str,
+    layers: int,
+    device: torch.device,
+    shares: list[float],
+    compiling: Mapping[str, Any],
 ) -> None:
     """Every form, compiled, on inputs that do not change, against the plain model in float64."""
     grid = grid_of(9, size == "toy")
@@ -212,11 +222,9 @@ def check_errors(
         own = {name: v.to(dtype) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         rows = {"plain": error_of(model(**own, timestep=time)[0], reference)}
         torch._dynamo.reset()
-        frozen = torch.compile(
-            FrozenTime(model, float(time)), backend=hetcache.hetcache_backend, options={"inner": inner}
-        )
+        frozen = torch.compile(FrozenTime(model, float(time)), backend=hetcache.hetcache_backend, options=compiling)
         for share in shares:
-            plan = plan_of(grid, share, "FPRFPR")
+            plan = plan_of(grid, share, "FPRFPRFPR")
             with hetcache.session(plan, strict=True) as session:
                 outputs = [frozen(time_now[None], **own)[0] for time_now in times_of(len(plan.steps), device)]
             for kind, output in zip(session.stats.kinds, outputs, strict=True):
@@ -257,13 +265,12 @@ def measure_plain(found: dict[str, Any], way: str, model: Any, inputs: dict[str,
 @torch.no_grad()
 def measure_forms(
     found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], shares: list[float],
-    calls: int, inner: str, mode: str | None, report: Report, expected_cold: float,
+    calls: int, compiling: Mapping[str, Any], report: Report, expected_cold: float,
 ) -> None:  # fmt: skip
     """The compiled model in sessions: each kind of step, its first call, the cache, peak memory; and a whole edit."""
     device = inputs["hidden_states"].device
     torch._dynamo.reset()
-    given = {"inner": inner, **({"mode": mode} if mode else {})}
-    cached = torch.compile(model, backend=hetcache.hetcache_backend, options=given)
+    cached = torch.compile(model, backend=hetcache.hetcache_backend, options=compiling)
     for share in shares:
         if not report.has_time(f"M/N {share}", expected_cold):
             break
@@ -303,9 +310,51 @@ def measure_edit(cached: Any, inputs: dict[str, Any], plan: hetcache.Plan, devic
     return {"steps": session.stats.steps, "seconds": seconds, "seconds_in_forms": session.stats.total_seconds}
 
 
+@torch.no_grad()
+def measure_other(found: dict[str, Any], cache: str, model: Any, inputs: dict[str, Any]) -> None:
+    """Another library's cache that computes one step in `EVERY`: the second of two edits of as many steps as ours."""
+    device, steps = inputs["hidden_states"].device, len(SCHEDULE)
+    for way in ("eager", "compiled blocks"):
+        torch._dynamo.reset()
+        cached = copy.deepcopy(model)
+        if cache == "TaylorSeer":
+            cached.enable_cache(
+                diffusers.TaylorSeerCacheConfig(
+                    cache_interval=EVERY, max_order=1, use_lite_mode=True, disable_cache_before_step=1
+                )
+            )
+        else:
+            import cache_dit
+
+            config = cache_dit.DBCacheConfig(
+                Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, num_inference_steps=steps,
+                residual_diff_threshold=1e9,
+                steps_computation_mask=[int(step % EVERY == 0) for step in range(steps)],
+            )  # fmt: skip
+            cache_dit.enable_cache(cached, cache_config=config)
+        if way == "compiled blocks":
+            cached.compile_repeated_blocks()
+        row = found[way] = {}
+        for name in ("cold_seconds", "seconds"):
+            if cache == "TaylorSeer":
+                cached._reset_stateful_cache()
+            row[name] = first_call(lambda m=cached: run_edit(m, inputs, times_of(steps, device)), device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    found["steps"] = steps
+
+
+def run_edit(model: Any, inputs: dict[str, Any], times: torch.Tensor) -> None:
+    """All steps of one branch."""
+    for now in times:
+        with model.cache_context("cond"):
+            model(**inputs, timestep=now[None])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", default="1.3B", choices=tuple(SIZES), help="the width of the model")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--control-layers", type=int, default=15)
     parser.add_argument("--error-layers", type=int, default=4, help="blocks of the model whose errors are looked at")
@@ -314,12 +363,13 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=5, help="of each kind, after the first")
     parser.add_argument("--seconds", type=float, default=480, help="when to stop beginning anything more")
     parser.add_argument("--cold", type=float, default=45, help="seconds to set aside for compiling the forms of a mask")
-    parser.add_argument("--toy", action="store_true", help="a tiny model")
     parser.add_argument("--inner", default="inductor", help="the compiler of the forms")
+    parser.add_argument("--mode", help="of torch.compile, for the forms whose errors are looked at")
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS, help="in order")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    device, size = torch.device(options.device), "toy" if options.toy else "1.3B"
+    device, size = torch.device(options.device), options.size
+    compiling = {"inner": options.inner}
     report = Report(options.out, options.seconds, provenance(options.device))
     report.data["model"] = {"size": size, "layers": options.layers, "control_layers": options.control_layers}
     model = build(size, options.layers, options.control_layers, options.device, torch.bfloat16)
@@ -330,21 +380,25 @@ def main() -> None:
             continue
         if section == "errors":
             with report.section(section) as found:
-                check_errors(found, size, options.error_layers, device, options.active[:1], options.inner)
+                check_errors(
+                    found, size, options.error_layers, device, options.active[:1], {**compiling, "mode": options.mode}
+                )
             continue
         for frames in options.frames:
             name = f"{frames} frames, {section}"
-            grid = grid_of(frames, options.toy)
+            grid = grid_of(frames, size == "toy")
             inputs = inputs_of(model, grid, torch.bfloat16)
             if not report.has_time(name, options.cold if section != "eager" else 10):
                 continue
             with report.section(name) as found:
                 if section in ("forms", "CUDA graphs"):
-                    mode = "reduce-overhead" if section == "CUDA graphs" else None
-                    shares = options.active if section == "forms" else options.active[:1]
+                    mode = {"mode": "reduce-overhead"} if section == "CUDA graphs" else {}
                     measure_forms(
-                        found, model, inputs, grid, shares, options.calls, options.inner, mode, report, options.cold
-                    )
+                        found, model, inputs, grid, options.active, options.calls, {**compiling, **mode}, report,
+                        options.cold,
+                    )  # fmt: skip
+                elif section in ("TaylorSeer", "cache-dit"):
+                    measure_other(found, section, model, inputs)
                 else:
                     measure_plain(found, section, model, inputs, options.calls)
     report.write()

@@ -216,11 +216,21 @@ def gpu_table(result: dict) -> str:
         for name, row in by_mask.items():
             seconds = row["partial"]["seconds"]
             column[f"PARTIAL, {name}"] = f"{1e3 * seconds:.1f} ms ({seconds / full:.2f})"
+            if name in (recorded := sections.get(f"{clip}, CUDA graphs", {})):
+                seconds = recorded[name]["partial"]["seconds"]
+                column[f"PARTIAL, {name}, in a CUDA graph"] = f"{1e3 * seconds:.1f} ms ({seconds / full:.2f})"
         column["REUSE"] = f"{1e3 * median(row['reuse']['seconds'] for row in by_mask.values()):.2f} ms"
         for name, row in by_mask.items():
             if "edit" in row:
                 gain = sum(row["edit"]["steps"].values()) * full / row["edit"]["seconds"]
                 column[f"50 steps `FPRRR...`, {name}"] = f"{row['edit']['seconds']:.1f} s ({gain:.1f}x)"
+        for cache in ("TaylorSeer", "cache-dit"):
+            if other := sections.get(f"{clip}, {cache}"):
+                way, row = min(
+                    ((way, other[way]) for way in ("eager", "compiled blocks")), key=lambda one: one[1]["seconds"]
+                )
+                gain = other["steps"] * full / row["seconds"]
+                column[f"50 steps, {cache}, 1 in 5 computed"] = f"{row['seconds']:.1f} s ({gain:.1f}x; {way})"
         column["cache of one branch"] = f"{first['cache_bytes'] / 2**30:.2f} GiB"
         column["peak memory"] = f"{first['peak_bytes'] / 2**30:.1f} GiB"
         cold = first["cold_seconds"]
@@ -335,6 +345,7 @@ TABLES = (
     ("steps", "steps", steps_table, BENCHMARKS),
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),
+    ("gpu_beside", "gpu_beside", gpu_table, BENCHMARKS),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
     ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),

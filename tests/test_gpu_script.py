@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [
-        sys.executable, SCRIPT, "--toy", "--device", "cpu", "--inner", "eager", "--layers", "2",
+        sys.executable, SCRIPT, "--size", "toy", "--device", "cpu", "--inner", "eager", "--layers", "2",
         "--control-layers", "1", "--error-layers", "2", "--frames", "9", "--active", "0.25", "0.5", "--calls", "2",
         "--out", out,
         "--sections", "rates", "errors", "forms", "eager",
@@ -36,7 +36,8 @@ def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [
-        sys.executable, SCRIPT, "--toy", "--device", "cpu", "--layers", "2", "--control-layers", "1", "--seconds", "0",
+        sys.executable, SCRIPT, "--size", "toy", "--device", "cpu", "--layers", "2", "--control-layers", "1",
+        "--seconds", "0",
         "--sections", "forms", "eager", "--frames", "9", "--out", out,
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)

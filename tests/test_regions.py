@@ -227,13 +227,6 @@ def test_a_deep_model_in_a_session(fresh: None) -> None:
     assert counts[True] <= 2 * 6 + 1
 
 
-def test_modes_that_record_cuda_graphs_compile_forms_whole() -> None:
-    assert BackendOptions().by_regions
-    assert BackendOptions(mode="max-autotune-no-cudagraphs").by_regions
-    assert not BackendOptions(mode="reduce-overhead").by_regions
-    assert not BackendOptions(regional=False).by_regions
-
-
 @pytest.mark.parametrize("compile_form", [compile_by_regions, compile_whole])
 def test_torchs_caches_hit(compile_form: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process compiles nothing; here, a second time with Inductor's memory of the first on disk only."""

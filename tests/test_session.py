@@ -378,33 +378,6 @@ def test_dynamic_shapes_and_fullgraph() -> None:
         check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPR", calls))
 
 
-def test_reduce_overhead_overwrites_only_what_cuda_graphs_may() -> None:
-    """Recording a CUDA graph fails where an input is overwritten that may move: cache buffers must be static."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    overwritten: list[tuple[set[int], set[int]]] = []
-
-    def spy(graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        stores = (node for node in graph.graph.nodes if node.target is torch.ops.aten.copy_.default)
-        mutated = {places.index(node.args[0]) for node in stores}
-        overwritten.append((mutated, set(options.get("static_input_idxs") or ())))
-        return compile_fx_inner(graph, inputs, **options)
-
-    def inner(graph: GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_fx(graph, inputs, inner_compile=spy, config_patches={"triton.cudagraphs": True})
-
-    model, plan, calls = TinyDiT(), plan_of("FPR"), tiny_calls("FPR")
-    with hetcache.session(plan, strict=True):
-        outputs = run(compiled(model, inner), calls)
-    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPR", calls))
-    (full, static_of_full), (partial, static_of_partial), (reuse, _) = overwritten
-    assert len(full) == len(partial) == 3
-    assert full <= static_of_full
-    assert partial <= static_of_partial
-    assert not reuse
-
-
 def test_masks_share_forms_of_any_kind_but_partial() -> None:
     """M is not known to full and reuse forms, and comes from a short ladder."""
     inner = CountingInner()

@@ -30,13 +30,16 @@ class BackendOptions:
     inner_options: Mapping[str, Any] | None = field(default=None, metadata={"help": "options of that backend"})
     mode: str | None = field(
         default=None,
-        metadata={"help": 'a mode of Inductor, such as "reduce-overhead"; `torch.compile(..., mode=...)` is the same'},
+        metadata={
+            "help": "a mode of Inductor; `torch.compile(..., mode=...)` is the same. Those that record CUDA graphs, "
+            'such as "reduce-overhead", record a whole form, which pays where steps are small'
+        },
     )
     regional: bool = field(
         default=True,
         metadata={
-            "help": "compile each distinct block of a form once and call it wherever it occurs; False, and a mode that "
-            "records CUDA graphs, compile forms whole, which takes longer the deeper the model is"
+            "help": "compile each distinct block of a form once and call it wherever it occurs; False compiles forms "
+            "whole, which takes longer the deeper the model is"
         },
     )
     token_inputs: TokenInputs | None = field(
@@ -61,9 +64,9 @@ class BackendOptions:
         return cls(**given)
 
     @property
-    def by_regions(self) -> bool:
-        """Whether forms are compiled block by block. A CUDA graph is recorded of a whole form."""
-        return self.regional and not self._patches().get("triton.cudagraphs")
+    def records(self) -> bool:
+        """Whether CUDA graphs are recorded."""
+        return bool(self._patches().get("triton.cudagraphs"))
 
     def _patches(self) -> dict[str, Any]:
         """The inner compiler's options, with those that its mode stands for.
@@ -83,13 +86,18 @@ class BackendOptions:
             raise ValueError(f"there is no mode {self.mode!r}: Inductor has {', '.join(modes)}")
         return {**modes[self.mode], **given}
 
-    def compiler(self) -> Compiler:
-        """The function `(graph, inputs) -> callable` that compiles forms.
+    def compiler(self, *, records: bool = True) -> Compiler:
+        """The function `(graph, inputs) -> callable` that compiles a graph.
+
+        Args:
+            records: whether the inner compiler may record CUDA graphs; not of forms, which `Recorder` records.
 
         Raises:
             ValueError: the inner compiler takes no mode, or there is no such mode.
         """
         patches = self._patches()
+        if self.records and not records:
+            patches["triton.cudagraphs"] = False
         if self.inner == "inductor":
             from torch._inductor import compile_fx
 

@@ -91,7 +91,7 @@ class CompiledGraph:
         self.graph = graph
         self.compiler = options.compiler()
         self.unwrapped = Unwrapping(graph)
-        self.preparer = Preparer(self.unwrapped.graph, self.compiler, options)
+        self.preparer = Preparer(self.unwrapped.graph, options)
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self._broken_by = graph_break_of(graph)
@@ -355,7 +355,6 @@ def buffers_for(
         if buffer is None:
             with normal_mode():
                 buffer = memory[name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-            torch._dynamo.mark_static_address(buffer, guard=False)
             session.allocated(buffer.untyped_storage().nbytes())
         buffers.append(buffer)
     return buffers

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._dynamo.source import LocalSource
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -23,7 +22,8 @@ from torch.utils import _pytree as pytree
 from ..capture.capture import Program, capture, with_input_names
 from ..capture.regional import capture_by_regions
 from ..capture.rewrite import check_weights, planned_token_inputs, write_form
-from ..compilation.options import BackendOptions, Compiled, Compiler
+from ..compilation.cuda_graphs import Recorder
+from ..compilation.options import BackendOptions, Compiled
 from ..compilation.regional import compile_by_regions, compile_whole
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
@@ -91,13 +91,12 @@ class Preparer:
 
     Args:
         graph: as Dynamo captured it.
-        compiler: of forms.
         options: of the backend.
     """
 
-    def __init__(self, graph: GraphModule, compiler: Compiler, options: BackendOptions) -> None:
-        self.graph, self.compiler = graph, compiler
-        self.token_inputs, self.by_regions = options.token_inputs, options.by_regions
+    def __init__(self, graph: GraphModule, options: BackendOptions) -> None:
+        self.graph, self.options = graph, options
+        self.compiler = options.compiler(records=False)
         self.floats = wrapped_floats(graph)
 
     def capture(self, inputs: Sequence[Any]) -> Prepared:
@@ -120,7 +119,7 @@ class Preparer:
         """
         key = plan.grid, *plan.token_inputs.items()
         if key not in prepared.analyses:
-            token_inputs = self.token_inputs or planned_token_inputs(prepared.program, plan)
+            token_inputs = self.options.token_inputs or planned_token_inputs(prepared.program, plan)
             prepared.analyses[key] = analyse(prepared.program.module, plan.grid, token_inputs)
         return prepared.analyses[key]
 
@@ -140,7 +139,7 @@ class Preparer:
         latents = tuple(number for number, name in enumerate(names) if name in analysis.token_sources)
         time = self.time_of(prepared)
         packed = all(node.op == "placeholder" for node, _ in analysis.of_type(Enter))
-        if time is None and packed and not self.token_inputs:
+        if time is None and packed and not self.options.token_inputs:
             raise UnsupportedGraphError(
                 [
                     Refusal(
@@ -199,10 +198,11 @@ class Preparer:
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
             buffers = [torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in form.reads]
-            mark_static(form, program, buffers)
             given = [*pick(inputs), *indices, *buffers]
-            compile_form = compile_by_regions if self.by_regions else compile_whole
+            compile_form = compile_by_regions if self.options.regional else compile_whole
             run = compile_form(form.module, given, self.compiler, f"{kind} form")
+            if self.options.records and device.type == "cuda":
+                run = Recorder(run, stays_in_memory(form, program), f"{kind} form")
             prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads)
             while len(prepared.forms) > MOST_FORMS:
                 prepared.forms.popitem(last=False)
@@ -282,23 +282,14 @@ def _picker(numbers: list[int], constants: list[tuple[int, Any]]) -> Callable[[S
     return take if len(numbers) > 1 else lambda inputs: (take(inputs),)
 
 
-def mark_static(form: Form, program: Program, buffers: Sequence[torch.Tensor]) -> None:
-    """Tell Inductor that weights and cache buffers stay where they are in memory.
-
-    CUDA graphs then read and overwrite them in place; they copy other inputs, and are not recorded at all where one of
-    these is overwritten. AOTAutograd reads this from what Dynamo leaves on its graphs, so a form is marked like one.
-    """
-    for buffer in buffers:
-        torch._dynamo.mark_static_address(buffer, guard=False)
-    module = form.module
-    module.meta["dynamo_compile_id"] = None
-    setattr(module, "_param_name_to_source", {})  # noqa: B010  a plain attribute, no submodule
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    cached = set(placeholders[len(placeholders) - len(form.reads) :])
-    for node in placeholders:
-        node._dynamo_source = LocalSource(node.name)
-        if node in cached or is_state(node.name) or node.name in program.state:
-            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+def stays_in_memory(form: Form, program: Program) -> list[bool]:
+    """Which inputs of a form are weights or its cache."""
+    placeholders = form.module.graph.find_nodes(op="placeholder")
+    num_others = len(placeholders) - len(form.reads)
+    return [
+        number >= num_others or is_state(node.name) or node.name in program.state
+        for number, node in enumerate(placeholders)
+    ]
 
 
 def is_condition(name: str, value: Any) -> bool:
