@@ -18,15 +18,12 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import hetcache_compile as hetcache
 from hetcache_compile.capture.explain import explain
 from hetcache_compile.errors import EstimateError
-from hetcache_compile.estimate.cache_sizes import stored_bytes
 from hetcache_compile.estimate.estimate import estimate
 from hetcache_compile.estimate.gpus import find_gpu
 from hetcache_compile.estimate.inventory import PLAIN, missing_blocks, shortened, take_inventory
 from hetcache_compile.estimate.models import KnownModel, find_model, known_models
 from hetcache_compile.estimate.work import Operation, Work, work_of
 from hetcache_compile.passes.forms.pipeline import in_process
-from hetcache_compile.passes.ir.axis import Tokens
-from hetcache_compile.passes.ir.cache import CacheEntry
 
 aten = torch.ops.aten
 RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "estimate.json"
@@ -97,16 +94,6 @@ def test_bytes_of_a_small_graph() -> None:
     assert work.operations == {Operation(False, 2 * width**3, 3 * one): 2}
     assert work.fused_bytes == (2 + 1) * one + 2 * one  # in: hidden, table; out: scaled. In: weight, out: its negative
     assert work.eager_bytes == (2 + 3 + 2) * one
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [("same", 4 * 2 * 7 * 12), ("bf16", 2 * 2 * 7 * 12), ("fp8", 2 * 7 * 12), ("int8", 2 * 7 * 16)],
-)
-def test_bytes_of_a_cached_key(dtype: Any, expected: int) -> None:
-    key = CacheEntry("0.key", "tokens", 2, (1, 2, 7, 12), torch.float32, "", Tokens(2), role="key", layer=0)
-    assert stored_bytes(key, dtype) == expected
-    assert stored_bytes(replace(key, group="output", role="whole"), dtype) == key.num_bytes
 
 
 def test_seconds_are_a_roofline() -> None:

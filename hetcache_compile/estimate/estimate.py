@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
+from ..passes.forms.store import stored_as
+from ..passes.ir.contract import CACHE_DTYPES
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
-from .cache_sizes import CACHE_DTYPES, CacheDtype, is_key_or_value, stored_bytes
 from .gpus import Gpu
 from .inventory import PLAIN, Inventory, take_inventory
 from .models import KnownModel
 
 GIB = 2**30
-STORED_AS: dict[str, str] = {name: "as computed" if name == "same" else f"{name} *" for name in CACHE_DTYPES}
-NOT_YET = "* what it would take: sessions keep keys and values as computed, other types cannot be chosen yet"
+STORED_AS = {name: "as computed" if name == "same" else name for name in CACHE_DTYPES}
 LABELS = {PLAIN: "uncached", **{kind.form: kind.name for kind in StepKind}}
 
 
@@ -41,7 +41,7 @@ class FormEstimate:
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """Bytes of the caches, with keys and values stored in one type.
+    """Bytes of the caches, with keys and values cached in one type.
 
     Attributes:
         branch: of one branch of guidance, as the plan has it.
@@ -147,7 +147,7 @@ class Estimate:
         counted = f"{self.branches} branch" + "es" * (self.branches > 1)
         counted += f" x {self.experts} experts" * (self.experts > 1)
         lines += [
-            NOT_YET,
+            "choose the type with cache_dtype, and predicted K/V with context_extrapolation",
             "",
             f"the edit has {counted}; activations, text encoder and VAE come on top of what is shown",
             f"{self.gpu}, {self.gpu_bytes / GIB:.0f} GiB: {fits}",
@@ -176,7 +176,7 @@ def estimate(
         UnsupportedGraphError: the model cannot be rewritten.
     """
     branches = model.branches if branches is None else branches
-    found = take_inventory(model, plan, dtype)
+    found = take_inventory(model, replace(plan, cache_dtype="same"), dtype)
     forms = {
         kind: FormEstimate(work.flops, work.attention_flops, work.bytes, gpu.seconds(work))
         for kind, work in found.work.items()
@@ -198,8 +198,9 @@ def estimate(
     )  # fmt: skip
 
 
-def _caches(found: Inventory, plan: Plan, dtype: CacheDtype, branches: int, experts: int) -> CacheEstimate:
-    sizes = {entry: count * stored_bytes(entry, dtype) for entry, count in found.entries.items()}
+def _caches(found: Inventory, plan: Plan, dtype: str, branches: int, experts: int) -> CacheEstimate:
+    sizes = {entry: n * sum(one.num_bytes for one in stored_as(entry, dtype)) for entry, n in found.entries.items()}
     branch = sum(sizes.values())
-    added = 0 if plan.context_extrapolation else sum(size for entry, size in sizes.items() if is_key_or_value(entry))
+    kept_twice = (size for entry, size in sizes.items() if entry.group == "key_values" and entry.rows == "context")
+    added = 0 if plan.context_extrapolation else sum(kept_twice)
     return CacheEstimate(branch, branches * experts * branch, branches * experts * (branch + added))

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ..errors import PlanError
-from ..passes.ir.contract import MAX_ORDER, STRATEGIES
+from ..passes.ir.contract import CACHE_DTYPES, MAX_ORDER, STRATEGIES
 
 SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
 """How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
@@ -62,6 +62,11 @@ class PlanOptions:
         "boxes",
         f"how cached tokens are merged, one of {', '.join(MERGINGS)}: boxes of neighbours, or in FULL steps keys of "
         "each attention that are alike",
+    )
+    cache_dtype: str = _option(
+        "same",
+        f"the type that keys and values are cached in, one of {', '.join(CACHE_DTYPES)}: as computed, or smaller; fp8 "
+        "(e4m3) and int8 have a scale for each token and head",
     )
     multistep: int = _option(
         1,

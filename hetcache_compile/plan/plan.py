@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 from ..errors import MaskError, PlanError, PlanFileError
 from ..files import ArrayFile
-from ..passes.ir.contract import ALWAYS, CANDIDATE, MAX_ORDER, NEVER, NUM_QUERIES, STRATEGIES, Budgets, FormOptions
+from ..passes.ir.contract import (
+    ALWAYS,
+    CACHE_DTYPES,
+    CANDIDATE,
+    MAX_ORDER,
+    NEVER,
+    NUM_QUERIES,
+    STRATEGIES,
+    Budgets,
+    FormOptions,
+)  # fmt: skip
 from .options import MERGINGS, SELECTIONS, PlanOptions
 from .partition import (
     Grid,
@@ -39,7 +49,7 @@ ARRAYS = (
     "context_cluster",
     "weights",
 )
-HEADER = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging", "token_inputs")
+HEADER = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging", "cache_dtype", "token_inputs")
 """What the file's header holds beside the grid."""
 
 
@@ -79,6 +89,7 @@ class Plan:
             empty where steps go by their times.
         merging: how cached tokens are merged (see `options.MERGINGS`). Where full steps cluster the keys of each
             attention (`passes.kernels.kmeans`), they start from `context_cluster`.
+        cache_dtype: the type that keys and values are cached in (see `passes.forms.store`).
         token_inputs: where latents come packed, the inputs of the model that hold tokens: the dim of the tokens and
             the row of the first, by name. References may stand before and behind them.
     """
@@ -97,6 +108,7 @@ class Plan:
     context_cluster: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     merging: str = "boxes"
+    cache_dtype: str = "same"
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -122,6 +134,8 @@ class Plan:
             raise PlanError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         if self.selects_at_run_time and both.size < self.num_tokens:
             raise PlanError(f"selection {self.selection!r} needs every token active or cached: use cached_ratio 1")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise PlanError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}")
         self._check_clusters()
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
@@ -188,6 +202,7 @@ class Plan:
         return FormOptions(
             self.grid, self.num_active, self.num_context, self.num_merged, self.merging if merged else "boxes",
             self.extrapolation, self.context_extrapolation, self.selection if self.selects_at_run_time else "fixed",
+            self.cache_dtype,
         )  # fmt: skip
 
     @property
@@ -287,6 +302,7 @@ class Plan:
             grid, active, context, kind, make_schedule("full", num_inference_steps),
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
+            cache_dtype=chosen.cache_dtype,
         )  # fmt: skip
         if calibration is None:
             return plan.with_schedule(schedule)
@@ -349,11 +365,12 @@ class Plan:
         tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
         share = self.num_active / self.num_tokens
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"
+        stored = "" if self.cache_dtype == "same" else f" as {self.cache_dtype}"
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
         return (
             f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
-            f"C = {self.num_context} cached{merged}{predicted}{selection}\n"
+            f"C = {self.num_context} cached{stored}{merged}{predicted}{selection}\n"
             f"{len(self.steps)} steps ({self.schedule}, {outputs}): "
             f"{''.join(kind.letter for kind in self.steps)}"
         )

@@ -37,16 +37,16 @@ class KeepAllRows(FormPass):
 
     def edit(self, form: FormEditor) -> None:
         """Write whole keys and values; read them with the active rows written in."""
-        written: dict[CacheEntry, Node] = {}
         for entry, value in form.writes.items():
-            whole = self.all_rows(entry)
-            selected = whole != entry and value.target is aten.index_select.default
-            written[whole] = value.args[0] if selected else value  # type: ignore[assignment]
+            rows = _selection(value) if entry.rows == "context" else None
+            if rows is not None:
+                rows.replace_all_uses_with(rows.args[0])  # type: ignore[arg-type]
+        written = {self.all_rows(entry): value for entry, value in form.writes.items()}
         form.change_reads(self.all_rows)
         for read in form.context_reads:
             kept = _operands(read)[0] is form.reads[read.entry]
             whole_rows = self._write_active_rows(form, read)
-            if kept:  # a prediction is not: it starts from what the last full step computed
+            if kept:  # predictions, and what was rounded, start from what the last full step computed
                 written[read.entry] = whole_rows
         form.writes = written
         form.drop_unused_indices()  # the context has no index any more
@@ -68,6 +68,15 @@ class KeepAllRows(FormPass):
         read.rows.replace_all_uses_with(whole)
         form.graph.erase_node(read.rows)
         return whole
+
+
+def _selection(value: Node) -> Node | None:
+    """Where the rows of the context were taken, of which a value was computed number by number."""
+    while value.target is not aten.index_select.default:
+        if not value.args or not isinstance(value.args[0], Node):
+            return None
+        value = value.args[0]
+    return value
 
 
 def _operands(read: ContextRead) -> tuple[Node, Node]:

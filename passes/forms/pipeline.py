@@ -21,6 +21,7 @@ from .extrapolate import Extrapolate
 from .merge import MergeContext
 from .predict import PredictContext
 from .select import SelectActive
+from .store import StoreCache
 
 KINDS = tuple(WRITERS)
 """The forms of a model."""
@@ -50,6 +51,8 @@ def functional_passes(options: FormOptions, time: str | None = None) -> list[For
                 options.extrapolation, options.num_tokens, options.num_active, weighted=not chooses, time_input=time
             )
         ]
+    if options.cache_dtype != "same":
+        passes += [StoreCache(options.cache_dtype)]
     return passes
 
 

@@ -12,7 +12,7 @@ from .axis import Tokens
 
 Rows = Literal["context", "tokens", "none"]
 EntryGroup = Literal["key_values", "output", "hidden", "selection"]
-Role = Literal["key", "value", "sum", "whole", "log_size", "older", "times", "index", "mass"]
+Role = Literal["key", "value", "sum", "whole", "log_size", "older", "scale", "times", "index", "mass"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class CacheEntry:
         tokens: how its rows lie along `dim`.
         group: what it is for: the attentions, the output, hidden states that are needed whole, or which tokens are
             active.
-        role: what it is within its group: `older` is an earlier value of another entry, `times` when values were
-            computed.
+        role: what it is within its group: `older` is an earlier value of another entry, `scale` what the numbers of
+            another one are multiplied by, `times` when values were computed.
         layer: number of the attention that it belongs to, in graph order; None where it belongs to none.
         initial: what it must hold before the first step, where that matters.
     """

@@ -14,6 +14,8 @@ NEVER, CANDIDATE, ALWAYS = range(3)
 """A token's standing: margin that the plan leaves out, context, active whatever is chosen."""
 STRATEGIES = ("attention", "kmeans", "hetcache")
 """Selections made in a FULL step: by relevance, by representativeness, by both."""
+CACHE_DTYPES = ("same", "bf16", "fp8", "int8")
+"""Types in which keys and values are cached: as computed, or smaller ones (see `passes.forms.store`)."""
 STEP_WEIGHTS = "step_weights"
 INACTIVE, ACTIVE = range(2)
 """The rows of `step_weights`."""
@@ -39,6 +41,7 @@ class FormOptions(NamedTuple):
         extrapolation: order at which outputs are predicted.
         context_extrapolation: 1 where cached keys and values are predicted.
         selection: one of `STRATEGIES` where full steps choose the active tokens, else "fixed".
+        cache_dtype: one of `CACHE_DTYPES`.
     """
 
     grid: tuple[int, int, int]
@@ -49,6 +52,7 @@ class FormOptions(NamedTuple):
     extrapolation: int = 0
     context_extrapolation: int = 0
     selection: str = "fixed"
+    cache_dtype: str = "same"
 
     @property
     def num_tokens(self) -> int:

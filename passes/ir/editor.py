@@ -11,7 +11,7 @@ A `FormPass` does the opening and closing, so that a pass is what it changes and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,6 +24,8 @@ from .graphs import AddNode, device_of, fake_mode, has_side_effect, inline, veri
 
 TRACES = ("stack_trace", "nn_module_stack")
 """What a node's `meta` says of the model's code."""
+Decode = Callable[[AddNode, tuple[Node, ...], torch.dtype], Node]
+"""`decode(call, inputs, dtype)` adds the node of a value, of inputs that hold it otherwise."""
 
 
 class FormEditor:
@@ -110,26 +112,32 @@ class FormEditor:
             self.reads[entry] = self._placeholder(self.placeholders[-1], name, entry.shape, entry.dtype)
         return self.reads[entry]
 
-    def replace_read(self, old: CacheEntry, new: CacheEntry) -> Node:
-        """Read `new` in place of `old`, from an input in the same place. It may have another type, but no other shape.
+    def replace_read(self, old: CacheEntry, new: Sequence[CacheEntry], decode: Decode) -> tuple[Node, ...]:
+        """Read `new` in place of `old`, from inputs in the same place.
 
-        What used the old entry goes on with the new one, cast to the old type. A pass that changes the type of keys or
-        values comes last in its list: `KeepAllRows` takes whatever is not the input itself for a prediction.
+        Args:
+            old: an entry that the form reads.
+            new: what stands for it; the first is what `context_reads` name from now on.
+            decode: adds the node that stands for the old input: of its type and shape.
 
         Returns:
-            The input that holds the new entry.
+            The inputs that hold the new entries.
         """
-        assert new.shape == old.shape, f"{new.input_name} has shape {new.shape}, it replaces one of {old.shape}"
-        before = self.reads[old]
-        given = self._placeholder(before, new.input_name.replace(".", "_"), new.shape, new.dtype)
-        same = new.dtype == old.dtype
-        cast = given if same else self.at_start()(torch.ops.aten._to_copy.default, given, dtype=old.dtype)
-        before.replace_all_uses_with(cast)
+        before = last = self.reads[old]
+        given = []
+        for entry in new:
+            last = self._placeholder(last, entry.input_name.replace(".", "_"), entry.shape, entry.dtype)
+            given.append(last)
+        before.replace_all_uses_with(decode(self.at_start(), tuple(given), old.dtype))
         self.graph.erase_node(before)
-        replaced = {old: (new, given)}
-        self.reads = dict(replaced.get(entry, (entry, node)) for entry, node in self.reads.items())
-        self.context_reads = [replace(read, entry=new) if read.entry == old else read for read in self.context_reads]
-        return given
+        pairs = ((entry, node) for entry, node in self.reads.items())
+        self.reads = {
+            entry: node
+            for known, place in pairs
+            for entry, node in (zip(new, given, strict=True) if known == old else [(known, place)])
+        }
+        self.context_reads = [replace(read, entry=new[0]) if read.entry == old else read for read in self.context_reads]
+        return tuple(given)
 
     def change_reads(self, changed: Callable[[CacheEntry], CacheEntry]) -> None:
         """Let every entry that the form reads be what `changed` makes of it: its input gets another shape."""
