@@ -212,6 +212,7 @@ def times(run: Run, plan: Plan | None, plain_call: float | None, num_calls: int)
         "full_over_compiled": by_kind["FULL"] / plain_call if plain_call else None,
         "num_active": plan.num_active if plan else None,
         "num_tokens": plan.num_tokens if plan else None,
+        "cache_bytes": run.stats.cache_bytes if run.stats else None,
     }
 
 
@@ -226,6 +227,7 @@ def times_of_another(run: Run, plain_call: float | None, num_calls: int) -> dict
         "full_over_compiled": None,
         "num_active": None,
         "num_tokens": None,
+        "cache_bytes": None,
     }
 
 

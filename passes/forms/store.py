@@ -11,21 +11,7 @@ int8     D bytes, and a scale                 number * scale
 
 The scale is a float32 for each token and head, chosen so that the largest of the D numbers is the largest one that the
 type can hold. Scales of whole heads would let a few large tokens (there are some in every model) coarsen all others. In
-16 bits they would be no smaller to speak of, and compilers that keep a rounded number exact where they fuse would divide
-by another scale than they store.
-
-==========  ==============================================================
-type     a key or value of D numbers          read as
-=======  ===================================  ==============================================================
-same     as the model computes it             it is
-bf16     2 D bytes                            it is, cast
-fp8      D bytes (e4m3), and a scale          number * scale
-int8     D bytes, and a scale                 number * scale
-=======  ===================================  ==============================================================
-
-The scale is a float32 for each token and head, chosen so that the largest of the D numbers is the largest the type
-can hold. Scales of whole heads would let a few large tokens (there are some in every model) coarsen all others. In 16
-bits they would be no smaller to speak of, and compilers that keep a rounded number exact where they fuse would divide by
+16 bits they would be hardly smaller, and compilers that keep a rounded number exact where they fuse would divide by
 another scale than they store.
 
 ==========  ======================================================
