@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..capture.rewrite import Forms
 from ..engine.manifest import MANIFEST_FILE, Manifest
-from ..errors import MissingExtraError, NotEnoughMemoryError, is_out_of_memory
+from ..errors import ExportError, MissingExtraError, NotEnoughMemoryError, is_out_of_memory
 from ..passes.analysis.inputs import TokenInputs
 from ..plan.plan import Plan
 from .model.options import ExportOptions, Progress
@@ -65,6 +65,11 @@ def export_model(
     """
     options = options or ExportOptions()
     options.check(plan)
+    if plan.cache_dtype == "fp8":
+        raise ExportError(
+            "a cache in fp8 cannot be exported, since onnxruntime's CPU provider has no arithmetic to check it with: "
+            "make the plan with cache_dtype=int8, which takes as many bytes"
+        )
     require_onnx()
     with _memory_errors(progress) as progress, new_folder(out) as folder:
         progress("loading the model", 0, 1)

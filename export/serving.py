@@ -102,4 +102,5 @@ def _dims(shape: Sequence[int | str]) -> str:
 
 TRITON_TYPES = {
     "float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL",
+    "int8": "INT8",
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -28,7 +29,8 @@ onnx = pytest.importorskip("onnx", reason="needs the extra ort")
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
 
-from hetcache_compile.export.check.verify import relative_errors  # noqa: E402
+from hetcache_compile.errors import ExportError  # noqa: E402
+from hetcache_compile.export.check.verify import relative_errors, verify_with_ort  # noqa: E402
 from hetcache_compile.export.exporter import ExportOptions, export_model  # noqa: E402
 from hetcache_compile.export.model.sample_call import CallShape  # noqa: E402
 from hetcache_compile.export.model.source import load_source  # noqa: E402
@@ -237,6 +239,45 @@ def test_polygraphy_compares_torch_with_onnxruntime(tmp_path):
         weights.seek(stored.offset)
         weights.write(np.full(3, 9.0, dtype=np.float32).tobytes())
     assert compare(folder, model) == {"full": False, "partial": False, "reuse": True}
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "opset", "operators"),
+    [("bf16", 20, set()), ("int8", 20, set()), ("int8", 23, {"QuantizeLinear", "DequantizeLinear"})],
+)
+def test_a_smaller_cache_type(tmp_path, cache_dtype, opset, operators):
+    """The cache is rounded in the engine as in torch; from opset 21 on in the operators that stand for it."""
+    plan = dataclasses.replace(exported.plan_of(), cache_dtype=cache_dtype)
+    out = tmp_path / "out"
+    options = ExportOptions("fp32", opset, baseline=False)
+    manifest = export_model(
+        str(exported.checkpoint()), plan, out, options, shape=exported.shape(), checks=[verify_with_ort]
+    )
+    assert max(manifest.verified["ort-cpu"].values()) < 1e-5
+    kept = {entry.dtype for entry in manifest.cache if entry.input.endswith((".key", ".value"))}
+    assert kept == {"int8" if cache_dtype == "int8" else "bfloat16"}
+    found = {kind: onnx.load(out / f"{kind}.onnx", load_external_data=False).graph.node for kind in ("full", "partial")}
+    names = {node.op_type for nodes in found.values() for node in nodes}
+    assert {name for name in names if "quantize" in name.lower()} == operators
+    # and as an engine in a session, which hands its buffers over
+    model = engine.load(out, provider="ort-cpu")
+    torch_model, kwargs = exported.tiny_vace(plan)
+    forms = hetcache.rewrite(torch_model, plan, kwargs=kwargs)
+    with torch.no_grad(), hetcache.session(plan.with_schedule("FPR" + "R" * 17)) as session:
+        outputs = [model(**{**kwargs, "timestep": kwargs["timestep"] - step})[0] for step in range(3)]
+    assert [kind.letter for kind in session.stats.kinds] == ["F", "P", "R"]
+    with torch.no_grad():
+        (full,), cache = forms.full(**kwargs)
+        (partial,), _ = forms.partial(cache, **{**kwargs, "timestep": kwargs["timestep"] - 1})
+    torch.testing.assert_close(outputs[0], full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs[1], partial, atol=1e-3, rtol=0)  # rounding may fall to the other side
+
+
+def test_a_cache_in_fp8_is_refused_before_the_long_work(tmp_path):
+    plan = dataclasses.replace(exported.plan_of(), cache_dtype="fp8")
+    with pytest.raises(ExportError, match="make the plan with cache_dtype=int8"):
+        export_model("no/such/model", plan, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_factory_is_a_model_too(tmp_path):

@@ -54,6 +54,15 @@ def test_merged_context(tmp_path, merging):
     build(folder, tmp_path, "8.9")
 
 
+@pytest.mark.parametrize("opset", [20, 21])
+def test_a_cache_in_int8(tmp_path, opset):
+    """Spelled out, and in the operators of later opsets."""
+    plan = dataclasses.replace(exported.plan_of(), cache_dtype="int8")
+    folder = tmp_path / "int8"
+    export_model("exported:tiny_dit", plan, folder, ExportOptions("fp32", opset, baseline=False))
+    build(folder, tmp_path, "8.9")
+
+
 def test_free_sizes_and_extrapolation_together(tmp_path):
     """Times and history of every row: their number does not depend on M."""
     folder = tmp_path / "free"

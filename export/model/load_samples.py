@@ -38,7 +38,8 @@ def _array(raw: Any, dtype: str, shape: list[int], generator: np.random.Generato
             return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).to(torch.bfloat16)
         return torch.from_numpy(raw).view(torch.bfloat16).reshape(shape)
     if raw is None:
-        return generator.standard_normal(shape, dtype=np.float32).astype(dtype)
+        spread = 42 if dtype == "int8" else 1
+        return (spread * generator.standard_normal(shape, dtype=np.float32)).astype(dtype)
     return raw.view(dtype).reshape(shape)
 
 

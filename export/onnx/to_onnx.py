@@ -40,6 +40,7 @@ from torch.utils import _pytree as pytree
 from ...engine.manifest import FormSpec
 from ...errors import ExportError
 from ..lowering.pipeline import Lowered
+from .quantize_linear import FIRST_BLOCKED_OPSET, use_quantize_linear
 
 LARGEST_NAMED_BY_VALUE = 8
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -65,6 +66,8 @@ def to_onnx(lowered: Lowered, spec: FormSpec, opset: int, metadata: Mapping[str,
     transpose_weights(model)
     # A limit on the size of what is folded keeps weights what they are.
     optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
+    if opset >= FIRST_BLOCKED_OPSET:
+        use_quantize_linear(model)
     for run in (LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), IdentityEliminationPass()):
         run(model)
     tell_outputs_apart(model)

@@ -186,5 +186,8 @@ RUNNERS: dict[str, Callable[[Path, Manifest, str], Runner]] = {
 }
 """What runs each provider."""
 
-ORT_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bool: 9, torch.int32: 6, torch.bfloat16: 16}
+ORT_TYPES = {
+    torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bool: 9, torch.int32: 6, torch.bfloat16: 16,
+    torch.int8: 3,
+}  # fmt: skip
 """ONNX's numbers of element types (`TensorProto.DataType`)."""

@@ -108,8 +108,8 @@ class FormEditor:
     def read(self, entry: CacheEntry) -> Node:
         """The input that holds a cache entry, added behind the others if the form has none yet."""
         if entry not in self.reads:
-            name = entry.input_name.replace(".", "_")
-            self.reads[entry] = self._placeholder(self.placeholders[-1], name, entry.shape, entry.dtype)
+            last = self.placeholders[-1]
+            self.reads[entry] = self._placeholder(last, input_name(entry), entry.shape, entry.dtype)
         return self.reads[entry]
 
     def replace_read(self, old: CacheEntry, new: Sequence[CacheEntry], decode: Decode) -> tuple[Node, ...]:
@@ -126,10 +126,12 @@ class FormEditor:
         before = last = self.reads[old]
         given = []
         for entry in new:
-            last = self._placeholder(last, entry.input_name.replace(".", "_"), entry.shape, entry.dtype)
+            last = self._placeholder(last, input_name(entry), entry.shape, entry.dtype)
             given.append(last)
         before.replace_all_uses_with(decode(self.at_start(), tuple(given), old.dtype))
         self.graph.erase_node(before)
+        for entry, node in zip(new, given, strict=True):
+            node.name = node.target = input_name(entry)  # the old one had this name until now
         pairs = ((entry, node) for entry, node in self.reads.items())
         self.reads = {
             entry: node
@@ -212,6 +214,11 @@ class FormEditor:
         with self.mode:
             node.meta["val"] = torch.empty(shape, dtype=dtype, device=self.device)
         return node
+
+
+def input_name(entry: CacheEntry) -> str:
+    """What the input is called that holds an entry."""
+    return entry.input_name.replace(".", "_")
 
 
 class FormPass(ABC):
