@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import itertools
 import json
 import time
 import traceback
@@ -41,8 +43,16 @@ SIZES: dict[str, dict[str, Any]] = {
 TEXT = {"text_dim": 4096, "length": 512}
 VACE_CHANNELS = 96
 SCHEDULE = "FPRRR" * 10
+CACHES: dict[str, dict[str, Any]] = {
+    "fp8 cache": {"cache_dtype": "fp8"},
+    "int8 cache": {"cache_dtype": "int8"},
+    "cache on the host": {"cache_device": "cpu"},
+    "int8 cache on the host": {"cache_dtype": "int8", "cache_device": "cpu"},
+}
+"""Options of the plan for forms with other caches, by section."""
 SECTIONS = (
-    "rates", "errors", "forms", "CUDA graphs", "compiled blocks", "eager", "TaylorSeer", "cache-dit", "compiled",
+    "rates", "errors", "forms", "CUDA graphs", *CACHES, "compiled blocks", "eager", "TaylorSeer", "cache-dit",
+    "compiled",
 )  # fmt: skip
 EVERY = 5
 """Steps of which other caches compute one."""
@@ -132,7 +142,7 @@ def inputs_of(model: Any, grid: tuple[int, int, int], dtype: torch.dtype) -> dic
     }
 
 
-def plan_of(grid: tuple[int, int, int], share: float, schedule: Any) -> hetcache.Plan:
+def plan_of(grid: tuple[int, int, int], share: float, schedule: Any, **options: Any) -> hetcache.Plan:
     """A plan whose active tokens are a box in the middle of every frame, of about `share` of all."""
     number = int(np.prod(grid))
     rows, columns = np.mgrid[: grid[1], : grid[2]]
@@ -140,9 +150,10 @@ def plan_of(grid: tuple[int, int, int], share: float, schedule: Any) -> hetcache
     order = np.argsort(np.tile(distance.ravel(), grid[0]), kind="stable")
     active = np.zeros(number, dtype=bool)
     active[order[: round(share * number)]] = True
-    return hetcache.Plan.from_token_mask(
+    plan = hetcache.Plan.from_token_mask(
         active, grid, num_inference_steps=len(schedule), schedule=schedule, extrapolation=1
     )
+    return dataclasses.replace(plan, **options)
 
 
 def times_of(steps: int, device: torch.device) -> torch.Tensor:
@@ -209,6 +220,8 @@ def check_errors(
     device: torch.device,
     shares: list[float],
     compiling: Mapping[str, Any],
+    dtypes: list[str],
+    caches: list[Mapping[str, Any]],
 ) -> None:
     """Every form, compiled, on inputs that do not change, against the plain model in float64."""
     grid = grid_of(9, size == "toy")
@@ -217,18 +230,18 @@ def check_errors(
     time = torch.tensor([500.0], device=device)
     doubles = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
     reference = copy.deepcopy(exact).double()(**doubles, timestep=time)[0]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in dtypes):
         model = as_loaded(copy.deepcopy(exact), dtype)
         own = {name: v.to(dtype) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         rows = {"plain": error_of(model(**own, timestep=time)[0], reference)}
         torch._dynamo.reset()
         frozen = torch.compile(FrozenTime(model, float(time)), backend=hetcache.hetcache_backend, options=compiling)
-        for share in shares:
-            plan = plan_of(grid, share, "FPRFPRFPR")
+        for share, caching in itertools.product(shares, caches):
+            plan = plan_of(grid, share, "FPRFPRFPR", **caching)
             with hetcache.session(plan, strict=True) as session:
                 outputs = [frozen(time_now[None], **own)[0] for time_now in times_of(len(plan.steps), device)]
             for kind, output in zip(session.stats.kinds, outputs, strict=True):
-                name = f"M/N {share}, {kind.name.lower()}"
+                name = ", ".join([f"M/N {share}", *caching.values(), kind.name.lower()])
                 rows[name] = max(rows.get(name, 0.0), error_of(output, reference))
         found[str(dtype).removeprefix("torch.")] = rows
 
@@ -265,7 +278,7 @@ def measure_plain(found: dict[str, Any], way: str, model: Any, inputs: dict[str,
 @torch.no_grad()
 def measure_forms(
     found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], shares: list[float],
-    calls: int, compiling: Mapping[str, Any], report: Report, expected_cold: float,
+    calls: int, compiling: Mapping[str, Any], caching: Mapping[str, Any], report: Report, expected_cold: float,
 ) -> None:  # fmt: skip
     """The compiled model in sessions: each kind of step, its first call, the cache, peak memory; and a whole edit."""
     device = inputs["hidden_states"].device
@@ -274,7 +287,7 @@ def measure_forms(
     for share in shares:
         if not report.has_time(f"M/N {share}", expected_cold):
             break
-        plan = plan_of(grid, share, "F" + "P" * (calls + 1) + "R" * (calls + 1) + "F" * calls)
+        plan = plan_of(grid, share, "F" + "P" * (calls + 1) + "R" * (calls + 1) + "F" * calls, **caching)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         cold: dict[str, float] = {}
@@ -295,7 +308,7 @@ def measure_forms(
             )  # fmt: skip
             spread = (warm[3 * len(warm) // 4] - warm[len(warm) // 4]) / median(warm)
             row[kind.name.lower()] = {"seconds": median(warm), "spread": spread}
-        row["edit"] = measure_edit(cached, inputs, plan_of(grid, share, SCHEDULE), device)
+        row["edit"] = measure_edit(cached, inputs, plan_of(grid, share, SCHEDULE, **caching), device)
         found[f"M/N {share}"] = row
         print(json.dumps(row), flush=True)
         report.write()
@@ -363,6 +376,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=5, help="of each kind, after the first")
     parser.add_argument("--seconds", type=float, default=480, help="when to stop beginning anything more")
     parser.add_argument("--cold", type=float, default=45, help="seconds to set aside for compiling the forms of a mask")
+    parser.add_argument("--error-dtypes", nargs="+", default=["float32", "bfloat16"], help="types that they are of")
     parser.add_argument("--inner", default="inductor", help="the compiler of the forms")
     parser.add_argument("--mode", help="of torch.compile, for the forms whose errors are looked at")
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS, help="in order")
@@ -380,9 +394,11 @@ def main() -> None:
             continue
         if section == "errors":
             with report.section(section) as found:
+                caches = [{}, *(CACHES[name] for name in options.sections if name in CACHES)]
                 check_errors(
-                    found, size, options.error_layers, device, options.active[:1], {**compiling, "mode": options.mode}
-                )
+                    found, size, options.error_layers, device, options.active[:1],
+                    {**compiling, "mode": options.mode}, options.error_dtypes, caches,
+                )  # fmt: skip
             continue
         for frames in options.frames:
             name = f"{frames} frames, {section}"
@@ -391,11 +407,11 @@ def main() -> None:
             if not report.has_time(name, options.cold if section != "eager" else 10):
                 continue
             with report.section(name) as found:
-                if section in ("forms", "CUDA graphs"):
+                if section in ("forms", "CUDA graphs", *CACHES):
                     mode = {"mode": "reduce-overhead"} if section == "CUDA graphs" else {}
                     measure_forms(
-                        found, model, inputs, grid, options.active, options.calls, {**compiling, **mode}, report,
-                        options.cold,
+                        found, model, inputs, grid, options.active, options.calls, {**compiling, **mode},
+                        CACHES.get(section, {}), report, options.cold,
                     )  # fmt: skip
                 elif section in ("TaylorSeer", "cache-dit"):
                     measure_other(found, section, model, inputs)

@@ -16,7 +16,7 @@ def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
         sys.executable, SCRIPT, "--size", "toy", "--device", "cpu", "--inner", "eager", "--layers", "2",
         "--control-layers", "1", "--error-layers", "2", "--frames", "9", "--active", "0.25", "0.5", "--calls", "2",
         "--out", out,
-        "--sections", "rates", "errors", "forms", "eager",
+        "--sections", "rates", "errors", "forms", "cache on the host", "eager",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     result = json.loads(out.read_text())

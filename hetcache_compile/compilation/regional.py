@@ -28,12 +28,14 @@ class Link:
 
     Attributes:
         run: of the region.
-        take: its inputs, of all values.
+        takes: places of its inputs among all values.
+        take: gets them.
         gives: places of its outputs among all values.
         drops: places of values that nothing needs after it.
     """
 
     run: Compiled
+    takes: tuple[int, ...]
     take: Take
     gives: tuple[int, ...]
     drops: tuple[int, ...]
@@ -124,8 +126,8 @@ def _chain(module: GraphModule, regions: Sequence[Region], compiled: dict[Hashab
     links = []
     for number, region in enumerate(regions):
         drops = tuple(place[node] for node in last if last[node] == number and node not in kept)
-        takes = [place[node] for node in region.inputs]
-        links.append(Link(compiled[region.key], _taker(takes), tuple(place[node] for node in region.outputs), drops))
+        takes, gives = (tuple(place[node] for node in nodes) for nodes in (region.inputs, region.outputs))
+        links.append(Link(compiled[region.key], takes, _taker(takes), gives, drops))
     constants = [node for node in results if not isinstance(node, Node)]
     take = _taker([place[node] if isinstance(node, Node) else len(place) + constants.index(node) for node in results])
     return Chain(links, len(place), take if not constants else lambda values: take([*values, *constants]))

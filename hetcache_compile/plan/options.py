@@ -12,6 +12,8 @@ from ..passes.ir.contract import CACHE_DTYPES, MAX_ORDER, STRATEGIES
 
 SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
 """How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
+CACHE_DEVICES = ("same", "cpu")
+"""Where keys and values are cached: where the model runs, or in the host's memory (see `runtime.streaming`)."""
 MERGINGS = ("boxes", "kmeans")
 """How cached tokens are merged: in boxes of neighbours; or by full steps, alike keys of each attention."""
 RUNGS = 16
@@ -67,6 +69,11 @@ class PlanOptions:
         "same",
         f"the type that keys and values are cached in, one of {', '.join(CACHE_DTYPES)}: as computed, or smaller; fp8 "
         "(e4m3) and int8 have a scale for each token and head",
+    )
+    cache_device: str = _option(
+        "same",
+        f"where keys and values are cached, one of {', '.join(CACHE_DEVICES)}: where the model runs, or in the host's "
+        "memory, from where each is copied in just ahead of the block that reads it",
     )
     multistep: int = _option(
         1,

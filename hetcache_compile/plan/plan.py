@@ -24,7 +24,7 @@ from ..passes.ir.contract import (
     Budgets,
     FormOptions,
 )  # fmt: skip
-from .options import MERGINGS, SELECTIONS, PlanOptions
+from .options import CACHE_DEVICES, MERGINGS, SELECTIONS, PlanOptions
 from .partition import (
     Grid,
     TokenKind,
@@ -49,7 +49,16 @@ ARRAYS = (
     "context_cluster",
     "weights",
 )
-HEADER = ("schedule", "extrapolation", "context_extrapolation", "selection", "merging", "cache_dtype", "token_inputs")
+HEADER = (
+    "schedule",
+    "extrapolation",
+    "context_extrapolation",
+    "selection",
+    "merging",
+    "cache_dtype",
+    "cache_device",
+    "token_inputs",
+)
 """What the file's header holds beside the grid."""
 
 
@@ -90,6 +99,7 @@ class Plan:
         merging: how cached tokens are merged (see `options.MERGINGS`). Where full steps cluster the keys of each
             attention (`passes.kernels.kmeans`), they start from `context_cluster`.
         cache_dtype: the type that keys and values are cached in (see `passes.forms.store`).
+        cache_device: where they are cached (see `options.CACHE_DEVICES`).
         token_inputs: where latents come packed, the inputs of the model that hold tokens: the dim of the tokens and
             the row of the first, by name. References may stand before and behind them.
     """
@@ -109,6 +119,7 @@ class Plan:
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     merging: str = "boxes"
     cache_dtype: str = "same"
+    cache_device: str = "same"
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -136,6 +147,8 @@ class Plan:
             raise PlanError(f"selection {self.selection!r} needs every token active or cached: use cached_ratio 1")
         if self.cache_dtype not in CACHE_DTYPES:
             raise PlanError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}")
+        if self.cache_device not in CACHE_DEVICES:
+            raise PlanError(f"cache_device must be one of {', '.join(CACHE_DEVICES)}, got {self.cache_device!r}")
         self._check_clusters()
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
@@ -302,7 +315,7 @@ class Plan:
             grid, active, context, kind, make_schedule("full", num_inference_steps),
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
-            cache_dtype=chosen.cache_dtype,
+            cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device,
         )  # fmt: skip
         if calibration is None:
             return plan.with_schedule(schedule)
@@ -366,6 +379,7 @@ class Plan:
         share = self.num_active / self.num_tokens
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"
         stored = "" if self.cache_dtype == "same" else f" as {self.cache_dtype}"
+        stored += "" if self.cache_device == "same" else f" on the {self.cache_device}"
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
         return (

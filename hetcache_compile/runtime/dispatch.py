@@ -23,12 +23,14 @@ from ..capture.subclasses import Unwrapping
 from ..compilation.options import BackendOptions, Compiled
 from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
 from ..passes.ir.axis import AxisState
+from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
 from .session import Call, Session, current_session
+from .streaming import can_stream, host_buffer, is_hosted
 from .timing import Stopwatch
 from .weights import Weights
 
@@ -211,12 +213,13 @@ class CompiledGraph:
             if turn.fresh:
                 for own in buffers:
                     forget(form, own)
+        run = form.run if form.streamed is None or session.plan.cache_device == "same" else form.streamed
         watch = Stopwatch(route.device)
         results = []
         for p, own in enumerate(buffers):
             picked = form.pick((*inputs, *route.part.samples[p]) if route.part.samples[p] else inputs)
             indices = [session.index(name, route.device, p, kind=turn.kind, step=turn.step) for name in form.indices]
-            results.append(own_outputs(form.run(*picked, *indices, *own), own))
+            results.append(own_outputs(run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
         return join(results, route.part.outputs)
 
@@ -354,10 +357,17 @@ def buffers_for(
         buffer = memory.get(name)
         if buffer is None:
             with normal_mode():
-                buffer = memory[name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+                buffer = memory[name] = empty_buffer(entry, device, session.plan.cache_device)
             session.allocated(buffer.untyped_storage().nbytes())
         buffers.append(buffer)
     return buffers
+
+
+def empty_buffer(entry: CacheEntry, device: torch.device, cache_device: str) -> torch.Tensor:
+    """Memory for a cache entry, where the plan wants it."""
+    if cache_device == "cpu" and can_stream(device) and is_hosted(entry):
+        return host_buffer(entry)
+    return torch.empty(entry.shape, dtype=entry.dtype, device=device)
 
 
 def forget(form: CompiledForm, buffers: Sequence[torch.Tensor]) -> None:

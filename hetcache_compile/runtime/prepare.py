@@ -37,6 +37,7 @@ from ..passes.ir.graphs import device_of
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
+from .streaming import Streamed, can_stream, transfers_of, uses_of
 
 LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
 """Held while anything is made: capture must not run while Dynamo compiles in another thread."""
@@ -53,12 +54,14 @@ class CompiledForm:
         pick: of all inputs of the graph, in a tuple, those that the form uses.
         indices: names of what it takes of a plan.
         reads: its cache entries, in order.
+        streamed: the same where keys and values are in the host's memory; None where the device has no other.
     """
 
     run: Compiled
     pick: Callable[[Sequence[Any]], tuple[Any, ...]]
     indices: tuple[str, ...]
     reads: tuple[CacheEntry, ...]
+    streamed: Compiled | None = None
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,14 @@ class Preparer:
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
             buffers = [torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in form.reads]
+            uses = uses_of(form)
             given = [*pick(inputs), *indices, *buffers]
             compile_form = compile_by_regions if self.options.regional else compile_whole
             run = compile_form(form.module, given, self.compiler, f"{kind} form")
+            streamed = Streamed(run, uses, transfers_of(device)) if can_stream(device) else None
             if self.options.records and device.type == "cuda":
                 run = Recorder(run, stays_in_memory(form, program), f"{kind} form")
-            prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads)
+            prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads, streamed)
             while len(prepared.forms) > MOST_FORMS:
                 prepared.forms.popitem(last=False)
         prepared.forms.move_to_end(key)

@@ -399,7 +399,7 @@ def session(plan: Plan | Sequence[Plan], *, strict: bool = False, check_finite: 
     return Session(plan, strict=strict, check_finite=check_finite)
 
 
-ALIKE = ("steps", "token_inputs")
+ALIKE = ("steps", "token_inputs", "cache_device")
 """What plans of one batch share, beside what their forms know of them."""
 
 
