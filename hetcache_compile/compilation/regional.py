@@ -69,7 +69,7 @@ def compile_by_regions(module: GraphModule, inputs: Sequence[Any], compiler: Com
 
     Args:
         module: whose nodes have fake values, and whose outputs are a flat tuple.
-        inputs: like those it will get.
+        inputs: like those it will get; the last ones may be missing, and are made up where they are needed.
         compiler: of each region.
         name: for the log.
     """
@@ -79,7 +79,7 @@ def compile_by_regions(module: GraphModule, inputs: Sequence[Any], compiler: Com
     handed_over = {node for region in regions for node in (*region.inputs, *region.outputs)}
     if len(keys) == len(regions) or not all(_is_plain_tensor(node) for node in handed_over):
         return compile_whole(module, inputs, compiler, name)
-    given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=False))
     compiled: dict[Hashable, Compiled] = {}
     for region in regions:
         if region.key in compiled:
@@ -93,9 +93,10 @@ def compile_by_regions(module: GraphModule, inputs: Sequence[Any], compiler: Com
 
 
 def compile_whole(module: GraphModule, inputs: Sequence[Any], compiler: Compiler, name: str = "graph") -> Compiled:
-    """A form, compiled as one graph."""
+    """A form, compiled as one graph; see `compile_by_regions`."""
     start = time.perf_counter()
-    compiled = compiler(module, inputs)
+    missing = module.graph.find_nodes(op="placeholder")[len(inputs) :]
+    compiled = compiler(module, [*inputs, *map(_example, missing)])
     log.info("compiled the %s, %d nodes, %.1f s", name, len(module.graph.nodes), time.perf_counter() - start)
     return compiled
 

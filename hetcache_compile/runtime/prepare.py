@@ -200,9 +200,8 @@ class Preparer:
             form, pick = without_unused_inputs(in_process(form, options), program)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
-            buffers = [torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in form.reads]
             uses = uses_of(form)
-            given = [*pick(inputs), *indices, *buffers]
+            given = [*pick(inputs), *indices]  # the cache may be larger than the device: it is made up block by block
             compile_form = compile_by_regions if self.options.regional else compile_whole
             run = compile_form(form.module, given, self.compiler, f"{kind} form")
             streamed = Streamed(run, uses, transfers_of(device)) if can_stream(device) else None

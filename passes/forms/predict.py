@@ -59,7 +59,8 @@ class PredictContext(FormPass):
         if form.kind == "partial":
             line = _Line(call, times, now)
             for entry in entries:
-                line.read(form.read(entry), form.read(older(entry)))
+                latest = form.read(entry)
+                line.read(form.before_users(latest), latest, form.read(older(entry)))
             # What the last full step computed stays as it is: predictions start from it.
             form.writes = {entry: value for entry, value in form.writes.items() if entry not in entries}
             return
@@ -67,7 +68,9 @@ class PredictContext(FormPass):
         # compilers write buffers in the order of arguments, where the latest value, which is overwritten too, is first.
         moves = call(aten.ne.Tensor, now, call(aten.select.int, times, 0, 0))
         before = {
-            older(entry): call(aten.where.self, moves, form.read(entry), form.read(older(entry))) for entry in entries
+            older(entry): form.after(value)(aten.where.self, moves, form.read(entry), form.read(older(entry)))
+            for entry, value in form.writes.items()
+            if entry in entries
         }
         moved = call(aten.cat.default, [call(aten.view.default, now, [1]), call(aten.slice.Tensor, times, 0, 0, 1)])
         # History is stored first: it reads what the latest values are about to overwrite.
@@ -91,16 +94,15 @@ class _Line:
     """How far the line goes beyond the latest value, in units of the last interval; whether there is no interval."""
 
     def __init__(self, call: AddNode, times: Node, now: Node) -> None:
-        self.call = call
         latest, before = (call(aten.select.int, times, 0, i) for i in range(2))
         apart = call(aten.sub.Tensor, latest, before)
         never = call(aten.lt.Scalar, before, 0.5 * NOT_COMPUTED)
         self.missing = call(aten.logical_or.default, never, call(aten.eq.Scalar, apart, 0))
         self.weight = call(aten.div.Tensor, call(aten.sub.Tensor, now, latest), apart)
 
-    def read(self, latest: Node, before: Node) -> None:
+    def read(self, call: AddNode, latest: Node, before: Node) -> None:
         """Every reader of the latest value gets the line's."""
-        call, readers = self.call, list(latest.users)
+        readers = list(latest.users)
         weight = call(aten._to_copy.default, self.weight, dtype=latest.meta["val"].dtype)
         step = call(aten.mul.Tensor, call(aten.sub.Tensor, latest, before), weight)
         # Memory that was never written may hold NaN, which no weight takes away.

@@ -57,7 +57,7 @@ class StoreCache(FormPass):
     kinds = ("full", "partial")
 
     def edit(self, form: FormEditor) -> None:
-        """Round at the end of a form; read at its start."""
+        """Round where a value is computed; read where it is used first."""
         for entry in list(form.reads):
             if changes(entry, self.cache_dtype):
                 form.replace_read(entry, stored_as(entry, self.cache_dtype), decode)
@@ -67,7 +67,7 @@ class StoreCache(FormPass):
                 written[entry] = value
             elif form.kind == "full":
                 stored = stored_as(entry, self.cache_dtype)
-                written.update(zip(stored, encode(form.at_end(), value, stored), strict=True))
+                written.update(zip(stored, encode(form.after(value), value, stored), strict=True))
             # A partial step leaves what the last full step computed: the next one computes the same tokens anew.
         form.writes = written
 

@@ -128,7 +128,8 @@ class FormEditor:
         for entry in new:
             last = self._placeholder(last, input_name(entry), entry.shape, entry.dtype)
             given.append(last)
-        before.replace_all_uses_with(decode(self.at_start(), tuple(given), old.dtype))
+        if before.users:
+            before.replace_all_uses_with(decode(self.before_users(before), tuple(given), old.dtype))
         self.graph.erase_node(before)
         for entry, node in zip(new, given, strict=True):
             node.name = node.target = input_name(entry)  # the old one had this name until now
@@ -164,6 +165,10 @@ class FormEditor:
     def after(self, place: Node) -> AddNode:
         """A function that adds nodes right behind `place`."""
         return self.before(place.next)
+
+    def before_users(self, node: Node) -> AddNode:
+        """A function that adds nodes right in front of the first that uses `node`: they hold memory no sooner."""
+        return self.before(next(one for one in self.graph.nodes if one in node.users))
 
     def at_start(self) -> AddNode:
         """A function that adds nodes in front of the whole body."""
