@@ -89,7 +89,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A diffusion transformer of pictures or videos, called as those of `comfy.ldm` are."""
+    """A diffusion transformer, called as those of `comfy.ldm` are.
+
+    As there, one of pictures reshapes latents to patches, and one of videos makes patches by a convolution.
+    """
 
     CHANNELS, WIDTH, TEXT, HEADS = 3, 22, 5, 2
 
@@ -98,7 +101,10 @@ class Transformer(nn.Module):
         self.patch_size = patch_size
         self.patch = (1, patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         per_token = self.CHANNELS * math.prod(self.patch)
-        self.embed, self.head = nn.Linear(per_token, self.WIDTH), nn.Linear(self.WIDTH, per_token)
+        self.makes_videos = not isinstance(patch_size, int)
+        patches = nn.Conv3d(self.CHANNELS, self.WIDTH, self.patch, self.patch)
+        self.embed = patches if self.makes_videos else nn.Linear(per_token, self.WIDTH)
+        self.head = nn.Linear(self.WIDTH, per_token)
         self.time, self.text = nn.Linear(10, self.WIDTH), nn.Linear(self.TEXT, self.WIDTH)
         self.blocks = nn.ModuleList(Block(self.WIDTH, self.HEADS) for _ in range(depth))
         self.dtype = torch.float32
@@ -120,10 +126,14 @@ class Transformer(nn.Module):
         (t, h, w), (pt, ph, pw) = (-(-size // p) for size, p in zip(sizes, self.patch, strict=True)), self.patch
         if any(size % p for size, p in zip(sizes, self.patch, strict=True)):
             video = F.pad(video, (0, w * pw - sizes[2], 0, h * ph - sizes[1], 0, t * pt - sizes[0]))
-        tokens = video.reshape(b, c, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t * h * w, -1)
+        if self.makes_videos:
+            tokens = self.embed(video).flatten(2).transpose(1, 2)
+        else:
+            patches = video.reshape(b, c, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+            tokens = self.embed(patches.reshape(b, t * h * w, -1))
         angles = timestep[:, None] * torch.pow(100.0, -torch.arange(5) / 5)
         vec = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], dim=1)))
-        tokens, text = self.embed(tokens), self.text(context)
+        text = self.text(context)
         replaced = transformer_options.get("patches_replace", {}).get("dit", {})
         for number, block in enumerate(self.blocks):
             transformer_options["block_index"] = number
