@@ -191,14 +191,18 @@ class BaseModel(nn.Module):
 
 
 class ModelPatcher:
-    def __init__(self, model: BaseModel) -> None:
-        self.model = model
+    def __init__(self, model: BaseModel, dynamic: bool = False) -> None:
+        self.model, self.dynamic = model, dynamic
         self.wrappers: dict[str, dict[str, list[Any]]] = {}
         self.callbacks: dict[str, dict[str, list[Any]]] = {}
         self.attachments: dict[str, Any] = {}
 
-    def clone(self) -> ModelPatcher:
-        other = ModelPatcher(self.model)
+    def is_dynamic(self) -> bool:
+        """Whether it streams weights while the model runs."""
+        return self.dynamic
+
+    def clone(self, disable_dynamic: bool = False) -> ModelPatcher:
+        other = ModelPatcher(self.model, self.dynamic and not disable_dynamic)
         for mine, copy in ((self.wrappers, other.wrappers), (self.callbacks, other.callbacks)):
             copy.update({kind: {key: list(them) for key, them in keys.items()} for kind, keys in mine.items()})
         other.attachments = dict(self.attachments)

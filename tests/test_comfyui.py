@@ -228,6 +228,12 @@ def test_a_lora_between_edits(patcher: ModelPatcher) -> None:
     assert torch.equal(sample(model), first)
 
 
+def test_weights_are_not_streamed(patcher: ModelPatcher) -> None:
+    dynamic = ModelPatcher(patcher.model, dynamic=True)
+    assert not apply(dynamic).is_dynamic()
+    assert dynamic.is_dynamic()
+
+
 def test_a_model_is_not_kept_alive() -> None:
     patcher = patcher_of(Transformer(2))
     model = apply(patcher)

@@ -78,7 +78,9 @@ class CachedSampling:
             from comfy.patcher_extension import CallbacksMP, WrappersMP
         except ImportError as error:
             raise HetCacheError("the node needs ComfyUI of 2025 or newer, which has comfy.patcher_extension") from error
-        clone = patcher.clone()
+        # Newer versions stream weights into each layer while it runs, which Dynamo cannot follow.
+        is_dynamic = getattr(patcher, "is_dynamic", None)
+        clone = patcher.clone(disable_dynamic=True) if is_dynamic is not None and is_dynamic() else patcher.clone()
         clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
         clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
         clone.remove_callbacks_with_key(CallbacksMP.ON_APPLY_HOOKS, KEY)
@@ -129,7 +131,7 @@ class CachedSampling:
         except PlanError as error:
             self._refuse(error)
             return executor(*arguments)
-        options = {"inner": self.settings.compiler}
+        options: dict[str, Any] = {"inner": self.settings.compiler}
         with session(plan, strict=self.settings.strict) as self.session:
             self._model = model.diffusion_model
             self._compiled = torch.compile(self._model, backend=hetcache_backend, options=options)

@@ -48,7 +48,8 @@ def draw(plan: Plan) -> Any:
     frames = np.unique(np.linspace(0, plan.grid[0] - 1, MOST_FRAMES).round().astype(int))
     figure = Figure(figsize=(1.35 * len(frames) + 1.2, 4.4), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    top, bottom = parts
     axes = np.atleast_1d(top.subplots(1, len(frames)))
     colours = token_colours(plan)
     for axis, frame in zip(axes, frames, strict=True):
