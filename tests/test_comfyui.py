@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_standin import BaseModel, Guider, ModelPatcher, Refused, Transformer, comfy, heun, midpoint
+from comfy_standin import BaseModel, Guider, ModelPatcher, Refused, Transformer, comfy, euler, heun, midpoint
 from torch import nn
 
 import hetcache_compile as hetcache
@@ -384,6 +385,19 @@ def test_copies_of_the_model_run_plainly(patcher: ModelPatcher) -> None:
     assert isinstance(other.diffusion_model, Transformer)
 
 
+def test_calls_in_threads(patcher: ModelPatcher) -> None:
+    """With several GPUs ComfyUI calls the model of each in a thread of its own."""
+    with ThreadPoolExecutor(1, initializer=lambda: torch._C._set_grad_enabled(False)) as pool:
+
+        def threaded(model: Any, x: torch.Tensor, sigmas: torch.Tensor, callback: Any) -> torch.Tensor:
+            return euler(lambda *given: pool.submit(model, *given).result(), x, sigmas, callback)
+
+        model = apply(patcher)
+        result = sample(model, function=threaded)
+    assert kinds(model) == "FRPRFRF"
+    torch.testing.assert_close(result, sample(apply(patcher)))
+
+
 # Masks
 
 
@@ -469,7 +483,7 @@ def test_applying_twice_counts_once(patcher: ModelPatcher) -> None:
     assert patcher.wrappers == patcher.attachments == {}, "the model that was given is not changed"
 
 
-def test_the_preview_is_the_plan(patcher: ModelPatcher) -> None:
+def test_the_preview_is_the_plan(patcher: ModelPatcher, caplog: pytest.LogCaptureFixture) -> None:
     model = apply(patcher)
     latent = {"samples": torch.zeros(1, 3, *SIZE), "noise_mask": corner()}
     picture, words = HetCachePreview().preview(model, latent, STEPS)
@@ -478,7 +492,9 @@ def test_the_preview_is_the_plan(patcher: ModelPatcher) -> None:
     assert picture.shape[-1] == 3
     assert 0 <= picture.min() < 0.2
     assert picture.max() == 1
-    sample(model)
+    with caplog.at_level("INFO", logger="hetcache_compile.comfyui.sampling"):
+        sample(model)
+    assert caplog.messages == ["hetcache: model calls: 3 FULL, 1 PARTIAL, 3 REUSE; 0 unplanned"]
     assert words == last(model).session.plan.describe()  # type: ignore[union-attr]
     assert HetCacheReport().report(model, latent)["result"][0].startswith(words)
     with pytest.raises(hetcache.MaskError, match="there is no mask"):

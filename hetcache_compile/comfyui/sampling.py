@@ -8,6 +8,7 @@ unloads the model as ever.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from ..runtime.backend import hetcache_backend
 from ..runtime.session import HetCacheWarning, Session, session
 from .latents import grid_of, patch_of_model, tokens_of_denoise_mask, tokens_of_mask
 
+LOG = logging.getLogger(__name__)
 KEY = "hetcache"
 """Of what the node hangs on a model."""
 SCHEDULES = tuple(name for name, preset in PRESETS.items() if not preset.options)
@@ -136,9 +138,11 @@ class CachedSampling:
             self._model = model.diffusion_model
             self._compiled = torch.compile(self._model, backend=hetcache_backend, options=options)
             try:
-                return executor(*arguments)
+                result = executor(*arguments)
             finally:
                 self._model = self._compiled = None  # the model may be unloaded
+        LOG.info("hetcache: %s", self.calls())
+        return result
 
     def apply_model(
         self,
@@ -164,7 +168,8 @@ class CachedSampling:
         conditions = given.get("uuids") or given.get("cond_or_uncond") or ()
         owner.diffusion_model = self._compiled
         try:
-            with opened.branch(" ".join(map(str, conditions))):
+            # Joined, because with several GPUs a model is called in threads.
+            with opened.joined(), opened.branch(" ".join(map(str, conditions))):
                 return executor(*arguments, **kwargs)
         except GridMismatchError as error:  # a part of the latents: conditions with an area, windows of a video
             self._refuse(error)
@@ -235,16 +240,19 @@ class CachedSampling:
 
     def report(self) -> str:
         """The plan of the last run, and what it has run, in a few lines."""
-        lines = []
-        if self.session is not None:
-            stats = self.session.stats
-            counts = ", ".join(f"{count} {kind}" for kind, count in stats.steps.items())
-            lines += [self.session.plan.describe(), f"model calls: {counts}; {stats.unplanned} unplanned"]
-            if self.session.refused_calls:
-                lines.append(f"{self.session.refused_calls} calls ran plainly: the log says why")
+        lines = [] if self.session is None else [self.session.plan.describe(), self.calls()]
         if self.refusal:
             lines.append(f"not cached: {self.refusal}")
         return "\n".join(lines)
+
+    def calls(self) -> str:
+        """The model calls of the last run by kind, in a line."""
+        if self.session is None:
+            return "no calls"
+        stats, plain = self.session.stats, self.session.refused_calls
+        counts = ", ".join(f"{count} {kind}" for kind, count in stats.steps.items())
+        refused = f"; {plain} calls ran plainly: the log says why" if plain else ""
+        return f"model calls: {counts}; {stats.unplanned} unplanned{refused}"
 
     def _refuse(self, error: HetCacheError) -> None:
         """Say once in a run why it, or a part of it, is not cached.
