@@ -74,10 +74,10 @@ def tokens_of_mask(mask: Any, shape: Sequence[int], patch: Grid, temporal_factor
     frames = _frames(mask) > VISIBLE
     if not bool(frames.any()):
         raise MaskError("the mask is empty: there is nothing to generate")
-    if len(shape) == 4:
+    latent_frames = shape[2] if len(shape) == 5 else 1
+    if latent_frames == 1:  # pictures, with or without an axis of frames
         frames = frames.any(dim=0, keepdim=True)
     covered = frames.numpy()
-    latent_frames = shape[2] if len(shape) == 5 else 1
     if len(covered) == latent_frames:
         temporal_factor = 1
     factors = Factors(temporal_factor, 1, patch)

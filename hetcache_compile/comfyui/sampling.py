@@ -9,7 +9,6 @@ unloads the model as ever.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,7 @@ from ..plan.options import PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import PRESETS
 from ..runtime.backend import hetcache_backend
-from ..runtime.session import HetCacheWarning, Session, session
+from ..runtime.session import Session, session
 from .latents import grid_of, patch_of_model, tokens_of_denoise_mask, tokens_of_mask
 
 LOG = logging.getLogger(__name__)
@@ -257,11 +256,15 @@ class CachedSampling:
     def _refuse(self, error: HetCacheError) -> None:
         """Say once in a run why it, or a part of it, is not cached.
 
+        In the log, because Python says a warning once in a process, and the next run may have another workflow.
+
         Raises:
             HetCacheError: the settings are strict.
         """
+        if self.settings.strict and isinstance(error, PlanError):
+            raise error
         if self.settings.strict:
-            raise error if isinstance(error, PlanError) else SessionError(str(error)) from error
+            raise SessionError(str(error)) from error
         if not self.refusal:
             self.refusal = str(error)
-            warnings.warn(f"hetcache: this is sampled unmodified: {error}", HetCacheWarning, stacklevel=2)
+            LOG.warning("hetcache: this is sampled unmodified: %s", error)
