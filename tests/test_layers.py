@@ -16,7 +16,8 @@ FOLDERS = {"passes": ROOT / "passes", "export": ROOT / "export"}
 ORDER = {
     "": (
         "passes", "errors", "files", "provenance", "console", "plan", "calibration", "pipelines", "capture",
-        "compilation", "runtime", "engine", "edit", "bench", "reference", "export", "estimate", "cli", "__init__",
+        "compilation", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export", "estimate", "cli",
+        "__init__",
     ),
     "passes": ("ir", "rules", "analysis", "kernels", "writing", "forms", "testing", "__init__"),
     "export": ("model", "lowering", "onnx", "trt", "check", "serving", "exporter", "cli", "__init__"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..files import atomically
 from .partition import TokenKind
@@ -22,17 +23,33 @@ STEP_COLOURS = {StepKind.FULL: "#003d5b", StepKind.PARTIAL: "#30638e", StepKind.
 MOST_FRAMES = 9
 
 
+DPI = 130
+
+
 def save_preview(plan: Plan, path: Path) -> None:
     """Draw the plan into a PNG, atomically."""
-    import matplotlib
+    figure = draw(plan)
+    atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def preview_pixels(plan: Plan) -> NDArray[np.uint8]:
+    """The same picture as uint8 `[H, W, 3]`."""
+    canvas = draw(plan).canvas
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def draw(plan: Plan) -> Any:
+    """The plan as a figure of matplotlib, on a canvas that needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     frames = np.unique(np.linspace(0, plan.grid[0] - 1, MOST_FRAMES).round().astype(int))
-    figure = plt.figure(figsize=(1.35 * len(frames) + 1.2, 4.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    figure = Figure(figsize=(1.35 * len(frames) + 1.2, 4.4), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    top, bottom = parts
     axes = np.atleast_1d(top.subplots(1, len(frames)))
     colours = token_colours(plan)
     for axis, frame in zip(axes, frames, strict=True):
@@ -48,8 +65,7 @@ def save_preview(plan: Plan, path: Path) -> None:
         fontsize=10,
     )
     _draw_steps(plan, bottom.subplots())
-    atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
-    plt.close(figure)
+    return figure
 
 
 def token_colours(plan: Plan) -> np.ndarray[Any, np.dtype[np.float64]]:
