@@ -55,7 +55,7 @@ def read_mask(
     labelled = labels is not None
     try:
         if path.suffix.lower() in ARRAYS:
-            levels = levels_of(_load(path), labelled=labelled)
+            levels = levels_of(load_array(path), labelled=labelled)
             wanted = align(Source(path, len(levels.value)), clip, start, num_frames)
             masked = mask_of(levels, threshold=threshold, invert=invert, labels=labels)[wanted]
             value = levels.value[wanted]
@@ -73,6 +73,21 @@ def read_mask(
             f"{path}: the mask is empty{inverted}: its frames {wanted[0]} to {wanted[-1]} hold {describe(value)}"
         )
     return _fitted(path, masked, height, width, clip)
+
+
+def size_in(path: Path) -> tuple[int, int]:
+    """Height and width of a mask, a picture or a video in a file.
+
+    Raises:
+        InputFileError: nothing readable there.
+    """
+    if path.suffix.lower() not in ARRAYS:
+        return open_source(path).size
+    try:
+        height, width = levels_of(load_array(path)).value.shape[-2:]
+    except MaskError as error:
+        raise InputFileError(f"{path}: {error}") from error
+    return height, width
 
 
 def align(mask: Source, video: Source | None, start: int, num_frames: int) -> list[int]:
@@ -142,8 +157,12 @@ def _square(video: Source) -> tuple[int, int]:
     return video.size[0], round(video.size[1] * video.aspect)
 
 
-def _load(path: Path) -> NDArray[Any]:
-    """The array of a .npy, or the one of a .npz."""
+def load_array(path: Path) -> NDArray[Any]:
+    """The array of a .npy, or the one of a .npz.
+
+    Raises:
+        InputFileError: there is none, or more than one.
+    """
     try:
         found = np.load(path, allow_pickle=False)
         arrays = dict(found) if isinstance(found, np.lib.npyio.NpzFile) else {"": found}

@@ -48,7 +48,11 @@ class FirstCall:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments by name, in the order of the model's signature: the latents come first."""
-        return dict(inspect.signature(self.model.forward).bind(*self.args, **self.kwargs).arguments)
+        signature = inspect.signature(self.model.forward)
+        first = next(iter(signature.parameters.values()))
+        if first.kind is first.VAR_POSITIONAL:  # an engine takes any names: their order is that of the call
+            return dict(self.kwargs)
+        return dict(signature.bind(*self.args, **self.kwargs).arguments)
 
 
 def models_of(pipe: Any) -> list[Any]:
@@ -84,15 +88,23 @@ def first_call(pipe: Any, arguments: Mapping[str, Any]) -> FirstCall:
             with suppress(_StopError):
                 pipe(**arguments)
         except Exception as error:
+            missing = _pictures_left_out(pipe, arguments)
             raise PlanError(
-                f"{type(pipe).__name__} does not run with these arguments, {type(error).__name__}: {error}. Give "
-                "plan_for what you give the pipeline"
+                f"{type(pipe).__name__} does not run with these arguments, {type(error).__name__}: {error}. Give all "
+                f"that the pipeline needs{f'; it takes {missing} too' if missing else ''}"
             ) from error
         if not calls:
             raise PlanError(f"{type(pipe).__name__} calls no transformer with these arguments")
         model, args, kwargs = calls[0]
         timesteps, sigmas = _times(pipe)
     return FirstCall(getattr(model, "_orig_mod", model), args, kwargs, timesteps, sigmas)
+
+
+def _pictures_left_out(pipe: Any, arguments: Mapping[str, Any]) -> str:
+    """The arguments of pictures and videos that were not given: what a pipeline may miss, and rarely says itself."""
+    names = inspect.signature(type(pipe).__call__).parameters
+    ends = ("image", "images", "video", "mask")
+    return ", ".join(name for name in names if name.rpartition("_")[2] in ends and arguments.get(name) is None)
 
 
 @contextmanager
