@@ -144,6 +144,8 @@ def pipeline_class(folder: Path) -> type:
 def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: Any) -> Any:
     """A local diffusers checkpoint. `components` replace its own, as in `from_pretrained`.
 
+    It may lack parts that a call can do without, such as text encoders where encoded prompts are given.
+
     Raises:
         InputFileError: no checkpoint there, or one that cannot be loaded.
     """
@@ -151,7 +153,9 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str, **components: A
     import transformers
 
     pipeline_class(folder)
-    _import_own_classes(folder / "model_index.json")
+    index = json.loads((folder / "model_index.json").read_text())
+    _import_own_classes(index)
+    components = {name: None for name, part in index.items() if part == [None, None]} | components
     try:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
@@ -175,11 +179,11 @@ def check_edits_video(folder: Path) -> None:
         raise InputFileError(f"{inputs.pipeline} takes no {' and no '.join(missing)}: it edits no masked video")
 
 
-def _import_own_classes(index: Path) -> None:
+def _import_own_classes(index: Mapping[str, Any]) -> None:
     """Import the modules of this package that a checkpoint names: diffusers loads custom classes only from modules that
     were imported before."""
     package = __name__.partition(".")[0]
-    for part in json.loads(index.read_text()).values():
+    for part in index.values():
         if isinstance(part, list) and str(part[0]).startswith(f"{package}."):
             importlib.import_module(part[0])
 
@@ -260,7 +264,8 @@ def warm_up(pipe: Any, request: EditRequest, plan: Plan | None, progress: Progre
         run_pipeline(pipe, _short(pipe, request, 1), "compiling the plain model", progress, decode=False)
         return 0.0
     kinds = tuple(kind for kind in StepKind if kind in plan.steps)
-    with session(plan.with_steps(kinds)) as opened:
+    spare = StepKind.FULL  # pipelines round what a strength leaves out in two ways
+    with session(plan.with_steps((*kinds, spare))) as opened:
         run_pipeline(pipe, _short(pipe, request, len(kinds)), "compiling the forms", progress, decode=False)
     return opened.stats.compile_seconds
 
@@ -377,7 +382,7 @@ def _timed_calls(pipe: Any) -> Iterator[list[Stopwatch]]:
 
 
 def _short(pipe: Any, request: EditRequest, steps: int) -> EditRequest:
-    """The request in so many steps, and as many more as a strength then leaves out."""
+    """The request in so many steps, beside those that a strength leaves out; in one more by the rounding of some."""
     inputs = Inputs.of(type(pipe))
     strength = min(float(request.call.get(name, inputs.default(name, 1.0))) for name in STRENGTHS)
     return replace(request, num_inference_steps=math.ceil(steps / strength))

@@ -20,6 +20,8 @@ TOKEN_COLOURS = {
 ACTIVE_CONTEXT = "#30638e"
 STEP_COLOURS = {StepKind.FULL: "#003d5b", StepKind.PARTIAL: "#30638e", StepKind.REUSE: "#c8d5dc"}
 MOST_FRAMES = 9
+LEAST_WIDTH = 6.4
+"""Of the figure, in inches: the legends take it."""
 
 
 def save_preview(plan: Plan, path: Path) -> None:
@@ -31,8 +33,9 @@ def save_preview(plan: Plan, path: Path) -> None:
     from matplotlib.patches import Patch
 
     frames = np.unique(np.linspace(0, plan.grid[0] - 1, MOST_FRAMES).round().astype(int))
-    figure = plt.figure(figsize=(1.35 * len(frames) + 1.2, 4.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    above = 2.5 if len(frames) > 1 else 4.5  # a picture alone has room
+    figure = plt.figure(figsize=(max(LEAST_WIDTH, 1.35 * len(frames) + 1.2), above + 1.9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[above, 2])
     axes = np.atleast_1d(top.subplots(1, len(frames)))
     colours = token_colours(plan)
     for axis, frame in zip(axes, frames, strict=True):

@@ -1,0 +1,188 @@
+"""The command line on pipelines of pictures: what it finds by itself, what it asks for, and the report of a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import ROWS
+from pipelines.flux import FILL, parts
+from pipelines.parts import POOLED, TEXT_WIDTH
+from pipelines.qwen import LARGE
+from pipelines.row import picture
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from zoo.entry import seeded
+
+import hetcache_compile as hetcache
+from hetcache_compile.reference.demo import byte_tokenizer
+
+BY_NAME = {row.name: row for row in ROWS}
+FLUX_SIZE = ("--height", 16, "--width", 24)
+QWEN_SIZE = ("--height", LARGE[1], "--width", LARGE[2])
+RUN = ("--inner", "eager", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def flux_fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint: text encoders too."""
+    from diffusers import FluxFillPipeline
+
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 16
+    words = len(tokenizer)
+    clip = {"hidden_size": POOLED, "intermediate_size": 29, "num_hidden_layers": 1, "num_attention_heads": 1}
+    t5 = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 19, "num_layers": 1, "num_heads": 2}
+    text = {
+        "text_encoder": seeded(lambda: CLIPTextModel(CLIPTextConfig(vocab_size=words, **clip))),
+        "text_encoder_2": seeded(lambda: T5EncoderModel(T5Config(vocab_size=words, **t5))),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+    }
+    folder = tmp_path_factory.mktemp("flux")
+    FluxFillPipeline(**{**parts(**FILL), **text}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen_edit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """A checkpoint without a text encoder, and the prompt that stands in for it."""
+    row, folder = BY_NAME["QwenImageEditPipeline"], tmp_path_factory.mktemp("qwen")
+    row.build().save_pretrained(folder)
+    np.save(folder / "text.npy", row.call()["prompt_embeds"].numpy())
+    return folder, ("--call", f"prompt_embeds={folder / 'text.npy'}")
+
+
+def save_inputs(folder: Path, size: tuple[int, int, int], name: str) -> tuple[Any, ...]:
+    """A picture and its mask as files, and the options that name them."""
+    picture(size).save(folder / "in.png")
+    mask = BY_NAME[name].mask[0]
+    Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "mask.png")
+    return "--image", folder / "in.png", "--mask", folder / "mask.png"
+
+
+def test_flux_fill(hetcache_command, flux_fill, tmp_path) -> None:
+    """The three commands on one folder; the pipeline has its own picture, mask and guidance."""
+    files = save_inputs(tmp_path, (1, 16, 24), "FluxFillPipeline")
+    status, out, err = hetcache_command("explain", flux_fill, *FLUX_SIZE)
+    assert status == 0, err
+    assert "keys and values" in out
+    plan = ("plan", "--model", flux_fill, *files, "-o", tmp_path / "a.hetplan", "--steps", 4, "--schedule", "FPR")
+    status, _, err = hetcache_command(*plan, *FLUX_SIZE, "--margin", 0, "--set", "multiple=1", "--context-ratio", 0)
+    assert status == 0, err
+    made = hetcache.Plan.load(tmp_path / "a.hetplan")
+    assert np.array_equal(made.active_mask, BY_NAME["FluxFillPipeline"].token_mask.ravel())
+    assert made.token_inputs == {"hidden_states": (1, 0)}
+    assert len(made.timesteps) == 4
+    status, _, err = hetcache_command(
+        "edit", "--model", flux_fill, *files, "--prompt", "a cat", "--plan", tmp_path / "a.hetplan", *FLUX_SIZE, *RUN,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == {"FULL": 2, "PARTIAL": 1, "REUSE": 1}
+    assert report["guidance_scale"] == 30.0
+    assert report["psnr_generative_db"] > 10
+    assert report["psnr_context_db"] > 10
+    assert report["speedup_vs_compiled"] > 0
+    names = {"edit.png", "side_by_side.png", "plan.png", "edit.hetplan", "report.json", "report.html"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    with Image.open(tmp_path / "out" / "edit.png") as edited, Image.open(tmp_path / "out" / "side_by_side.png") as side:
+        assert edited.size == (24, 16)
+        assert np.array_equal(np.asarray(side)[-16:, -24:], np.asarray(edited))
+        assert side.width == 3 * 24
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<body class="compared still">' in page
+    assert "1 frame of 24 x 16, 4 steps, guidance 30, seed 0" in page
+    assert "See edit.png beside it" in page
+
+
+def test_qwen_image_edit(hetcache_command, qwen_edit, tmp_path) -> None:
+    """It takes no mask: only the plan has it. Its references stand behind the tokens."""
+    folder, text = qwen_edit
+    files = save_inputs(tmp_path, LARGE, "QwenImageEditPipeline")
+    status, out, err = hetcache_command("explain", folder, *text, *QWEN_SIZE)
+    assert status == 0, err
+    assert "keys and values" in out
+    plan = ("plan", "--model", folder, *files[2:], *text, "-o", tmp_path / "a.hetplan", "--steps", 3, *QWEN_SIZE)
+    status, _, err = hetcache_command(*plan, "--margin", 0, "--set", "multiple=1", "--context-ratio", 0)
+    assert status == 0, err
+    made = hetcache.Plan.load(tmp_path / "a.hetplan")
+    assert np.array_equal(made.active_mask, BY_NAME["QwenImageEditPipeline"].token_mask.ravel())
+    status, _, err = hetcache_command(
+        "edit", "--model", folder, *files, *text, "--call", "true_cfg_scale=1", "--steps", 4, "--schedule", "FPR",
+        *QWEN_SIZE, *RUN, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == {"FULL": 2, "PARTIAL": 1, "REUSE": 1}
+    assert report["plan"]["num_tokens"] == 24
+    assert report["call"] == {"true_cfg_scale": 1}
+    assert report["psnr_generative_db"] is not None
+    with Image.open(tmp_path / "out" / "edit.png") as edited:
+        assert edited.size == LARGE[:0:-1]
+
+
+def index(folder: Path, pipeline: str) -> Path:
+    """A checkpoint without weights: what is told from its class alone is told before they are read."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "options", "message"),
+    [
+        ("FluxFillPipeline", ("--prompt", "a"), "FluxFillPipeline needs --image, the picture that is edited"),
+        ("WanVACEPipeline", ("--prompt", "a"), "WanVACEPipeline needs --video, the video that is edited"),
+        ("FluxFillPipeline", ("--prompt", "a", "--video", "in.png"), "takes no video: give --image"),
+        ("WanVACEPipeline", ("--prompt", "a", "--image", "in.png"), "takes no picture: give --video"),
+        ("FluxFillPipeline", ("--image", "in.png", "--video", "in.png"), "give --video or --image, not both"),
+        ("FluxPipeline", ("--prompt", "a"), "takes no picture and no video: it edits nothing"),
+        ("FluxFillPipeline", ("--image", "in.png"), "FluxFillPipeline needs --prompt, what to generate"),
+        ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--negative-prompt", "b"), "takes no negative_pro"),
+        ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x=1"), "takes no x: its arguments are"),
+        ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x"), "--call takes NAME=VALUE, got x"),
+        ("FluxFillPipeline", ("--image", "in.png", "--call", "prompt_embeds=no.npy"), "no file or folder at no.npy"),
+        ("WanAnimatePipeline", ("--video", "in.png", "--prompt", "a"), "cannot do without image and pose_video and face"),
+        ("NoSuchPipeline", ("--image", "in.png", "--prompt", "a"), "holds a NoSuchPipeline, which diffusers"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_asked_for_before_weights_are_read(
+    pipeline, options, message, hetcache_command, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture((1, 16, 16)).save("in.png")
+    out = tmp_path / "out"
+    model = index(tmp_path / "model", pipeline)
+    status, _, err = hetcache_command("edit", "--model", model, "--mask", "mask.png", "--out", out, *options)
+    assert status == 2
+    assert message in " ".join(err.split())
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_picture_that_a_pipeline_misses_is_named(hetcache_command, tmp_path) -> None:
+    """Its signature does not say so; it fails in its own way, before anything is compiled."""
+    BY_NAME["FluxControlInpaintPipeline"].build().save_pretrained(tmp_path / "model")
+    files = save_inputs(tmp_path, (1, 16, 24), "FluxControlInpaintPipeline")
+    call = BY_NAME["FluxControlInpaintPipeline"].call()
+    text = []
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        np.save(tmp_path / f"{name}.npy", call[name].numpy())
+        text += ["--call", f"{name}={tmp_path / name}.npy"]
+    edit = ("edit", "--model", tmp_path / "model", *files, *text, *FLUX_SIZE, *RUN, "--out", tmp_path / "out")
+    status, _, err = hetcache_command(*edit)
+    assert status == 2
+    assert "it takes control_image" in err
+    assert not (tmp_path / "out").exists()
+    given = ("--call", f"control_image={tmp_path / 'in.png'}", "--call", "strength=0.6", "--no-baseline")
+    status, _, err = hetcache_command(*edit, *given, "--steps", 5, "--schedule", "FPR")
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == {"FULL": 2, "PARTIAL": 1, "REUSE": 0}
+    assert report["psnr_generative_db"] is None
