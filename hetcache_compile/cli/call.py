@@ -147,7 +147,9 @@ def check_prompt(inputs: Inputs, prompt: str | None, call: Mapping[str, Any]) ->
     Raises:
         PlanError: there is none.
     """
-    if prompt is None and "prompt" in inputs.parameters and "prompt_embeds" not in call:
+    from ..edit.editing import is_encoded
+
+    if prompt is None and "prompt" in inputs.parameters and not is_encoded("prompt", call):
         raise PlanError(f"{inputs.pipeline} needs --prompt, what to generate inside the mask")
 
 

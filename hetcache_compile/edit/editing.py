@@ -46,7 +46,7 @@ class EditRequest:
     Attributes:
         video: uint8 `[T, H, W, 3]`; one frame, or `T` like it, where a picture is edited.
         mask: bool `[T, H, W]`, true where to generate.
-        prompt: what to generate; not given to the pipeline if `call` has `prompt_embeds`.
+        prompt: what to generate; not given to the pipeline if `call` has it encoded (`prompt_embeds`).
         still: whether a picture is edited, and not a video.
         keep_masked: a pipeline that generates where its video is grey, such as WanVACE, sees what the video has there.
         playback: how the result is shown.
@@ -261,12 +261,12 @@ def warm_up(pipe: Any, request: EditRequest, plan: Plan | None, progress: Progre
     making the plan's forms took.
     """
     if plan is None:
-        run_pipeline(pipe, _short(pipe, request, 1), "compiling the plain model", progress, decode=False)
+        run_pipeline(pipe, shortened(pipe, request, 1), "compiling the plain model", progress, decode=False)
         return 0.0
     kinds = tuple(kind for kind in StepKind if kind in plan.steps)
     spare = StepKind.FULL  # pipelines round what a strength leaves out in two ways
     with session(plan.with_steps((*kinds, spare))) as opened:
-        run_pipeline(pipe, _short(pipe, request, len(kinds)), "compiling the forms", progress, decode=False)
+        run_pipeline(pipe, shortened(pipe, request, len(kinds)), "compiling the forms", progress, decode=False)
     return opened.stats.compile_seconds
 
 
@@ -323,8 +323,8 @@ def call_arguments(pipe: Any, request: EditRequest) -> dict[str, Any]:
     seen = np.where(request.mask[..., None], GREY, request.video) if hidden else request.video
     pictures, masks = to_pictures(seen), to_pictures(request.mask)
     arguments: dict[str, Any] = {
-        "prompt": None if "prompt_embeds" in request.call else request.prompt,
-        "negative_prompt": None if "negative_prompt_embeds" in request.call else request.negative_prompt,
+        "prompt": None if is_encoded("prompt", request.call) else request.prompt,
+        "negative_prompt": None if is_encoded("negative_prompt", request.call) else request.negative_prompt,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "max_sequence_length": request.max_sequence_length,
@@ -336,6 +336,11 @@ def call_arguments(pipe: Any, request: EditRequest) -> dict[str, Any]:
             arguments[name] = shown if inputs.takes_video else shown[0]
     taken = {name: arguments[name] for name in inputs.parameters if arguments.get(name) is not None}
     return {**taken, **{name: _to_model(value, pipe) for name, value in request.call.items()}}
+
+
+def is_encoded(text: str, call: Mapping[str, Any]) -> bool:
+    """Whether a call is given what stands for a text, such as `prompt_embeds`: pipelines take one or the other."""
+    return any(name.startswith(f"{text}_embeds") for name in call)
 
 
 def _to_model(value: Any, pipe: Any) -> Any:
@@ -381,7 +386,7 @@ def _timed_calls(pipe: Any) -> Iterator[list[Stopwatch]]:
             handle.remove()
 
 
-def _short(pipe: Any, request: EditRequest, steps: int) -> EditRequest:
+def shortened(pipe: Any, request: EditRequest, steps: int) -> EditRequest:
     """The request in so many steps, beside those that a strength leaves out; in one more by the rounding of some."""
     inputs = Inputs.of(type(pipe))
     strength = min(float(request.call.get(name, inputs.default(name, 1.0))) for name in STRENGTHS)

@@ -88,9 +88,9 @@ def first_call(pipe: Any, arguments: Mapping[str, Any]) -> FirstCall:
             with suppress(_StopError):
                 pipe(**arguments)
         except Exception as error:
-            missing = _pictures_left_out(pipe, arguments)
+            reason, missing = str(error).partition("\n")[0], _pictures_left_out(pipe, arguments)
             raise PlanError(
-                f"{type(pipe).__name__} does not run with these arguments, {type(error).__name__}: {error}. Give all "
+                f"{type(pipe).__name__} does not run with these arguments, {type(error).__name__}: {reason}. Give all "
                 f"that the pipeline needs{f'; it takes {missing} too' if missing else ''}"
             ) from error
         if not calls:

@@ -1,8 +1,9 @@
-"""The command line on pipelines of pictures: what it finds by itself, what it asks for, and the report of a picture."""
+"""Edits with any pipeline: what is found in its call's signature, what is asked for, and the report of a picture."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ from pipelines import ROWS
 from pipelines.flux import FILL, parts
 from pipelines.parts import POOLED, TEXT_WIDTH
 from pipelines.qwen import LARGE
-from pipelines.row import picture
+from pipelines.row import Row, picture
+from pipelines_check import wrong_plan
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from zoo.entry import seeded
 
 import hetcache_compile as hetcache
+from hetcache_compile.cli.call import call_arguments, size_of, size_of_picture
+from hetcache_compile.edit import editing
+from hetcache_compile.edit.editing import EditRequest
+from hetcache_compile.pipelines.inputs import Inputs
 from hetcache_compile.reference.demo import byte_tokenizer
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -148,7 +154,7 @@ def index(folder: Path, pipeline: str) -> Path:
         ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x=1"), "takes no x: its arguments are"),
         ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x"), "--call takes NAME=VALUE, got x"),
         ("FluxFillPipeline", ("--image", "in.png", "--call", "prompt_embeds=no.npy"), "no file or folder at no.npy"),
-        ("WanAnimatePipeline", ("--video", "in.png", "--prompt", "a"), "cannot do without image and pose_video and face"),
+        ("WanAnimatePipeline", ("--video", "in.png", "--prompt", "a"), "cannot do without image and pose_video and"),
         ("NoSuchPipeline", ("--image", "in.png", "--prompt", "a"), "holds a NoSuchPipeline, which diffusers"),
     ],
 )  # fmt: skip
@@ -186,3 +192,102 @@ def test_a_picture_that_a_pipeline_misses_is_named(hetcache_command, tmp_path) -
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["steps"] == {"FULL": 2, "PARTIAL": 1, "REUSE": 0}
     assert report["psnr_generative_db"] is None
+
+
+FOUND = {
+    "FluxInpaintPipeline": ("image", "mask_image"),
+    "FluxKontextInpaintPipeline": ("image", "mask_image"),
+    "StableDiffusion3InpaintPipeline": ("image", "mask_image"),
+    "QwenImageInpaintPipeline": ("image", "mask_image"),
+    "QwenImageControlNetInpaintPipeline": ("control_image", "control_mask"),
+    "FluxPipeline": (None, None),
+    "WanVACEPipeline": ("video", "mask"),
+    "WanVideoToVideoPipeline": ("video", None),
+    "WanImageToVideoPipeline (two experts)": ("image", None),
+    "WanAnimatePipeline (replace)": ("background_video", "mask_video"),
+    "CogVideoXVideoToVideoPipeline": ("video", None),
+    "LucyEditPipeline": ("video", None),
+}
+"""The arguments of what is edited and of its mask."""
+
+
+def request_of(row: Row, inputs: Inputs) -> EditRequest:
+    """A row's call as a request: what a request has no name for is given by its own."""
+    frames = np.random.default_rng(0).integers(0, 256, (*row.size, 3), dtype=np.uint8)
+    call = row.call()
+    named = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale") if name in call}
+    found = (inputs.source, inputs.mask, "height", "width", "num_frames")
+    others = {name: value for name, value in call.items() if name not in found}
+    return EditRequest(frames, np.array(row.mask), "", still=not inputs.takes_video, call=others, **named)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_request_is_run_by_the_names_of_arguments(name: str) -> None:
+    """Planned, run and decoded; a pipeline may choose another number of frames than the request has."""
+    row = BY_NAME[name]
+    pipe = row.build()
+    inputs = Inputs.of(type(pipe))
+    assert (inputs.source, inputs.mask) == FOUND[name]
+    request = request_of(row, inputs)
+    plan = editing.make_plan(pipe, request, "full", margin=1, multiple=1)
+    assert not wrong_plan(row, plan)
+    run = editing.run_pipeline(pipe, request, "eager", lambda *_: None)
+    assert len(run.seconds) == row.calls * row.steps == row.calls * len(plan.steps)
+    assert run.frames is not None
+    assert run.frames.shape[1:] == (*row.size[1:], 3)
+    assert (len(run.frames) > 1) == inputs.makes_video
+
+
+def test_a_strength_leaves_steps_to_warm_up() -> None:
+    """As many as the plan has kinds of steps, whatever the strength."""
+    row = BY_NAME["FluxInpaintPipeline"]
+    pipe = row.build()
+    request = request_of(row, Inputs.of(type(pipe)))
+    for strength in (0.3, 0.6, 1.0):
+        short = editing.shortened(pipe, replace(request, call={**request.call, "strength": strength}), 3)
+        run = editing.run_pipeline(pipe, short, "eager", lambda *_: None, decode=False)
+        assert 3 <= len(run.seconds) <= 4
+
+
+def test_a_request_in_the_size_that_a_pipeline_chose() -> None:
+    mask = np.zeros((2, 8, 8), dtype=bool)
+    mask[1, :4] = True
+    video = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    request = EditRequest(video, mask, "a cat")
+    assert request.like(np.zeros((2, 8, 8, 3), dtype=np.uint8)) is request
+    larger = request.like(np.zeros((3, 16, 24, 3), dtype=np.uint8))
+    assert larger.video.shape == (3, 16, 24, 3)
+    assert np.array_equal(larger.mask[1:], np.broadcast_to(np.arange(16)[:, None] < 8, (2, 16, 24)))
+    assert not larger.mask[0].any()
+
+
+def test_sizes_that_are_not_given() -> None:
+    inputs = Inputs.of(type(BY_NAME["FluxFillPipeline"].build()))
+    assert size_of(inputs, None, None, None) == (1, 1024, 1024)
+    assert size_of(None, None, None, 640) == (81, 480, 640)
+    assert size_of_picture((500, 700), None, None) == (496, 688)
+    assert size_of_picture((3000, 4000), None, None) == (880, 1168)
+    assert size_of_picture((3000, 4000), 600, None) == (600, 800)
+    assert size_of_picture((3000, 4000), None, 300) == (224, 300)
+    assert size_of_picture((3, 4), 5, 7) == (5, 7)
+
+
+def test_other_arguments_of_a_call(tmp_path: Path) -> None:
+    """Numbers, text, and files: pictures and encoded prompts."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(3):
+        picture((1, 4, 6)).save(folder / f"{number}.png")
+    np.save(tmp_path / "a.npy", np.ones((2, 3), dtype=np.float32))
+    read = call_arguments(
+        ["strength=0.8", "x=true", "sigmas=[1, 0.5]", "mode=replace", "prompt_2=a = b", f"image={folder / '0.png'}",
+         f"video={folder}", f"text={tmp_path / 'a.npy'}", "none=null", "empty="]
+    )  # fmt: skip
+    plain = {"strength": 0.8, "x": True, "sigmas": [1, 0.5], "mode": "replace", "prompt_2": "a = b", "none": None}
+    assert {name: read[name] for name in plain} == plain
+    assert read["empty"] == ""
+    assert read["image"].size == (6, 4)
+    assert [frame.size for frame in read["video"]] == [(6, 4)] * 3
+    assert torch.equal(read["text"], torch.ones(2, 3))
+    with pytest.raises(hetcache.HetCacheError, match=r"no file or folder at .*no\.png"):
+        call_arguments([f"image={tmp_path / 'no.png'}"])
