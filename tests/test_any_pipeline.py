@@ -24,7 +24,7 @@ import hetcache_compile as hetcache
 from hetcache_compile.cli.call import call_arguments, size_of, size_of_picture
 from hetcache_compile.edit import editing
 from hetcache_compile.edit.editing import EditRequest
-from hetcache_compile.pipelines.inputs import Inputs
+from hetcache_compile.pipelines.inputs import Inputs, holds_pictures
 from hetcache_compile.reference.demo import byte_tokenizer
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -154,7 +154,7 @@ def index(folder: Path, pipeline: str) -> Path:
         ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x=1"), "takes no x: its arguments are"),
         ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x"), "--call takes NAME=VALUE, got x"),
         ("FluxFillPipeline", ("--image", "in.png", "--call", "prompt_embeds=no.npy"), "no file or folder at no.npy"),
-        ("WanAnimatePipeline", ("--video", "in.png", "--prompt", "a"), "cannot do without image and pose_video and"),
+        ("WanAnimatePipeline", ("--video", "in.png", "--prompt", "a"), "give --call image=... --call pose_video=..."),
         ("NoSuchPipeline", ("--image", "in.png", "--prompt", "a"), "holds a NoSuchPipeline, which diffusers"),
     ],
 )  # fmt: skip
@@ -289,5 +289,14 @@ def test_other_arguments_of_a_call(tmp_path: Path) -> None:
     assert read["image"].size == (6, 4)
     assert [frame.size for frame in read["video"]] == [(6, 4)] * 3
     assert torch.equal(read["text"], torch.ones(2, 3))
-    with pytest.raises(hetcache.HetCacheError, match=r"no file or folder at .*no\.png"):
-        call_arguments([f"image={tmp_path / 'no.png'}"])
+    for name, message in (("no.png", "no file or folder at"), ("empty", "holds no pictures")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(hetcache.HetCacheError, match=message):
+            call_arguments([f"control_image={tmp_path / name}"])
+
+
+def test_arguments_that_take_pictures() -> None:
+    taking = ("image", "control_image", "pose_video", "reference_images", "image_reference", "control_mask")
+    assert all(map(holds_pictures, taking))
+    others = ("prompt_attention_mask", "negative_prompt_embeds_mask", "num_images_per_prompt", "image_embeds", "mode")
+    assert not any(map(holds_pictures, others))

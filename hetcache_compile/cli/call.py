@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputFileError, PlanError
-from ..pipelines.inputs import Inputs
+from ..pipelines.inputs import Inputs, holds_pictures
 
 ImageFile = Annotated[Path | None, typer.Option("--image", help="The picture to edit.")]
 Prompt = Annotated[str | None, typer.Option(help="What to generate inside the mask.")]
@@ -55,8 +55,8 @@ PICTURE_SIDE = 1024
 def call_arguments(given: Iterable[str]) -> dict[str, Any]:
     """What `--call NAME=VALUE` says, once or more.
 
-    A value is the file of this name, if there is one: pictures, or an array of numbers in a .npy; else JSON, such as a
-    number; else text.
+    A value is a file for an argument that takes pictures (see `holds_pictures`), and where it ends in .npy, an array of
+    numbers; else it is JSON, such as a number; else text.
 
     Raises:
         PlanError: one is written otherwise.
@@ -67,23 +67,21 @@ def call_arguments(given: Iterable[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise PlanError(f"--call takes NAME=VALUE, got {text}")
-        found[name] = _value(value)
+        found[name] = _value(name, value)
     return found
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     import numpy as np
     import torch
 
-    from ..edit.frames import PICTURES
     from ..edit.masks import load_array
     from ..edit.media import read_pictures
 
-    path = Path(text)
-    if path.suffix.lower() == ".npy":
-        return torch.from_numpy(np.ascontiguousarray(load_array(path)))
-    if path.suffix.lower() in PICTURES or (text and path.exists()):
-        pictures = read_pictures(path)
+    if text.endswith(".npy"):
+        return torch.from_numpy(np.ascontiguousarray(load_array(Path(text))))
+    if holds_pictures(name):
+        pictures = read_pictures(Path(text))
         return pictures[0] if len(pictures) == 1 else pictures
     try:
         return json.loads(text)
@@ -138,7 +136,12 @@ def check_call(inputs: Inputs, call: Mapping[str, Any], **options: Any) -> None:
     """
     given = {name for name, value in options.items() if value is not None}
     found = (inputs.source, inputs.mask, "height", "width", "num_frames")
-    inputs.check({*given, *call, *(name for name in found if name is not None and name in inputs.parameters)})
+    if unknown := inputs.unknown({*given, *call}):
+        known = ", ".join(inputs.parameters)
+        raise PlanError(f"{inputs.pipeline} takes no {' and no '.join(unknown)}: its arguments are {known}")
+    if missing := inputs.missing({*given, *call, *filter(None, found)}):
+        options_of_call = " ".join(f"--call {name}=..." for name in missing)
+        raise PlanError(f"{inputs.pipeline} cannot do without {' and '.join(missing)}: give {options_of_call}")
 
 
 def check_prompt(inputs: Inputs, prompt: str | None, call: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import console, warn
-from ..errors import PlanError
+from ..errors import InputFileError, PlanError
 from ..files import check_writable
 from .calibrate import (
     CalibrationFile,
@@ -101,6 +101,8 @@ def make_plan(
     from ..plan.schedule import OPTIMAL, default_schedule
 
     check_writable(out, *([preview] if preview else []))
+    if model is None and (image is not None or prompt is not None or call):
+        raise InputFileError("--image, --prompt and --call are for a pipeline: give --model")
     known = load_calibration(calibration, model)
     if budget is not None:
         if schedule is not None:

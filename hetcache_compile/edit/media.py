@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..errors import InputFileError
 from ..files import atomically
 from ..runtime.session import HetCacheWarning
 from .frames import cover, open_source, read_frames
@@ -105,7 +106,9 @@ def read_pictures(path: Path) -> list[Image.Image]:
         InputFileError: nothing readable there.
     """
     source = open_source(path)
-    return read_frames(source, range(source.count), _rgb) if source.count else []
+    if not source.count:
+        raise InputFileError(f"{path} holds no pictures")
+    return read_frames(source, range(source.count), _rgb)
 
 
 def playback_of(path: Path, num_frames: int, start: int = 0) -> Playback:

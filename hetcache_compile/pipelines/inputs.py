@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PlanError
-
 VIDEOS = ("video", "background_video")
 """Arguments that take the frames that are edited, as a list of pictures."""
 PICTURES = ("image", "control_image")
 """Arguments that take the one picture that is edited. A control image lies under its mask where there is no other."""
 MASKS = ("mask", "mask_video", "mask_image", "control_mask")
 """Arguments that take a mask: a list of pictures beside a video, else one picture."""
+
+PICTURE_WORDS = ("image", "images", "video", "mask", "reference")
+"""The last word of arguments that take pictures; `prompt_attention_mask` and others of a prompt are none."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,19 @@ class Inputs:
         known = parameter is not None and parameter.default not in (None, inspect.Parameter.empty)
         return parameter.default if parameter is not None and known else other
 
-    def check(self, given: Iterable[str]) -> None:
-        """See that these arguments can be given, and that they are all that the call must be given.
+    def unknown(self, given: Iterable[str]) -> list[str]:
+        """Those of these names that are no arguments."""
+        return sorted(set(given) - set(self.parameters))
 
-        Raises:
-            PlanError: one is no argument of the pipeline, or one without a default is missing.
-        """
+    def missing(self, given: Iterable[str]) -> list[str]:
+        """The arguments that have no default and are not among these."""
         names = set(given)
-        if unknown := sorted(names - set(self.parameters)):
-            raise PlanError(
-                f"{self.pipeline} takes no {' and no '.join(unknown)}: its arguments are {', '.join(self.parameters)}"
-            )
-        required = (name for name, parameter in self.parameters.items() if parameter.default is parameter.empty)
-        if missing := [name for name in required if name not in names]:
-            raise PlanError(f"{self.pipeline} cannot do without {' and '.join(missing)}: give it")
+        return [
+            n for n, parameter in self.parameters.items() if parameter.default is parameter.empty and n not in names
+        ]
+
+
+def holds_pictures(name: str) -> bool:
+    """Whether an argument of this name takes pictures, such as `control_image` or `pose_video`."""
+    words = name.split("_")
+    return words[-1] in PICTURE_WORDS and "prompt" not in words

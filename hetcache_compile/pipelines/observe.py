@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import PlanError
+from .inputs import Inputs, holds_pictures
 
 MODELS = ("transformer", "transformer_2")
 """What pipelines call the models that denoise."""
@@ -102,9 +103,8 @@ def first_call(pipe: Any, arguments: Mapping[str, Any]) -> FirstCall:
 
 def _pictures_left_out(pipe: Any, arguments: Mapping[str, Any]) -> str:
     """The arguments of pictures and videos that were not given: what a pipeline may miss, and rarely says itself."""
-    names = inspect.signature(type(pipe).__call__).parameters
-    ends = ("image", "images", "video", "mask")
-    return ", ".join(name for name in names if name.rpartition("_")[2] in ends and arguments.get(name) is None)
+    names = Inputs.of(type(pipe)).parameters
+    return ", ".join(name for name in names if holds_pictures(name) and arguments.get(name) is None)
 
 
 @contextmanager
