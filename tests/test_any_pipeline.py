@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxFillPipeline, FluxKontextInpaintPipeline
 from PIL import Image
 from pipelines import ROWS
 from pipelines.flux import FILL, parts
-from pipelines.parts import POOLED, TEXT_WIDTH
+from pipelines.parts import POOLED, TEXT_WIDTH, vae
 from pipelines.qwen import LARGE
 from pipelines.row import Row, picture
 from pipelines_check import wrong_plan
@@ -36,8 +37,6 @@ RUN = ("--inner", "eager", "--dtype", "float32")
 @pytest.fixture(scope="module")
 def flux_fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint: text encoders too."""
-    from diffusers import FluxFillPipeline
-
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = 16
     words = len(tokenizer)
@@ -236,6 +235,23 @@ def test_a_request_is_run_by_the_names_of_arguments(name: str) -> None:
     assert run.frames is not None
     assert run.frames.shape[1:] == (*row.size[1:], 3)
     assert (len(run.frames) > 1) == inputs.makes_video
+
+
+def test_a_pipeline_may_stretch_its_picture() -> None:
+    """Kontext edits pictures in the sizes that it was trained in: here 16 x 20 pixels in 944 x 1104."""
+    # Attention over as many latents takes minutes.
+    pipe = FluxKontextInpaintPipeline(**{**parts(), "vae": vae(mid_block_add_attention=False)})
+    row = BY_NAME["FluxKontextInpaintPipeline"]
+    call = {name: value for name, value in row.call().items() if name in ("prompt_embeds", "pooled_prompt_embeds")}
+    mask = np.zeros((1, 16, 20), dtype=bool)
+    mask[:, :, 10:] = True
+    request = EditRequest(np.zeros((1, 16, 20, 3), dtype=np.uint8), mask, "", still=True, call=call)
+    plan = editing.make_plan(pipe, request, "full", margin=0, context_ratio=0, multiple=1)
+    assert plan.grid == (1, 944 // 4, 1104 // 4)
+    assert np.array_equal(plan.active_mask.reshape(plan.grid)[0, 0], np.arange(276) >= 138)
+    crop = replace(request, call={**call, "padding_mask_crop": 4})
+    with pytest.raises(hetcache.PlanError, match="padding_mask_crop edits a part of the picture"):
+        editing.make_plan(pipe, crop, "full")
 
 
 def test_a_strength_leaves_steps_to_warm_up() -> None:

@@ -57,6 +57,8 @@ def planned_call(
     pixels = to_mask(mask, size=size)
     if set(arguments) <= SIZES:
         return _computed(pipe, pixels, arguments, num_reference_images or 0)
+    if arguments.get("padding_mask_crop") is not None:
+        raise PlanError("padding_mask_crop edits a part of the picture, which the mask does not fit: crop both first")
     given = dict(arguments)
     inputs = Inputs.of(type(pipe))
     if inputs.mask is not None and given.get(inputs.mask) is None:
@@ -67,8 +69,15 @@ def planned_call(
     factors = Factors.of(pipe, call.model)
     frames = _default(pipe, arguments, "num_frames", len(pixels))
     references = _references(factors, grid, frames) if num_reference_images is None else num_reference_images
-    mask = on_grid(pixels, grid, factors, references)
+    stretched = _has_size_of(pixels, given.get(inputs.source or ""))
+    mask = on_grid(pixels, grid, factors, references, stretched=stretched)
     return PlannedCall(grid, mask, call.timesteps, call.sigmas, token_inputs_of(call, grid))
+
+
+def _has_size_of(pixels: NDArray[np.bool_], pictures: Any) -> bool:
+    """Whether a mask is of these pictures, or this one, as far as its size says."""
+    first = next(iter(pictures), None) if isinstance(pictures, list | tuple) else pictures
+    return isinstance(first, Image.Image) and first.size == pixels.shape[:0:-1]
 
 
 def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any], references: int) -> PlannedCall:
@@ -108,10 +117,13 @@ def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any]
     return PlannedCall(grid, mask, timesteps, noise_levels(scheduler, len(timesteps)))
 
 
-def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references: int = 0) -> NDArray[np.bool_]:
+def on_grid(
+    pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references: int = 0, *, stretched: bool = False
+) -> NDArray[np.bool_]:
     """A mask in pixels, or already on the grid, as bool `grid`.
 
-    Pipelines may scale their pictures first, so a token is masked where any pixel is that it covers a part of.
+    Pipelines may scale their pictures first, so a token is masked where any pixel is that it covers a part of. With
+    `stretched` they may change their shape too: the mask is known to be that of the pictures.
 
     Raises:
         MaskError: it has another number of frames, or another shape than the pictures.
@@ -119,7 +131,7 @@ def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references:
     if pixels.shape == grid:
         return pixels
     frames, height, width = pixels.shape
-    if abs(grid[1] * width - grid[2] * height) > max(height, width):
+    if not stretched and abs(grid[1] * width - grid[2] * height) > max(height, width):
         raise MaskError(
             f"the mask has {height} x {width} pixels (height x width), the call has {grid[1]} x {grid[2]} tokens: give "
             "the mask of the pictures that are edited"
