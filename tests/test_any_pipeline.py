@@ -106,6 +106,28 @@ def test_flux_fill(hetcache_command, flux_fill, tmp_path) -> None:
     assert "See edit.png beside it" in page
 
 
+@pytest.mark.parametrize("name", ["mask.png", "mask.npy"])
+def test_a_plan_of_a_picture_needs_its_mask_alone(name, hetcache_command, flux_fill, tmp_path) -> None:
+    """The size is the mask's own, cut to whole tokens of the usual size; the plan is that of the picture."""
+    mask = np.zeros((41, 60), dtype=np.uint8)
+    mask[:20, :30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    np.save(tmp_path / "mask.npy", mask)
+    picture((1, *mask.shape)).save(tmp_path / "in.png")
+    plans = []
+    for options in ((), ("--image", tmp_path / "in.png", "--prompt", "a cat")):
+        status, _, err = hetcache_command(
+            "plan", "--model", flux_fill, "--mask", tmp_path / name, *options, "-o", tmp_path / "a.hetplan",
+            "--preview", tmp_path / "plan.png", "--steps", 3,
+        )  # fmt: skip
+        assert status == 0, err
+        plans.append(hetcache.Plan.load(tmp_path / "a.hetplan"))
+    assert plans[0].grid == (1, 8, 12)
+    assert np.array_equal(plans[0].token_kind, plans[1].token_kind)
+    with Image.open(tmp_path / "plan.png") as drawn:
+        assert drawn.width > 300
+
+
 def test_qwen_image_edit(hetcache_command, qwen_edit, tmp_path) -> None:
     """It takes no mask: only the plan has it. Its references stand behind the tokens."""
     folder, text = qwen_edit

@@ -118,7 +118,8 @@ def make_plan(
         check_size(*size[1:], size[0])
     source = video or image
     of_mask = mask_options(threshold, invert, labels)
-    pixels = read_mask(mask, *size, start=start_frame, video=source, **of_mask)
+    size_from = mask if source is None and inputs is not None and not inputs.makes_video else source
+    pixels = read_mask(mask, *size, start=start_frame, video=size_from, **of_mask)
     options = options_of(
         context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation
     )

@@ -41,8 +41,9 @@ def read_mask(
         height: of the edit, in pixels. The mask has this size, or that of `video`, and is then scaled and cut like it.
         width: of the edit, in pixels.
         start: the first frame of the video that is edited.
-        video: what is edited, where known. A mask with as many frames goes with it frame by frame, and so does one of
-            `num_frames` frames with the frames that are edited; other videos go by their times (see `align`).
+        video: what is edited, where known; the mask itself of a picture that is not. A mask with as many frames goes
+            with it frame by frame, and so does one of `num_frames` frames with the frames that are edited; other videos
+            go by their times (see `align`).
         threshold: see `mask.to_mask`.
         invert: see `mask.to_mask`.
         labels: see `mask.to_mask`.
@@ -51,7 +52,7 @@ def read_mask(
         InputFileError: nothing readable there, another size or number of frames, an empty mask, or values that are no
             mask or can mean several things.
     """
-    clip = None if video is None else open_source(video)
+    clip = None if video is None else _open(video)
     labelled = labels is not None
     try:
         if path.suffix.lower() in ARRAYS:
@@ -81,13 +82,17 @@ def size_in(path: Path) -> tuple[int, int]:
     Raises:
         InputFileError: nothing readable there.
     """
+    return _open(path).size
+
+
+def _open(path: Path) -> Source:
     if path.suffix.lower() not in ARRAYS:
-        return open_source(path).size
+        return open_source(path)
     try:
-        height, width = levels_of(load_array(path)).value.shape[-2:]
+        count, height, width = levels_of(load_array(path)).value.shape
     except MaskError as error:
         raise InputFileError(f"{path}: {error}") from error
-    return height, width
+    return Source(path, count, size=(height, width))
 
 
 def align(mask: Source, video: Source | None, start: int, num_frames: int) -> list[int]:
