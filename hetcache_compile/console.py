@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -60,6 +60,12 @@ def logged(show: Callable[[str], None]) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def warn(reasons: Sequence[str]) -> None:
+    """A line for each."""
+    for warning in reasons:
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def token_inputs(given: list[str] | None) -> dict[str, int] | None:

@@ -23,7 +23,7 @@ from hetcache_compile.passes.forms.pipeline import FormOptions
 
 SLOW = (
     "zoo", "sample_call", "trt", "engine", "export_reference", "artefact", "batch", "calibration", "cli", "export",
-    "matrix", "examples", "tiny_pipelines", "pipelines", "session", "regions", "select", "gpu_script",
+    "matrix", "examples", "tiny_pipelines", "any_pipeline", "pipelines", "session", "regions", "select", "gpu_script",
 )  # fmt: skip
 """The files that take half a minute and more, the slowest first."""
 

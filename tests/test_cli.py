@@ -261,7 +261,7 @@ def test_sizes_are_checked_by_the_factors_of_the_pipeline_itself():
     pipe.vae_scale_factor_temporal = 1
     check_size(64, 48, 13, pipe)
     del pipe.vae_scale_factor_spatial
-    with pytest.raises(hetcache.PlanError, match="does not say into what it cuts a video"):
+    with pytest.raises(hetcache.PlanError, match="does not say how many pixels a latent has"):
         check_size(64, 48, 13, pipe)
 
 
@@ -292,6 +292,7 @@ def bad_inputs(tmp_path, mask_file):
     np.save(tmp_path / "flat.npy", np.zeros(7))
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     (tmp_path / "broken.hetplan").write_bytes(b"not a plan")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanVACEPipeline"}')
     plan = ("plan", "-o", tmp_path / "x.hetplan", *SMALL)
     edit = ("edit", "--prompt", "a cat", "--out", tmp_path / "out", *SMALL)
     clip, here = ("--video", demo_clip()), ("--mask", mask_file)

@@ -134,5 +134,5 @@ def test_what_is_no_argument_is_said() -> None:
 def test_times_that_depend_on_the_call_need_its_arguments() -> None:
     """Without a prompt a plan is computed from sizes; dynamic shifting takes more."""
     pipe = BY_NAME["QwenImagePipeline"].build()
-    with pytest.raises(hetcache.PlanError, match=r"depend on the call.*give plan_for its prompt"):
+    with pytest.raises(hetcache.PlanError, match=r"depend on the call.*give its prompt"):
         hetcache.plan_for(pipe, mask=np.ones((1, 64, 64), dtype=bool), height=64, width=64)

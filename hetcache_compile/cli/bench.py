@@ -81,7 +81,7 @@ def bench_quality_command(
     from ..bench.quality import RESULT, Settings, bench_quality, file_digest
     from ..bench.quality_report import HEADER, busiest, write_report
     from ..calibration.calibration import Calibration
-    from ..edit.editing import load_pipeline
+    from ..edit.editing import check_edits_video, load_pipeline
     from ..edit.report import busy_machine_warning
 
     check_writable(out / RESULT)
@@ -92,8 +92,10 @@ def bench_quality_command(
         edits = reference.held_out(clips)
     else:
         edits = [clip_of_files(video, mask, truth, prompt, num_frames, height, width)]
+    folder = model or reference.FOLDER
+    check_edits_video(folder)
     with console.status(f"loading {model or 'the reference model'}"):
-        pipe = load_pipeline(model or reference.FOLDER, torch_dtype(dtype), torch_device(device))
+        pipe = load_pipeline(folder, torch_dtype(dtype), torch_device(device))
     if video is not None:
         check_size(height, width, num_frames, pipe)
     usual_guidance, usual_length = (5.0, 512) if model else (reference.GUIDANCE_SCALE, reference.MAX_TEXT_LENGTH)

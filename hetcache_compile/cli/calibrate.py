@@ -82,7 +82,7 @@ def calibrate(
     from .. import reference
     from ..bench.calibrate import calibrate as measure
     from ..bench.quality import weights_digest
-    from ..edit.editing import load_pipeline
+    from ..edit.editing import check_edits_video, load_pipeline
     from ..provenance import processor_name
 
     check_writable(out)
@@ -94,8 +94,9 @@ def calibrate(
         for file, of_file, text in zip(videos, masks, prompts or [""] * len(videos), strict=True)
     ] or reference.calibration_clips(clips or 6, num_frames, height)
     shipped = model == "reference"
+    folder = reference.FOLDER if shipped else Path(model)
+    check_edits_video(folder)
     with console.status(f"loading {model}"):
-        folder = reference.FOLDER if shipped else Path(model)
         pipe = load_pipeline(folder, torch_dtype(dtype), torch_device(device))
     check_size(height, width, num_frames, pipe)
     usual_guidance, usual_length = (reference.GUIDANCE_SCALE, reference.MAX_TEXT_LENGTH) if shipped else (5.0, 512)

@@ -9,6 +9,8 @@ import typer
 
 from ..bench.methods import parse_option
 from ..errors import MaskError, PlanError
+from ..pipelines.layout import Factors
+from ..pipelines.observe import models_of
 from ..plan.options import PlanOptions
 from ..plan.schedule import preset_options
 
@@ -118,13 +120,8 @@ def size_factors(pipe: Any) -> tuple[int, int, int]:
     Raises:
         PlanError: the pipeline lacks a part that says so.
     """
-    try:
-        model = next(m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m is not None)
-        _, rows, columns = model.config.patch_size
-        spatial = pipe.vae_scale_factor_spatial
-        return pipe.vae_scale_factor_temporal, spatial * rows, spatial * columns
-    except (AttributeError, TypeError, StopIteration) as error:
-        raise PlanError(f"{type(pipe).__name__} does not say into what it cuts a video: {error}") from error
+    factors = Factors.of(pipe, models_of(pipe)[0])
+    return factors.temporal, factors.spatial * factors.patch[1], factors.spatial * factors.patch[2]
 
 
 def torch_dtype(name: str) -> Any:

@@ -27,12 +27,13 @@ def compile_forms(
     import numpy as np
 
     from ..compilation.artefact import check_writable, saving_compiled
-    from ..edit.editing import EditRequest, compiled, load_pipeline, warm_up
+    from ..edit.editing import EditRequest, check_edits_video, compiled, load_pipeline, warm_up
     from ..plan.plan import Plan
     from ..runtime.backend import hetcache_backend
 
     known = Plan.load(plan)
     check_writable(out)
+    check_edits_video(model)
     with console.status(f"loading {model}"):
         pipe = load_pipeline(model, torch_dtype(dtype), torch_device(device))
     check_size(height, width, num_frames, pipe)

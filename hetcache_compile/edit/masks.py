@@ -41,8 +41,9 @@ def read_mask(
         height: of the edit, in pixels. The mask has this size, or that of `video`, and is then scaled and cut like it.
         width: of the edit, in pixels.
         start: the first frame of the video that is edited.
-        video: what is edited, where known. A mask with as many frames goes with it frame by frame, and so does one of
-            `num_frames` frames with the frames that are edited; other videos go by their times (see `align`).
+        video: what is edited, where known; the mask itself of a picture that is not. A mask with as many frames goes
+            with it frame by frame, and so does one of `num_frames` frames with the frames that are edited; other videos
+            go by their times (see `align`).
         threshold: see `mask.to_mask`.
         invert: see `mask.to_mask`.
         labels: see `mask.to_mask`.
@@ -51,11 +52,11 @@ def read_mask(
         InputFileError: nothing readable there, another size or number of frames, an empty mask, or values that are no
             mask or can mean several things.
     """
-    clip = None if video is None else open_source(video)
+    clip = None if video is None else _open(video)
     labelled = labels is not None
     try:
         if path.suffix.lower() in ARRAYS:
-            levels = levels_of(_load(path), labelled=labelled)
+            levels = levels_of(load_array(path), labelled=labelled)
             wanted = align(Source(path, len(levels.value)), clip, start, num_frames)
             masked = mask_of(levels, threshold=threshold, invert=invert, labels=labels)[wanted]
             value = levels.value[wanted]
@@ -73,6 +74,25 @@ def read_mask(
             f"{path}: the mask is empty{inverted}: its frames {wanted[0]} to {wanted[-1]} hold {describe(value)}"
         )
     return _fitted(path, masked, height, width, clip)
+
+
+def size_in(path: Path) -> tuple[int, int]:
+    """Height and width of a mask, a picture or a video in a file.
+
+    Raises:
+        InputFileError: nothing readable there.
+    """
+    return _open(path).size
+
+
+def _open(path: Path) -> Source:
+    if path.suffix.lower() not in ARRAYS:
+        return open_source(path)
+    try:
+        count, height, width = levels_of(load_array(path)).value.shape
+    except MaskError as error:
+        raise InputFileError(f"{path}: {error}") from error
+    return Source(path, count, size=(height, width))
 
 
 def align(mask: Source, video: Source | None, start: int, num_frames: int) -> list[int]:
@@ -142,8 +162,12 @@ def _square(video: Source) -> tuple[int, int]:
     return video.size[0], round(video.size[1] * video.aspect)
 
 
-def _load(path: Path) -> NDArray[Any]:
-    """The array of a .npy, or the one of a .npz."""
+def load_array(path: Path) -> NDArray[Any]:
+    """The array of a .npy, or the one of a .npz.
+
+    Raises:
+        InputFileError: there is none, or more than one.
+    """
     try:
         found = np.load(path, allow_pickle=False)
         arrays = dict(found) if isinstance(found, np.lib.npyio.NpzFile) else {"": found}

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..errors import InputFileError
 from ..files import atomically
 from ..runtime.session import HetCacheWarning
 from .frames import cover, open_source, read_frames
@@ -92,6 +93,24 @@ def read_video(path: Path, num_frames: int, height: int, width: int, start: int 
     return np.stack(read_frames(source, wanted, lambda one: np.asarray(cover(_rgb(one), height, width, source.aspect))))
 
 
+def read_source(path: Path, num_frames: int, height: int, width: int, start: int = 0) -> Frames:
+    """What is edited, as `read_video` reads it; one picture stands for every frame."""
+    frames = read_video(path, 1 if open_source(path).count == 1 else num_frames, height, width, start)
+    return np.broadcast_to(frames, (num_frames, *frames.shape[1:]))
+
+
+def read_pictures(path: Path) -> list[Image.Image]:
+    """Every frame of a video or a folder of pictures, or a picture alone, as RGB in its own size.
+
+    Raises:
+        InputFileError: nothing readable there.
+    """
+    source = open_source(path)
+    if not source.count:
+        raise InputFileError(f"{path} holds no pictures")
+    return read_frames(source, range(source.count), _rgb)
+
+
 def playback_of(path: Path, num_frames: int, start: int = 0) -> Playback:
     """How `num_frames` frames of a video are shown, from frame `start`; 16 a second for pictures, which do not say.
 
@@ -142,6 +161,11 @@ def write_video(path: Path, frames: Frames, fps: int | Fraction = FPS, like: Pla
                 container.mux(heard.encode(part))
 
     atomically(path, write)
+
+
+def write_picture(path: Path, picture: Frames) -> None:
+    """Write uint8 `[H, W, 3]` as a PNG, atomically."""
+    atomically(path, lambda temporary: Image.fromarray(picture).save(temporary, "png"))
 
 
 def _sound(playback: Playback) -> list[av.AudioFrame]:

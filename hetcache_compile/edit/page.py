@@ -76,10 +76,13 @@ def render_page(
     classes = ("compared" if compared else "alone", "still" if len(request.video) == 1 else "clip")
     data = page_data(report, request, plan, cached, uncached)
     height, width = request.mask.shape[1:]
-    setting = (
-        f"{_count(len(request.video), 'frame')} of {width} x {height}, {_count(request.num_inference_steps, 'step')}, "
-        f"guidance {request.guidance_scale:g}, seed {request.seed}"
-    )
+    settings = [
+        f"{_count(len(request.video), 'frame')} of {width} x {height}",
+        _count(request.num_inference_steps, "step"),
+        *([] if request.guidance_scale is None else [f"guidance {request.guidance_scale:g}"]),
+        *(f"{name} {value}" for name, value in report["call"].items()),
+        f"seed {request.seed}",
+    ]
     machine = f"{report['processor']}, {_count(report['threads'], 'thread')}, torch {report['versions']['torch']}"
     return Template((FOLDER / "page.html").read_text("utf-8")).substitute(
         style=(FOLDER / "page.css").read_text("utf-8"),
@@ -88,7 +91,8 @@ def render_page(
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         classes=" ".join(classes),
         prompt=html.escape(request.prompt),
-        setting=html.escape(setting),
+        setting=html.escape(", ".join(settings)),
+        result="edit.png" if len(request.video) == 1 else "edit.mp4",
         warning=f'<p class="warning">{html.escape(words.warning)}</p>' if words.warning else "",
         headline="\n".join(
             f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in words.headline

@@ -1,4 +1,4 @@
-"""What an edit leaves behind: `report.json`, `report.html`, `plan.png`, and the videos side by side."""
+"""What an edit leaves behind: `report.json`, `report.html`, `plan.png`, and the videos or pictures side by side."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from ..plan.preview import save_preview
 from ..plan.schedule import StepKind
 from ..provenance import provenance
 from .editing import EditRequest, Run
-from .media import stack_side_by_side, tint, write_video
+from .media import stack_side_by_side, tint, write_picture, write_video
 from .metrics import psnr
 from .page import Words, render_page
 
-FILES = ("edit.mp4", "side_by_side.mp4", "plan.png", "edit.hetplan", "report.json", "report.html")
-"""What `write_report` writes."""
+VIDEOS = ("edit.mp4", "side_by_side.mp4")
+"""The result, alone and beside the input."""
+PICTURES = ("edit.png", "side_by_side.png")
+"""The same of a single frame."""
+FILES = (*VIDEOS, *PICTURES, "plan.png", "edit.hetplan", "report.json", "report.html")
+"""What `write_report` may write."""
 BUSY = 1.2
 """FULL and uncached calls that differ by more than this factor were not measured under the same conditions."""
 
@@ -55,6 +59,7 @@ def make_report(
         },
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
+        "call": {name: value for name, value in request.call.items() if isinstance(value, str | int | float)},
     }
     if uncached is not None:
         assert uncached.frames is not None
@@ -74,7 +79,8 @@ def make_report(
 def write_report(
     folder: Path, report: dict[str, Any], request: EditRequest, plan: Plan, cached: Run, uncached: Run | None
 ) -> None:
-    """Write every file of an edit into `folder`. Its video has the rate and the sound of the input."""
+    """Write every file of an edit into `folder`. Its video has the rate and the sound of the input; one frame is a
+    picture."""
     assert cached.frames is not None
     videos, titles = [tint(request.video, request.mask)], ["input, mask in red"]
     if uncached is not None and uncached.frames is not None:
@@ -83,9 +89,14 @@ def write_report(
     videos.append(cached.frames)
     speedup = report["speedup_vs_compiled"]
     titles.append("hetcache" + (f", {speedup:.2f}x" if speedup else ""))
-    write_video(folder / "edit.mp4", cached.frames, like=request.playback)
-    silent = replace(request.playback, sound=None)
-    write_video(folder / "side_by_side.mp4", stack_side_by_side(videos, titles), like=silent)
+    stacked = stack_side_by_side(videos, titles)
+    if len(cached.frames) == 1:
+        for name, picture in zip(PICTURES, (cached.frames[0], stacked[0]), strict=True):
+            write_picture(folder / name, picture)
+    else:
+        silent = replace(request.playback, sound=None)
+        for name, video, like in zip(VIDEOS, (cached.frames, stacked), (request.playback, silent), strict=True):
+            write_video(folder / name, video, like=like)
     save_preview(plan, folder / "plan.png")
     plan.save(folder / "edit.hetplan")
     text = json.dumps(report, indent=2) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +15,12 @@ from PIL import Image
 from ..errors import MaskError, PlanError
 from ..plan.mask import to_mask
 from ..plan.partition import Grid, latents_to_tokens
+from .inputs import Inputs
 from .layout import Factors, grid_of_call, token_inputs_of
 from .observe import first_call, models_of, noise_levels
 
 SIZES = frozenset({"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "output_type"})
 """Arguments of a pipeline that say nothing of what is edited: with these alone it cannot be run."""
-MASKS = ("mask", "mask_video", "mask_image")
-"""Arguments that take a mask: those of videos a list of pictures, those of pictures one."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +57,27 @@ def planned_call(
     pixels = to_mask(mask, size=size)
     if set(arguments) <= SIZES:
         return _computed(pipe, pixels, arguments, num_reference_images or 0)
+    if arguments.get("padding_mask_crop") is not None:
+        raise PlanError("padding_mask_crop edits a part of the picture, which the mask does not fit: crop both first")
     given = dict(arguments)
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    for name in MASKS:
-        if name in parameters and given.get(name) is None:
-            pictures = [Image.fromarray(frame.astype(np.uint8) * 255) for frame in pixels]
-            given[name] = pictures if "num_frames" in parameters else pictures[0]
+    inputs = Inputs.of(type(pipe))
+    if inputs.mask is not None and given.get(inputs.mask) is None:
+        pictures = [Image.fromarray(frame.astype(np.uint8) * 255) for frame in pixels]
+        given[inputs.mask] = pictures if inputs.takes_video else pictures[0]
     call = first_call(pipe, given)
     grid = grid_of_call(call, *(size or pixels.shape[1:]))
     factors = Factors.of(pipe, call.model)
     frames = _default(pipe, arguments, "num_frames", len(pixels))
     references = _references(factors, grid, frames) if num_reference_images is None else num_reference_images
-    mask = on_grid(pixels, grid, factors, references)
+    stretched = _has_size_of(pixels, given.get(inputs.source or ""))
+    mask = on_grid(pixels, grid, factors, references, stretched=stretched)
     return PlannedCall(grid, mask, call.timesteps, call.sigmas, token_inputs_of(call, grid))
+
+
+def _has_size_of(pixels: NDArray[np.bool_], pictures: Any) -> bool:
+    """Whether a mask is of these pictures, or this one, as far as its size says."""
+    first = next(iter(pictures), None) if isinstance(pictures, list | tuple) else pictures
+    return isinstance(first, Image.Image) and first.size == pixels.shape[:0:-1]
 
 
 def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any], references: int) -> PlannedCall:
@@ -103,18 +109,21 @@ def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any]
         scheduler.set_timesteps(_default(pipe, arguments, "num_inference_steps", 50))
     except ValueError as error:
         raise PlanError(
-            f"the times of {type(pipe).__name__} depend on the call ({error}): give plan_for its prompt, and all else "
-            "that you give the pipeline"
+            f"the times of {type(pipe).__name__} depend on the call ({error}): give its prompt, and all else that "
+            "you give the pipeline"
         ) from error
     timesteps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()
     mask = on_grid(pixels, grid, factors, references)
     return PlannedCall(grid, mask, timesteps, noise_levels(scheduler, len(timesteps)))
 
 
-def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references: int = 0) -> NDArray[np.bool_]:
+def on_grid(
+    pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references: int = 0, *, stretched: bool = False
+) -> NDArray[np.bool_]:
     """A mask in pixels, or already on the grid, as bool `grid`.
 
-    Pipelines may scale their pictures first, so a token is masked where any pixel is that it covers a part of.
+    Pipelines may scale their pictures first, so a token is masked where any pixel is that it covers a part of. With
+    `stretched` they may change their shape too: the mask is known to be that of the pictures.
 
     Raises:
         MaskError: it has another number of frames, or another shape than the pictures.
@@ -122,7 +131,7 @@ def on_grid(pixels: NDArray[np.bool_], grid: Grid, factors: Factors, references:
     if pixels.shape == grid:
         return pixels
     frames, height, width = pixels.shape
-    if abs(grid[1] * width - grid[2] * height) > max(height, width):
+    if not stretched and abs(grid[1] * width - grid[2] * height) > max(height, width):
         raise MaskError(
             f"the mask has {height} x {width} pixels (height x width), the call has {grid[1]} x {grid[2]} tokens: give "
             "the mask of the pictures that are edited"
@@ -161,7 +170,5 @@ def _size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _default(pipe: Any, arguments: Mapping[str, Any], name: str, other: int) -> int:
     """An argument, else its default in the pipeline's signature, else another number."""
-    if arguments.get(name) is not None:
-        return int(arguments[name])
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
-    return parameter.default if parameter is not None and isinstance(parameter.default, int) else other
+    given = arguments.get(name)
+    return int(Inputs.of(type(pipe)).default(name, other) if given is None else given)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import PlanError
+from .inputs import Inputs, holds_pictures
 
 MODELS = ("transformer", "transformer_2")
 """What pipelines call the models that denoise."""
@@ -48,7 +49,11 @@ class FirstCall:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments by name, in the order of the model's signature: the latents come first."""
-        return dict(inspect.signature(self.model.forward).bind(*self.args, **self.kwargs).arguments)
+        signature = inspect.signature(self.model.forward)
+        first = next(iter(signature.parameters.values()))
+        if first.kind is first.VAR_POSITIONAL:  # an engine takes any names: their order is that of the call
+            return dict(self.kwargs)
+        return dict(signature.bind(*self.args, **self.kwargs).arguments)
 
 
 def models_of(pipe: Any) -> list[Any]:
@@ -84,15 +89,22 @@ def first_call(pipe: Any, arguments: Mapping[str, Any]) -> FirstCall:
             with suppress(_StopError):
                 pipe(**arguments)
         except Exception as error:
+            reason, missing = str(error).partition("\n")[0], _pictures_left_out(pipe, arguments)
             raise PlanError(
-                f"{type(pipe).__name__} does not run with these arguments, {type(error).__name__}: {error}. Give "
-                "plan_for what you give the pipeline"
+                f"{type(pipe).__name__} does not run with these arguments, {type(error).__name__}: {reason}. Give all "
+                f"that the pipeline needs{f'; it takes {missing} too' if missing else ''}"
             ) from error
         if not calls:
             raise PlanError(f"{type(pipe).__name__} calls no transformer with these arguments")
         model, args, kwargs = calls[0]
         timesteps, sigmas = _times(pipe)
     return FirstCall(getattr(model, "_orig_mod", model), args, kwargs, timesteps, sigmas)
+
+
+def _pictures_left_out(pipe: Any, arguments: Mapping[str, Any]) -> str:
+    """The arguments of pictures and videos that were not given: what a pipeline may miss, and rarely says itself."""
+    names = Inputs.of(type(pipe)).parameters
+    return ", ".join(name for name in names if holds_pictures(name) and arguments.get(name) is None)
 
 
 @contextmanager

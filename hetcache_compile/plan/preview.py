@@ -21,8 +21,8 @@ TOKEN_COLOURS = {
 ACTIVE_CONTEXT = "#30638e"
 STEP_COLOURS = {StepKind.FULL: "#003d5b", StepKind.PARTIAL: "#30638e", StepKind.REUSE: "#c8d5dc"}
 MOST_FRAMES = 9
-
-
+LEAST_WIDTH = 6.4
+"""Of the figure, in inches: the legends take it."""
 DPI = 130
 
 
@@ -46,9 +46,11 @@ def draw(plan: Plan) -> Any:
     from matplotlib.patches import Patch
 
     frames = np.unique(np.linspace(0, plan.grid[0] - 1, MOST_FRAMES).round().astype(int))
-    figure = Figure(figsize=(1.35 * len(frames) + 1.2, 4.4), dpi=DPI, layout="constrained")
+    above = 2.5 if len(frames) > 1 else 4.5  # a picture alone has room
+    size = max(LEAST_WIDTH, 1.35 * len(frames) + 1.2), above + 1.9
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[above, 2])
     top, bottom = parts
     axes = np.atleast_1d(top.subplots(1, len(frames)))
     colours = token_colours(plan)

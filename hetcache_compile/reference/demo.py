@@ -52,7 +52,7 @@ def save_random_checkpoint(folder: Path, *, width: int = 384, layers: int = 4, s
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     text_width, latent_channels, spatial_factor = 64, 16, 8
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=text_width, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
@@ -70,7 +70,7 @@ def save_random_checkpoint(folder: Path, *, width: int = 384, layers: int = 4, s
     WanVACEPipeline(tokenizer, text_encoder.eval(), vae.eval(), scheduler, transformer.eval()).save_pretrained(folder)
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """A tokenizer that needs no vocabulary file: one token for each byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
