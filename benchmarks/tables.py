@@ -134,6 +134,7 @@ def picture_caption(result: dict) -> str:
 
 
 BENCHMARKS = "docs/benchmarks.md"
+MEMORY = "docs/memory.md"
 
 
 def ladder_table(result: dict) -> str:
@@ -322,6 +323,48 @@ def estimate_models_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def gpu_caches_table(result: dict) -> str:
+    """Forms with other caches, by the time of the ones whose cache is as computed."""
+    sections, rows = result["sections"], ["| cache | FULL | PARTIAL | 50 steps | cache of one branch | peak memory |"]
+    rows += ["| --- |" + " --- |" * 5]
+    names = {name.split(", ")[1]: row for name, row in sections.items() if "M/N 0.25" in row}
+    own = names["forms"]["M/N 0.25"]
+    for name, section in names.items():
+        row = section["M/N 0.25"]
+        seconds = {kind: (row[kind]["seconds"], own[kind]["seconds"]) for kind in ("full", "partial")}
+        ratios = [f"{1e3 * its:.0f} ms ({its / of_own:.2f})" for its, of_own in seconds.values()]
+        rows.append(
+            f"| {'as computed' if name == 'forms' else name} | {' | '.join(ratios)} | {row['edit']['seconds']:.1f} s | "
+            f"{row['cache_bytes'] / 2**30:.2f} GiB | {row['peak_bytes'] / 2**30:.1f} GiB |"
+        )
+    errors, model = sections["errors"]["bfloat16"], result["model"]
+    worst = max(error for name, error in errors.items() if name != "plain")
+    rows += [
+        "",
+        f"{model['size']} shapes, {model['layers']} + {model['control_layers']} blocks, 81 frames of 480 x 832 pixels, "
+        f"M/N 0.25, bfloat16, {result['processor']}: `{result['command']}`. Largest error of any form with any of "
+        f"these caches on inputs that do not change: {worst:.1e} (plain model {errors['plain']:.1e}).",
+    ]
+    return "\n".join(rows)
+
+
+def cache_bytes_table(result: dict) -> str:
+    """Bytes against fidelity: medians over the clips of a mask size."""
+    from cache_bytes import points
+
+    clips = list(next(iter(result["ways"].values())))
+    by_size = {size: points(result, size) for size in sorted({mask_size(clip) for clip in clips}, key=int)}
+    rows = ["| cache | bytes | to the exact cache | " + " | ".join(f"masks of {size} %" for size in by_size) + " |"]
+    rows += ["| --- |" + " --- |" * (2 + len(by_size))]
+    over_all = points(result)
+    for way, point in over_all.items():
+        exact = "-" if way == "as computed" else f"{point['to_exact_cache_db']:.1f} dB"
+        places = " | ".join(f"{found[way]['to_uncached_db']:.1f} dB" for found in by_size.values())
+        rows.append(f"| {way.replace('+', ', ')} | {point['share']:.2f} | {exact} | {places} |")
+    rows += ["", f"{len(clips)} held-out clips of the reference model, {result['steps']} steps: `{result['command']}`."]
+    return "\n".join(rows)
+
+
 def estimate_gpus_table(result: dict) -> str:
     """The rates, and where they are from."""
     rows = [
@@ -346,6 +389,8 @@ TABLES = (
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),
     ("gpu_beside", "gpu_beside", gpu_table, BENCHMARKS),
+    ("gpu_caches", "gpu_caches", gpu_caches_table, MEMORY),
+    ("cache_bytes", "cache_bytes", cache_bytes_table, MEMORY),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
     ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),

@@ -23,6 +23,7 @@ BESIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "hetcache_compile/reference/MODEL_CARD.md": "model-card.md",
     "benchmarks/results/front.png": "images/front.png",
+    "benchmarks/results/cache_bytes.png": "images/cache_bytes.png",
 }
 """Files outside docs/ that the site shows, and where. A link to any other file of the repository becomes plain text."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")

@@ -142,6 +142,9 @@ def test_wrong_calls_and_plans_are_refused(folder, plan):
     other = hetcache.Plan.from_token_mask(active, plan.grid, num_inference_steps=STEPS)
     with pytest.raises(hetcache.SessionError, match="export it with this plan"), hetcache.session(other):
         loaded(**kwargs)
+    hosted = dataclasses.replace(plan, cache_device="cpu")
+    with pytest.raises(hetcache.SessionError, match="make the plan without cache_device"), hetcache.session(hosted):
+        loaded(**kwargs)
     with pytest.raises(hetcache.SessionError, match="one mask for all samples"), hetcache.session([plan, plan]):
         loaded(**kwargs)
     indices = {"active_index": torch.arange(plan.num_active), "context_index": torch.arange(plan.num_context)}

@@ -19,7 +19,7 @@ ORDER = {
         "compilation", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export", "estimate", "cli",
         "__init__",
     ),
-    "passes": ("ir", "rules", "analysis", "kernels", "writing", "forms", "testing", "__init__"),
+    "passes": ("ir", "rules", "analysis", "kernels", "writing", "prediction", "forms", "testing", "__init__"),
     "export": ("model", "lowering", "onnx", "trt", "check", "serving", "exporter", "cli", "__init__"),
 }  # fmt: skip
 """What stands in a package, from the lowest: a line may import from those before it in its list, and from itself."""

@@ -99,7 +99,7 @@ class Forms:
         self, kind: str, cache: Cache, args: Sequence[Any], kwargs: Mapping[str, Any], step: int | None = None
     ) -> tuple[Any, Cache]:
         """Run the form `kind`; with `step`, the number of a step, as the plan's weights say (see
-        `passes.forms.step_weights`)."""
+        `passes.prediction.step_weights`)."""
         form = self.by_kind[kind]
         program = self.program if self.model is None else self.program.with_weights_of(self.model)
         inputs = program.flat_inputs(args, kwargs)

@@ -87,9 +87,9 @@ class Plan:
         distances: float64 `[S]` of `time_distances`, or empty.
         schedule: how `steps` was asked for.
         extrapolation: order at which outputs that a step does not compute are predicted (see
-            `passes.forms.extrapolate`).
+            `passes.prediction.extrapolate`).
         context_extrapolation: 1 where cached K/V are predicted from two FULL steps, which takes their memory twice (see
-            `passes.forms.predict`); 0 where they are read as they are.
+            `passes.prediction.predict`); 0 where they are read as they are.
         selection: how the context among the active tokens is chosen (see `options.SELECTIONS`). Where full steps
             choose it (`passes.forms.select`), `active_index` is what they start from.
         context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.forms.merge`), or

@@ -14,12 +14,12 @@ from ..ir.contract import FormOptions
 from ..ir.editor import FormPass
 from ..ir.form import Form
 from ..ir.pipeline import run_passes
+from ..prediction.extrapolate import Extrapolate
+from ..prediction.predict import PredictContext
 from ..writing.write import WRITERS
 from .all_rows import KeepAllRows
 from .buffers import WriteInPlace
-from .extrapolate import Extrapolate
 from .merge import MergeContext
-from .predict import PredictContext
 from .select import SelectActive
 from .store import StoreCache
 
