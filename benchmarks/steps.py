@@ -9,9 +9,11 @@ on the same inputs. Timings are medians of interleaved rounds, so that a noisy m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +27,7 @@ from hetcache_compile.compilation.options import BackendOptions
 from hetcache_compile.compilation.regional import compile_by_regions
 from hetcache_compile.passes.analysis.flops import flop_counter
 from hetcache_compile.passes.forms.pipeline import in_process
+from hetcache_compile.passes.ir.contract import CACHE_DTYPES
 from hetcache_compile.provenance import processor_name
 from hetcache_compile.runtime.backend import hetcache_backend
 from hetcache_compile.runtime.timing import Stopwatch
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--control-layers", type=int, default=2)
     parser.add_argument("--active", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--cache-dtypes", nargs="+", default=["same"], choices=CACHE_DTYPES, help="of the cache")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -127,12 +131,15 @@ def main() -> None:
     for share in args.active:
         active = np.zeros(num_tokens, dtype=bool)
         active[generator.permutation(num_tokens)[: round(share * num_tokens)]] = True
-        forms = hetcache.rewrite(
-            model, hetcache.Plan.from_token_mask(active, GRID, num_inference_steps=5), kwargs=kwargs
-        )
-        for kind in ("full", "partial", "reuse"):
+        plan = hetcache.Plan.from_token_mask(active, GRID, num_inference_steps=5)
+        of_share = {
+            cache_dtype: hetcache.rewrite(model, replace(plan, cache_dtype=cache_dtype), kwargs=kwargs)
+            for cache_dtype in args.cache_dtypes
+        }
+        for (cache_dtype, forms), kind in itertools.product(of_share.items(), ("full", "partial", "reuse")):
             name = f"partial {share:g}" if kind == "partial" else kind
-            if name not in runs:
+            name += "" if cache_dtype == "same" else f", {cache_dtype}"
+            if name not in runs and not (kind == "reuse" and cache_dtype != "same"):
                 print(f"compiling {name}", file=sys.stderr)
                 run, arguments, flops[name] = prepare(forms, kind, kwargs, inner)
                 runs[name] = run, arguments
