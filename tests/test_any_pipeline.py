@@ -174,6 +174,8 @@ def index(folder: Path, pipeline: str) -> Path:
         ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--negative-prompt", "b"), "takes no negative_pro"),
         ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x=1"), "takes no x: its arguments are"),
         ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "x"), "--call takes NAME=VALUE, got x"),
+        ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "mask_image=in.png"), "use --mask"),
+        ("FluxFillPipeline", ("--image", "in.png", "--prompt", "a", "--call", "num_inference_steps=3"), "use --steps"),
         ("FluxFillPipeline", ("--image", "in.png", "--call", "prompt_embeds=no.npy"), "no file or folder at no.npy"),
         ("WanAnimatePipeline", ("--video", "in.png", "--prompt", "a"), "give --call image=... --call pose_video=..."),
         ("NoSuchPipeline", ("--image", "in.png", "--prompt", "a"), "holds a NoSuchPipeline, which diffusers"),

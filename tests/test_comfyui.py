@@ -428,8 +428,8 @@ def test_patches_that_are_not_full() -> None:
     assert np.argwhere(tokens).tolist() == [[0, 4, 3]]
 
 
-def frames_of(mask: torch.Tensor, latent_frames: int, temporal_factor: int = 4) -> list[int]:
-    tokens = tokens_of_mask(mask, (1, 4, latent_frames, 8, 8), (1, 2, 2), temporal_factor)
+def frames_of(mask: torch.Tensor, latent_frames: int, references: int = 0) -> list[int]:
+    tokens = tokens_of_mask(mask, (1, 4, latent_frames, 8, 8), (1, 2, 2), 4, references)
     return sorted({int(frame) for frame, *_ in np.argwhere(tokens)})
 
 
@@ -437,12 +437,17 @@ def test_frames_of_a_mask() -> None:
     pixels = torch.zeros(9, 64, 64)
     pixels[4] = 1
     assert frames_of(pixels, 3) == [1], "frames 1 to 4 are the second latent frame"
-    assert frames_of(pixels, 5) == [3], "two references stand in front"
+    assert frames_of(pixels, 5, 2) == [3], "two references stand in front"
+    assert frames_of(pixels[4:5], 5, 2) == [2, 3, 4], "one mask for all frames but the references"
     assert frames_of(pixels[4:5], 3) == [0, 1, 2], "one mask for all frames"
     assert frames_of(pixels, 9) == [4], "a mask for each latent frame"
     assert frames_of(pixels, 1) == [0], "a batch of pictures, which have an axis of frames in some models"
-    with pytest.raises(hetcache.MaskError, match="the mask has 9 frames"):
-        frames_of(pixels, 2)
+    for latent_frames in (
+        2,
+        5,
+    ):  # more of them may be references, or the mask that of another clip: that is not guessed
+        with pytest.raises(hetcache.MaskError, match="the mask has 9 frames"):
+            frames_of(pixels, latent_frames)
 
 
 def test_both_masks_count(patcher: ModelPatcher) -> None:

@@ -21,7 +21,7 @@ class Device:
         self.recorded = self.replayed = 0
         self.stream = 0
 
-    def record(self, run: Callable[[], Any], stream: Any) -> Any:
+    def record(self, run: Callable[[], Any], device: Any, stream: Any) -> Any:
         """Outputs hold nothing yet."""
         self.recorded += 1
         caches = [tensor.clone() for tensor in CACHES]
@@ -47,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     CACHES.clear()
     monkeypatch.setattr(cuda_graphs, "record", device.record)
-    monkeypatch.setattr(cuda_graphs, "current_stream", lambda: device.stream)
+    monkeypatch.setattr(cuda_graphs, "current_stream", lambda _: device.stream)
     return device
 
 
@@ -96,6 +96,19 @@ def test_what_is_not_copied_has_recordings_of_its_own(device: Device, change: st
     assert device.recorded == 2
 
 
+def test_an_expanded_input(device: Device) -> None:
+    """Pipelines expand the time to a batch: its numbers are one in memory. It is another input where they are not."""
+    recorder = Recorder(lambda time: (time * 2,), (False,), "form")
+    for value in range(4):
+        (found,) = recorder(torch.tensor([float(value)]).expand(3))
+        assert found.tolist() == [2.0 * value] * 3
+    assert device.recorded == 1
+    for value in range(3):
+        (found,) = recorder(torch.tensor([float(value), 5.0, 7.0]))
+        assert found.tolist() == [2.0 * value, 10.0, 14.0]
+    assert device.recorded == 2
+
+
 def test_old_recordings_are_dropped(device: Device) -> None:
     recorder, weight = Recorder(form, STAYS, "form"), torch.ones(1)
     caches = [torch.zeros(1) for _ in range(MOST_RECORDINGS + 1)]
@@ -108,7 +121,7 @@ def test_old_recordings_are_dropped(device: Device) -> None:
 def test_what_cannot_be_recorded_runs_as_it_is(
     device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(run: Any, stream: Any) -> Any:
+    def refuse(run: Any, device: Any, stream: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(cuda_graphs, "record", refuse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -48,6 +49,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     device = Device()
+    torch._dynamo.reset()  # or it finds the forms of the test before, which know another device
     for module in (dispatch, prepare):
         monkeypatch.setattr(module, "can_stream", lambda _: True)
     monkeypatch.setattr(prepare, "transfers_of", lambda _: device)
@@ -130,6 +132,47 @@ def test_only_what_is_needed_is_there(device: Device, monkeypatch: pytest.Monkey
     assert most <= 2 * (streaming.AHEAD + 1)
 
 
+@pytest.mark.parametrize(("free", "hosted"), [(10**9, False), (0, True), (-(10**9), True)])
+def test_what_does_not_fit_goes_to_the_host(
+    device: Device, monkeypatch: pytest.MonkeyPatch, free: int, hosted: bool
+) -> None:
+    """Unasked, once said, and with the same results; only those of what fits stay on the device."""
+    monkeypatch.setattr(dispatch, "free_bytes", lambda _: free)
+    model = vace(num_layers=2, vace_layers=(0,))
+    calls = [vace_call(model, seed=seed) for seed in range(3)]
+    plan = plan_of("FPF")
+    with warnings.catch_warnings(record=True) as caught, hetcache.session(plan) as session:
+        warnings.simplefilter("always")
+        outputs = run(compiled(model), calls)
+    assert session.stats.kinds == list(plan.steps)
+    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPF", calls))
+    said = [str(one.message) for one in caught if "does not fit" in str(one.message)]
+    assert len(said) == int(hosted)
+    assert bool(device.log) is hosted
+
+
+def test_a_second_branch_that_does_not_fit(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one's cache is on the device, the second one's on the host."""
+    room = iter([10**9, 0])
+    monkeypatch.setattr(dispatch, "free_bytes", lambda _: next(room))
+    model = vace(num_layers=2, vace_layers=(0,))
+    calls = {name: [vace_call(model, seed=seed) for seed in (first, first + 1)] for name, first in (("a", 0), ("b", 7))}
+    fast, plan = compiled(model), plan_of("FP")
+    outputs: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+    with warnings.catch_warnings(), hetcache.session(plan) as session:
+        warnings.simplefilter("ignore")
+        for step in range(2):
+            for name in outputs:
+                before = len(device.log)
+                with session.branch(name):
+                    kwargs = {**calls[name][step], "timestep": calls["a"][step]["timestep"]}
+                    outputs[name].append(fast(**kwargs)[0])
+                assert (len(device.log) > before) is (name == "b")
+    for name in outputs:
+        given = [{**kwargs, "timestep": calls["a"][step]["timestep"]} for step, kwargs in enumerate(calls[name])]
+        check(outputs[name], expected(hetcache.rewrite(model, plan, (), given[0]), "FP", given))
+
+
 def test_where_there_is_no_other_memory_it_changes_nothing() -> None:
     model = vace(num_layers=1, vace_layers=(0,))
     plan = replace(plan_of("FP"), cache_device="cpu")
@@ -143,8 +186,8 @@ def test_a_plan_keeps_it(tmp_path: Any) -> None:
     plan = replace(plan_of("FP"), cache_device="cpu", cache_dtype="int8")
     plan.save(tmp_path / "a.hetplan")
     assert hetcache.Plan.load(tmp_path / "a.hetplan").cache_device == "cpu"
-    assert "cached as int8 on the cpu" in plan.describe()
-    with pytest.raises(PlanError, match="cache_device must be one of same, cpu, got 'disk'"):
+    assert "cached as int8 in the host's memory" in plan.describe()
+    with pytest.raises(PlanError, match="cache_device must be one of auto, same, cpu, got 'disk'"):
         replace(plan, cache_device="disk")
     with pytest.raises(PlanError, match="cache_device must be a name, got 1"):
         hetcache.Plan.from_mask(np.ones((1, 2, 2), dtype=bool), (1, 2, 2), cache_device=1)

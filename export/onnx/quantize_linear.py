@@ -26,7 +26,7 @@ def _dequantize(model: ir.Model, node: ir.Node) -> None:
     if cast is None or cast.op_type != "Cast" or scale is None:
         return
     numbers = cast.inputs[0]
-    if numbers is None or numbers.dtype != ir.DataType.INT8 or scale.dtype != ir.DataType.FLOAT:
+    if numbers is None or numbers.dtype != ir.DataType.INT8 or not _is_of_rows(scale, numbers):
         return
     _replace(model, node, "DequantizeLinear", [numbers, scale], {})
 
@@ -39,7 +39,16 @@ def _quantize(model: ir.Model, node: ir.Node) -> None:
         if before is None or before.op_type != op_type:
             return
         found = before
+    if not _is_of_rows(found.inputs[1], found.inputs[0]):
+        return
     _replace(model, node, "QuantizeLinear", list(found.inputs), {"output_dtype": ir.DataType.INT8.value})
+
+
+def _is_of_rows(scale: ir.Value | None, numbers: ir.Value | None) -> bool:
+    """Whether there is a scale for each row of the last axis, as `passes.forms.store` has them."""
+    if scale is None or numbers is None or scale.shape is None or numbers.shape is None:
+        return False
+    return scale.dtype == ir.DataType.FLOAT and list(scale.shape) == [*list(numbers.shape)[:-1], 1]
 
 
 def _replace(

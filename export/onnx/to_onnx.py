@@ -66,7 +66,8 @@ def to_onnx(lowered: Lowered, spec: FormSpec, opset: int, metadata: Mapping[str,
     transpose_weights(model)
     # A limit on the size of what is folded keeps weights what they are.
     optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
-    if opset >= FIRST_BLOCKED_OPSET:
+    is_int8 = any(one.role == "cache" and one.dtype == "int8" for one in (*spec.inputs, *spec.outputs))
+    if is_int8 and opset >= FIRST_BLOCKED_OPSET:
         use_quantize_linear(model)
     for run in (LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), IdentityEliminationPass()):
         run(model)

@@ -123,6 +123,13 @@ def check_source(inputs: Inputs, video: Path | None, image: Path | None) -> None
         raise InputFileError(f"{inputs.pipeline} needs {needed} that is edited")
 
 
+OWN_OPTIONS: dict[str | None, str] = {
+    "height": "--height", "width": "--width", "num_frames": "--num-frames", "num_inference_steps": "--steps",
+    "prompt": "--prompt", "generator": "--seed", "output_type": "--out", "return_dict": "--out",
+}  # fmt: skip
+"""What gives these arguments, which the plan and the edit have to share."""
+
+
 def check_call(inputs: Inputs, call: Mapping[str, Any], **options: Any) -> None:
     """See that the pipeline takes what is given, and is given what it cannot do without, as far as its signature says.
 
@@ -136,6 +143,10 @@ def check_call(inputs: Inputs, call: Mapping[str, Any], **options: Any) -> None:
     """
     given = {name for name, value in options.items() if value is not None}
     found = (inputs.source, inputs.mask, "height", "width", "num_frames")
+    own = {**OWN_OPTIONS, inputs.source: "--image or --video", inputs.mask: "--mask"}
+    for name in call:
+        if name in own:
+            raise PlanError(f"--call {name}=... is not for what has an option of its own: use {own[name]}")
     if unknown := inputs.unknown({*given, *call}):
         known = ", ".join(inputs.parameters)
         raise PlanError(f"{inputs.pipeline} takes no {' and no '.join(unknown)}: its arguments are {known}")

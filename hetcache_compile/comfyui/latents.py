@@ -53,18 +53,20 @@ def grid_of(shape: Sequence[int], patch: Grid) -> Grid:
     return ceil(frames / patch[0]), ceil(shape[-2] / patch[1]), ceil(shape[-1] / patch[2])
 
 
-def tokens_of_mask(mask: Any, shape: Sequence[int], patch: Grid, temporal_factor: int = 1) -> NDArray[np.bool_]:
+def tokens_of_mask(
+    mask: Any, shape: Sequence[int], patch: Grid, temporal_factor: int = 1, reference_frames: int = 0
+) -> NDArray[np.bool_]:
     """The tokens that a mask covers any part of, as bool `[T', H', W']`.
 
     Pictures of one batch have one plan, so that the union of their masks counts.
 
     Args:
         mask: `[H, W]`, `[B, H, W]` or a `noise_mask` with an axis of channels. For a video B counts frames: pixel
-            frames, latent frames, or one that stands for all. Latent frames in front that are more than the mask has
-            are references, which are kept.
+            frames, or one that stands for all, but for the references; or latent frames, all of them.
         shape: of the latents.
         patch: latents to a token.
         temporal_factor: pixel frames to a latent frame, but for the first.
+        reference_frames: latent frames in front that hold references, such as VACE's: they are kept.
 
     Raises:
         MaskError: it is empty, is not like the latents, or holds other values than 0 to 1.
@@ -79,10 +81,8 @@ def tokens_of_mask(mask: Any, shape: Sequence[int], patch: Grid, temporal_factor
         frames = frames.any(dim=0, keepdim=True)
     covered = frames.numpy()
     if len(covered) == latent_frames:
-        temporal_factor = 1
-    factors = Factors(temporal_factor, 1, patch)
-    references = 0 if len(covered) == 1 else max(0, latent_frames - factors.latent_frames(len(covered)))
-    return on_grid(covered, grid, factors, references)
+        temporal_factor, reference_frames = 1, 0
+    return on_grid(covered, grid, Factors(temporal_factor, 1, patch), reference_frames)
 
 
 def tokens_of_denoise_mask(mask: torch.Tensor, shape: Sequence[int], patch: Grid) -> NDArray[np.bool_]:

@@ -62,12 +62,22 @@ class HetCacheSettings:
                         "tooltip": "inductor compiles for minutes and then runs fast; eager compiles nothing",
                     },
                 ),
+                "reference_frames": (
+                    "INT",
+                    {
+                        "default": default.reference_frames, "min": 0, "max": 64,
+                        "tooltip": "latent frames in front of a video that hold references (WanVaceToVideo: 1 with a "
+                        "reference image)",
+                    },
+                ),
             }
         }  # fmt: skip
 
-    def make(self, schedule: str, margin: float, context_ratio: float, strict: bool, compiler: str) -> tuple[Settings]:
+    def make(
+        self, schedule: str, margin: float, context_ratio: float, strict: bool, compiler: str, reference_frames: int
+    ) -> tuple[Settings]:
         """The settings."""
-        return (Settings(schedule, float(margin), float(context_ratio), strict, compiler),)
+        return (Settings(schedule, float(margin), float(context_ratio), strict, compiler, reference_frames),)
 
 
 class HetCacheApply:

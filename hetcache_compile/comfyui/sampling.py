@@ -42,6 +42,7 @@ class Settings:
         context_ratio: share of the context that PARTIAL steps compute too.
         strict: whether what cannot be cached is an error, in place of a warning.
         compiler: the inner compiler of the backend: `"inductor"`, or `"eager"`, which compiles nothing.
+        reference_frames: latent frames of a video that stand in front and hold references, such as VACE's.
     """
 
     schedule: str = "balanced"
@@ -49,6 +50,7 @@ class Settings:
     context_ratio: float = PlanOptions.context_ratio
     strict: bool = False
     compiler: str = "inductor"
+    reference_frames: int = 0
 
 
 class CachedSampling:
@@ -235,7 +237,8 @@ class CachedSampling:
 
     def _tokens(self, model: Any, mask: Any, shape: Sequence[int]) -> NDArray[np.bool_]:
         factor = getattr(getattr(model, "latent_format", None), "temporal_downscale_ratio", 1)
-        return tokens_of_mask(mask, shape, patch_of_model(model.diffusion_model), factor)
+        patch = patch_of_model(model.diffusion_model)
+        return tokens_of_mask(mask, shape, patch, factor, self.settings.reference_frames)
 
     def report(self) -> str:
         """The plan of the last run, and what it has run, in a few lines."""

@@ -232,7 +232,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
 
     def check_plan(self, plan: Plan) -> None:
         """Raise `SessionError` if the engine was exported for a plan with other sizes or options."""
-        if plan.cache_device != "same":
+        if plan.cache_device == "cpu":
             raise SessionError("an engine keeps its cache on its own device: make the plan without cache_device")
         made_for, asked = self.plan.form_options, plan.form_options
         for name in BUDGETS:

@@ -12,8 +12,9 @@ from ..passes.ir.contract import CACHE_DTYPES, MAX_ORDER, STRATEGIES
 
 SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
 """How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
-CACHE_DEVICES = ("same", "cpu")
-"""Where keys and values are cached: where the model runs, or in the host's memory (see `runtime.streaming`)."""
+CACHE_DEVICES = ("auto", "same", "cpu")
+"""Where keys and values are cached: where the model runs, in the host's memory (see `runtime.streaming`), or there only
+if they do not fit beside the model."""
 MERGINGS = ("boxes", "kmeans")
 """How cached tokens are merged: in boxes of neighbours; or by full steps, alike keys of each attention."""
 RUNGS = 16
@@ -71,9 +72,9 @@ class PlanOptions:
         "(e4m3) and int8 have a scale for each token and head",
     )
     cache_device: str = _option(
-        "same",
-        f"where keys and values are cached, one of {', '.join(CACHE_DEVICES)}: where the model runs, or in the host's "
-        "memory, from where each is copied in just ahead of the block that reads it",
+        "auto",
+        f"where keys and values are cached, one of {', '.join(CACHE_DEVICES)}: where the model runs if they fit; there "
+        "in any case; or in the host's memory, from where each is copied in just ahead of the block that reads it",
     )
     multistep: int = _option(
         1,

@@ -119,7 +119,7 @@ class Plan:
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     merging: str = "boxes"
     cache_dtype: str = "same"
-    cache_device: str = "same"
+    cache_device: str = "auto"
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -379,7 +379,7 @@ class Plan:
         share = self.num_active / self.num_tokens
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"
         stored = "" if self.cache_dtype == "same" else f" as {self.cache_dtype}"
-        stored += "" if self.cache_device == "same" else f" on the {self.cache_device}"
+        stored += " in the host's memory" if self.cache_device == "cpu" else ""
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
         return (

@@ -53,12 +53,14 @@ class Branch:
         step: of the last call; None if the plan does not know it.
         weights: what the model's weights were when the cache was filled.
         conditions: of the last call.
+        hosted: whether keys and values of its cache are in the host's memory.
     """
 
     owner: Hashable | None = None
     step: int | None = None
     weights: int | None = None
     conditions: tuple[Remembered, ...] = ()
+    hosted: bool = False
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)
@@ -71,7 +73,7 @@ class Branch:
     def memory(self, owner: Hashable) -> dict[Hashable, torch.Tensor]:
         """The tensors of the cache by name, for one graph and shape: those of another one are given back."""
         if self._memory_of != owner:
-            self._memory, self._memory_of = {}, owner
+            self._memory, self._memory_of, self.hosted = {}, owner, False
         return self._memory
 
     def invalidate(self) -> None:
@@ -88,7 +90,7 @@ class Branch:
     def release(self) -> None:
         """The cache is valid no more, and its memory is given back."""
         self.forget()
-        self._memory = {}
+        self._memory, self.hosted = {}, False
 
     def knows(self, conditions: Sequence[torch.Tensor]) -> bool:
         """Whether these are the conditions of this branch's last call, and it holds a cache."""

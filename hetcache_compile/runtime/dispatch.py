@@ -30,7 +30,7 @@ from ..plan.schedule import StepKind
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
 from .session import Call, Session, current_session
-from .streaming import can_stream, host_buffer, is_hosted
+from .streaming import can_stream, free_bytes, host_buffer, is_hosted
 from .timing import Stopwatch
 from .weights import Weights
 
@@ -213,7 +213,7 @@ class CompiledGraph:
             if turn.fresh:
                 for own in buffers:
                     forget(form, own)
-        run = form.run if form.streamed is None or session.plan.cache_device == "same" else form.streamed
+        run = form.streamed if turn.branch.hosted and form.streamed else form.run
         watch = Stopwatch(route.device)
         results = []
         for p, own in enumerate(buffers):
@@ -238,8 +238,9 @@ class CompiledGraph:
             session.release()
             needed = len(plans) * sum(entry.num_bytes for entry in form.reads) / 2**30
             reason = (
-                f"there is not enough memory for the {needed:.2g} GiB of a cache: make the plan with a smaller "
-                "cached_ratio or merged_ratio, or without context_extrapolation"
+                f"there is not enough memory for the {needed:.2g} GiB of a cache: make the plan with "
+                "cache_dtype='int8', cache_device='cpu', a smaller cached_ratio or merged_ratio, or without "
+                "context_extrapolation"
             )
             raise NotCachedError(Refused(reason, cause=error)) from error
 
@@ -351,21 +352,41 @@ def buffers_for(
     memory = branch.memory(owner)
     if held:
         session.allocated(-held)
+    missing = [entry for entry in form.reads if (number, entry.input_name) not in memory]
+    if missing and not branch.hosted:
+        branch.hosted = belongs_on_host(session, missing, device)
     buffers = []
     for entry in form.reads:
         name = (number, entry.input_name)
         buffer = memory.get(name)
         if buffer is None:
             with normal_mode():
-                buffer = memory[name] = empty_buffer(entry, device, session.plan.cache_device)
+                buffer = memory[name] = empty_buffer(entry, device, branch.hosted)
             session.allocated(buffer.untyped_storage().nbytes())
         buffers.append(buffer)
     return buffers
 
 
-def empty_buffer(entry: CacheEntry, device: torch.device, cache_device: str) -> torch.Tensor:
-    """Memory for a cache entry, where the plan wants it."""
-    if cache_device == "cpu" and can_stream(device) and is_hosted(entry):
+def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: torch.device) -> bool:
+    """Whether keys and values of a branch go into the host's memory: as the plan says, or where they do not fit."""
+    where = session.plan.cache_device
+    needed = sum(entry.num_bytes for entry in entries if is_hosted(entry))
+    if where != "auto" or not needed or not can_stream(device):
+        return where == "cpu" and can_stream(device)
+    free = free_bytes(device)
+    if needed <= free:
+        return False
+    session.warn(
+        f"a cache of {needed / 2**30:.2g} GiB does not fit into the {max(free, 0) / 2**30:.2g} GiB that are free on "
+        f"{device}, and is kept in the host's memory: each PARTIAL step copies it in. cache_dtype='int8' makes it "
+        "smaller, cache_device='same' keeps it on the device"
+    )
+    return True
+
+
+def empty_buffer(entry: CacheEntry, device: torch.device, hosted: bool) -> torch.Tensor:
+    """Memory for a cache entry."""
+    if hosted and is_hosted(entry):
         return host_buffer(entry)
     return torch.empty(entry.shape, dtype=entry.dtype, device=device)
 

@@ -204,6 +204,7 @@ class Preparer:
             given = [*pick(inputs), *indices]  # the cache may be larger than the device: it is made up block by block
             compile_form = compile_by_regions if self.options.regional else compile_whole
             run = compile_form(form.module, given, self.compiler, f"{kind} form")
+            # Copies to and from the host are in no graph.
             streamed = Streamed(run, uses, transfers_of(device)) if can_stream(device) else None
             if self.options.records and device.type == "cuda":
                 run = Recorder(run, stays_in_memory(form, program), f"{kind} form")

@@ -185,6 +185,17 @@ def transfers_of(device: torch.device) -> Transfers:
         return _TRANSFERS[device]
 
 
+SPARE = 0.1
+"""The share of a device's memory that caches leave to what is computed."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """What caches may take of the memory that nobody uses now."""
+    free, total = torch.cuda.mem_get_info(device)
+    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + kept_by_torch - SPARE * total)
+
+
 def can_stream(device: torch.device) -> bool:
     """Whether a device has memory of its own."""
     return device.type == "cuda"
