@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -57,19 +58,16 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         yield device
 
 
-STEPS = "FPPRFPR"
-SETTINGS: dict[str, dict[str, Any]] = {
-    "as computed": {},
-    "int8": {"cache_dtype": "int8"},
-    "predicted": {"context_extrapolation": 1},
-    "predicted, fp8": {"context_extrapolation": 1, "cache_dtype": "fp8"},
-}
+STEPS = "FPRFP"
 
 
-@pytest.mark.parametrize("regional", [True, False], ids=["in regions", "whole"])
-@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("options", "regional"),
+    [({}, True), ({"cache_dtype": "int8", "context_extrapolation": 1}, True), ({"cache_dtype": "fp8"}, False)],
+    ids=["as computed", "int8, predicted", "fp8, compiled whole"],
+)
 def test_results_are_the_same(device: Device, options: dict[str, Any], regional: bool) -> None:
-    model = vace(num_layers=6, vace_layers=(0, 2, 4))
+    model = vace(num_layers=3, vace_layers=(0,))
     plan = replace(plan_of(STEPS), cache_device="cpu", **options)
     calls = [vace_call(model, seed=seed) for seed in range(len(STEPS))]
     fast = torch.compile(model, backend="hetcache", options={"inner": "eager", "regional": regional})
@@ -82,7 +80,7 @@ def test_results_are_the_same(device: Device, options: dict[str, Any], regional:
 
 def test_what_is_copied(device: Device) -> None:
     """A FULL step copies out, a PARTIAL step in, a REUSE step nothing; a few blocks are there at a time."""
-    model = vace(num_layers=6, vace_layers=(0, 2, 4))
+    model = vace(num_layers=5, vace_layers=(0,))
     plan = replace(plan_of("FPR"), cache_device="cpu")
     calls = [vace_call(model, seed=seed) for seed in range(3)]
     fast = compiled(model)
@@ -94,7 +92,7 @@ def test_what_is_copied(device: Device) -> None:
             fast(**kwargs)
             logs.append(list(device.log))
     full, partial, reuse = logs
-    attentions = 9
+    attentions = 6
     assert sorted(full) == sorted(["room", "ready", "out"] * 2 * attentions)
     assert sorted(partial) == sorted(["in", "ready"] * 2 * attentions)
     assert not reuse
@@ -109,9 +107,6 @@ def test_what_is_copied(device: Device) -> None:
 
 def test_only_what_is_needed_is_there(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block is done with is let go before later ones come."""
-    import gc
-    import weakref
-
     alive: list[Any] = []
     most = 0
     fetch = device.fetch
@@ -121,12 +116,11 @@ def test_only_what_is_needed_is_there(device: Device, monkeypatch: pytest.Monkey
         tensor = fetch(host, empty=empty)
         device.here.clear()
         alive.append(weakref.ref(tensor))
-        gc.collect()
         most = max(most, sum(reference() is not None for reference in alive))
         return tensor
 
     monkeypatch.setattr(device, "fetch", counted)
-    model = vace(num_layers=6, vace_layers=(0, 2, 4))
+    model = vace(num_layers=5, vace_layers=(0,))
     with hetcache.session(replace(plan_of("FP"), cache_device="cpu"), strict=True):
         run(compiled(model), [vace_call(model, seed=seed) for seed in range(2)])
     assert most <= 2 * (streaming.AHEAD + 1)
