@@ -17,7 +17,7 @@ demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo
 test: .venv/ready   ## all tests but those of `test-wide`
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
-test-wide: .venv/ready   ## what is left of the tests: many models and pipelines, such as all rows of docs/pipelines.md
+test-wide: .venv/ready   ## what is left of the tests: many models and pipelines, and what takes long
 	$(BIN)/python -m pytest -n 2 -m wide
 
 # Another torch than the one of `make test`, in a venv of its own. The CPU build of a version is smaller where there is one.

@@ -78,6 +78,7 @@ def velocities(pipe, request, plan, steps):
     return [[call.velocity for call in calls] for calls in recorder.steps]
 
 
+@pytest.mark.wide
 def test_recorded_errors_are_what_sessions_make(pipe, calibrated):
     """Up to step 1 a session has the latents of the uncached run, so its second velocity shows the error itself."""
     empty, c = emptied(calibrated[0]), clip(1)

@@ -243,7 +243,11 @@ def test_polygraphy_compares_torch_with_onnxruntime(tmp_path):
 
 @pytest.mark.parametrize(
     ("cache_dtype", "opset", "operators"),
-    [("bf16", 20, set()), ("int8", 20, set()), ("int8", 23, {"QuantizeLinear", "DequantizeLinear"})],
+    [
+        pytest.param("bf16", 20, set(), marks=pytest.mark.wide),
+        pytest.param("int8", 20, set(), marks=pytest.mark.wide),
+        ("int8", 23, {"QuantizeLinear", "DequantizeLinear"}),
+    ],
 )
 def test_a_smaller_cache_type(tmp_path, cache_dtype, opset, operators):
     """The cache is rounded in the engine as in torch; from opset 21 on in the operators that stand for it."""

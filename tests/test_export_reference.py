@@ -44,6 +44,7 @@ def folder(plan, tmp_path_factory):
     return out
 
 
+@pytest.mark.wide
 def test_a_twenty_step_edit_on_onnxruntime_equals_torch(request_, plan, folder):
     torch._dynamo.reset()
     pipe = reference.load()

@@ -15,7 +15,7 @@ def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     command = [
         sys.executable, SCRIPT, "--size", "toy", "--device", "cpu", "--inner", "eager", "--layers", "2",
         "--control-layers", "1", "--error-layers", "2", "--frames", "9", "--active", "0.25", "0.5", "--calls", "2",
-        "--out", out,
+        "--out", out, "--error-dtypes", "float32",
         "--sections", "rates", "errors", "forms", "cache on the host", "eager",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)

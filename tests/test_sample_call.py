@@ -149,6 +149,7 @@ def test_where_a_made_up_call_fails_the_error_says_that_it_was_made_up(export_co
     assert not out.exists()
 
 
+@pytest.mark.wide
 def test_a_mask_that_the_graph_depends_on_is_part_of_the_export(export_command, tmp_path):
     """Mochi's attention drops masked text: the graph is for one mask, and the engine takes no other."""
     name = "MochiTransformer3DModel"

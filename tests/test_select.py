@@ -310,6 +310,7 @@ class Timed(TinyDiT):
         return super().forward(latents * (1 - timestep.view(-1, 1, 1, 1, 1) / 2000))
 
 
+@pytest.mark.wide
 def test_inductor_does_what_eager_does() -> None:
     """Buffers are written in place there, in an order of the compiler's own."""
     model, chosen_by = Timed(), plan("hetcache", context_extrapolation=1)

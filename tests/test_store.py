@@ -123,6 +123,7 @@ def test_with_everything_else(options: dict[str, Any]) -> None:
     assert 1e-6 < errors[1] < 0.2
 
 
+@pytest.mark.wide
 def test_inductor_keeps_older_values_of_it_too() -> None:
     """Numbers and scales of the step before are stored from buffers that are overwritten in the same graph."""
     model, steps = wan(num_layers=1), "FFPFP"

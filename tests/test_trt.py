@@ -36,6 +36,7 @@ def build(source, tmp_path, *capabilities):
     return engines
 
 
+@pytest.mark.wide
 def test_fp32_for_several_gpus(tmp_path):
     engines = build(exported.export("fp32", 20), tmp_path, "8.9", "12.0")
     assert engines.compute_capabilities == ("8.9", "12.0")
@@ -54,7 +55,7 @@ def test_merged_context(tmp_path, merging):
     build(folder, tmp_path, "8.9")
 
 
-@pytest.mark.parametrize("opset", [20, 21])
+@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.wide), 21])
 def test_a_cache_in_int8(tmp_path, opset):
     """Spelled out, and in the operators of later opsets."""
     plan = dataclasses.replace(exported.plan_of(), cache_dtype="int8")
