@@ -327,10 +327,11 @@ def gpu_caches_table(result: dict) -> str:
     """Forms with other caches, by the time of the ones whose cache is as computed."""
     sections, rows = result["sections"], ["| cache | FULL | PARTIAL | 50 steps | cache of one branch | peak memory |"]
     rows += ["| --- |" + " --- |" * 5]
-    names = {name.split(", ")[1]: row for name, row in sections.items() if "M/N 0.25" in row}
-    own = names["forms"]["M/N 0.25"]
-    for name, section in names.items():
-        row = section["M/N 0.25"]
+    (clip,) = {name.split(", ")[0] for name in sections if ", " in name}
+    (share,) = {name for name in sections[f"{clip}, forms"] if name.startswith("M/N")}
+    own = sections[f"{clip}, forms"][share]
+    for name in (name.split(", ")[1] for name in sections if ", " in name):
+        row = sections[f"{clip}, {name}"][share]
         seconds = {kind: (row[kind]["seconds"], own[kind]["seconds"]) for kind in ("full", "partial")}
         ratios = [f"{1e3 * its:.0f} ms ({its / of_own:.2f})" for its, of_own in seconds.values()]
         rows.append(
@@ -341,8 +342,8 @@ def gpu_caches_table(result: dict) -> str:
     worst = max(error for name, error in errors.items() if name != "plain")
     rows += [
         "",
-        f"{model['size']} shapes, {model['layers']} + {model['control_layers']} blocks, 81 frames of 480 x 832 pixels, "
-        f"M/N 0.25, bfloat16, {result['processor']}: `{result['command']}`. Largest error of any form with any of "
+        f"{model['size']} shapes, {model['layers']} + {model['control_layers']} blocks, {clip} of 480 x 832 pixels, "
+        f"{share}, bfloat16, {result['processor']}: `{result['command']}`. Largest error of any form with any of "
         f"these caches on inputs that do not change: {worst:.1e} (plain model {errors['plain']:.1e}).",
     ]
     return "\n".join(rows)

@@ -352,14 +352,14 @@ def buffers_for(
     memory = branch.memory(owner)
     if held:
         session.allocated(-held)
-    missing = [entry for entry in form.reads if (number, entry.input_name) not in memory]
-    if missing and not branch.hosted:
-        branch.hosted = belongs_on_host(session, missing, device)
-    buffers = []
+    buffers, placed = [], branch.hosted
     for entry in form.reads:
         name = (number, entry.input_name)
         buffer = memory.get(name)
         if buffer is None:
+            if not placed:
+                missing = [one for one in form.reads if (number, one.input_name) not in memory]
+                branch.hosted, placed = belongs_on_host(session, missing, device), True
             with normal_mode():
                 buffer = memory[name] = empty_buffer(entry, device, branch.hosted)
             session.allocated(buffer.untyped_storage().nbytes())

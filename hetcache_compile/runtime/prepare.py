@@ -205,7 +205,7 @@ class Preparer:
             compile_form = compile_by_regions if self.options.regional else compile_whole
             run = compile_form(form.module, given, self.compiler, f"{kind} form")
             # Copies to and from the host are in no graph.
-            streamed = Streamed(run, uses, transfers_of(device)) if can_stream(device) else None
+            streamed = Streamed(run, uses, len(given), transfers_of(device)) if can_stream(device) else None
             if self.options.records and device.type == "cuda":
                 run = Recorder(run, stays_in_memory(form, program), f"{kind} form")
             prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads, streamed)

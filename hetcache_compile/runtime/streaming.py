@@ -8,7 +8,7 @@ everything copied in before it runs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,55 +81,81 @@ class Streamed:
     Args:
         run: the form; its last inputs are its buffers.
         uses: of each buffer.
+        first: how many inputs come before the buffers.
         transfers: between host and device.
     """
 
-    def __init__(self, run: Compiled, uses: Sequence[Use], transfers: Transfers) -> None:
-        self.run, self.uses, self.transfers = run, uses, transfers
+    def __init__(self, run: Compiled, uses: Sequence[Use], first: int, transfers: Transfers) -> None:
+        self.run, self.transfers = run, transfers
+        self.hosted = {first + number: use for number, use in enumerate(uses) if is_hosted(use.entry)}
+        self.steps = schedule(run.links, self.hosted) if isinstance(run, Chain) else []
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """The outputs of the form."""
-        first = len(inputs) - len(self.uses)
-        hosted = {first + number: use for number, use in enumerate(self.uses) if is_hosted(use.entry)}
         values = list(inputs)
         if not isinstance(self.run, Chain):
-            fetched = {place: self._fetch(inputs[place], use) for place, use in hosted.items()}
-            for place in hosted:
-                values[place] = self.transfers.ready(fetched[place])
+            fetched = self._fetch(self.hosted, inputs)
+            self._ready(self.hosted, fetched, values)
             outputs = tuple(self.run(*values))
-            self._store(hosted, values, inputs)
+            self._store(self.hosted, values, inputs)
             return outputs
-        chain = self.run
-        values += [None] * (chain.num_values - len(values))
-        needs = [[place for place in link.takes if place in hosted] for link in chain.links]
-        last = {place: number for number, places in enumerate(needs) for place in places}
-        waiting: list[int] = list(dict.fromkeys(place for places in needs for place in places))
-        waves = [places for places in needs if places]
-        fetched, wave = {}, 0
-        for number, link in enumerate(chain.links):
-            if needs[number]:
-                wanted = {place for places in waves[wave : wave + AHEAD] for place in places}
-                wave += 1
-                for place in [place for place in waiting if place in wanted]:
-                    waiting.remove(place)
-                    fetched[place] = self._fetch(inputs[place], hosted[place])
-                for place in needs[number]:
-                    if place in fetched:
-                        values[place] = self.transfers.ready(fetched.pop(place))
+        values += [None] * (self.run.num_values - len(values))
+        fetched = {}
+        for link, step in zip(self.run.links, self.steps, strict=True):
+            fetched |= self._fetch(step.fetches, inputs)
+            self._ready(step.needs, fetched, values)
             _run(link, values)
-            done = {place: hosted[place] for place in needs[number] if last[place] == number}
-            self._store(done, values, inputs)
-            for place in done:
-                values[place] = None
-        return chain.results(values)
+            self._store(step.drops, values, inputs)
+        return self.run.results(values)
 
-    def _fetch(self, host: torch.Tensor, use: Use) -> Any:
-        return self.transfers.fetch(host, empty=not use.read)
+    def _fetch(self, places: Iterable[int], inputs: Sequence[Any]) -> dict[int, Any]:
+        return {place: self.transfers.fetch(inputs[place], empty=not self.hosted[place].read) for place in places}
 
-    def _store(self, done: dict[int, Use], values: Sequence[Any], inputs: Sequence[Any]) -> None:
-        for place, use in done.items():
-            if use.written:
+    def _ready(self, places: Iterable[int], fetched: dict[int, Any], values: list[Any]) -> None:
+        for place in places:
+            values[place] = self.transfers.ready(fetched.pop(place))
+
+    def _store(self, places: Iterable[int], values: list[Any], inputs: Sequence[Any]) -> None:
+        for place in places:
+            if self.hosted[place].written:
                 self.transfers.store(values[place], inputs[place])
+            values[place] = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is copied around one link of a chain: places of buffers.
+
+    Attributes:
+        fetches: whose copies begin before it.
+        needs: that have to be there, and were not until now.
+        drops: that nothing needs after it.
+    """
+
+    fetches: tuple[int, ...]
+    needs: tuple[int, ...]
+    drops: tuple[int, ...]
+
+
+def schedule(links: Sequence[Link], hosted: Collection[int]) -> list[Step]:
+    """The copies around each link: those for the next `AHEAD` links with buffers begin before the first of them."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for number, link in enumerate(links):
+        for place in link.takes:
+            if place in hosted:
+                first.setdefault(place, number)
+                last[place] = number
+    waves = sorted(set(first.values()))
+    begin = {number: waves[max(0, wave + 1 - AHEAD)] for wave, number in enumerate(waves)}
+    return [
+        Step(
+            tuple(place for place, needed in first.items() if begin[needed] == number),
+            tuple(place for place, needed in first.items() if needed == number),
+            tuple(place for place, done in last.items() if done == number),
+        )
+        for number in range(len(links))
+    ]
 
 
 def _run(link: Link, values: list[Any]) -> None:
