@@ -77,6 +77,7 @@ def run_command(cache: Path, *arguments: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.wide
 def test_compile_then_edit(hetcache_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that edits compiles no kernel that is not in the folder."""
     save_random_checkpoint(tmp_path / "model", width=64, layers=1)

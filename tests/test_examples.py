@@ -53,6 +53,7 @@ def test_the_functional_forms() -> None:
     assert errors["reuse, new inputs"] > 5 * errors["partial, new inputs"]
 
 
+@pytest.mark.wide
 def test_an_engine(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra ort")
     pytest.importorskip("onnxruntime", reason="needs the extra ort")

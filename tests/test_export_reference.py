@@ -11,6 +11,7 @@ from hetcache_compile.edit.editing import EditRequest, load_engine_pipeline, mak
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
+pytestmark = pytest.mark.wide
 
 from hetcache_compile.engine.manifest import Manifest
 from hetcache_compile.export.check.verify import verify_with_ort
@@ -44,7 +45,6 @@ def folder(plan, tmp_path_factory):
     return out
 
 
-@pytest.mark.wide
 def test_a_twenty_step_edit_on_onnxruntime_equals_torch(request_, plan, folder):
     torch._dynamo.reset()
     pipe = reference.load()

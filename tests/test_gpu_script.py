@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.wide
 def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [

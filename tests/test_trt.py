@@ -64,6 +64,7 @@ def test_a_cache_in_int8(tmp_path, opset):
     build(folder, tmp_path, "8.9")
 
 
+@pytest.mark.wide
 def test_free_sizes_and_extrapolation_together(tmp_path):
     """Times and history of every row: their number does not depend on M."""
     folder = tmp_path / "free"
@@ -77,10 +78,12 @@ def test_free_sizes_and_extrapolation_together(tmp_path):
     build(folder, tmp_path, "8.9")
 
 
+@pytest.mark.wide
 def test_fp16(tmp_path):
     build(exported.export("fp16", 20), tmp_path, "8.0")
 
 
+@pytest.mark.wide
 def test_bf16(tmp_path):
     build(exported.export("bf16", 23), tmp_path, "8.9")
 
