@@ -11,7 +11,6 @@ from hetcache_compile.edit.editing import EditRequest, load_engine_pipeline, mak
 
 pytest.importorskip("onnxscript", reason="needs the extra ort")
 pytest.importorskip("onnxruntime", reason="needs the extra ort")
-pytestmark = pytest.mark.wide
 
 from hetcache_compile.engine.manifest import Manifest
 from hetcache_compile.export.check.verify import verify_with_ort
@@ -19,6 +18,7 @@ from hetcache_compile.export.exporter import ExportOptions, export_model
 from hetcache_compile.export.model.sample_call import CallShape
 from hetcache_compile.export.trt import build as trt
 
+pytestmark = pytest.mark.wide
 STEPS = 20
 
 
