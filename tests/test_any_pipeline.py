@@ -77,11 +77,18 @@ def test_flux_fill(hetcache_command, flux_fill, tmp_path) -> None:
     assert status == 0, err
     assert "keys and values" in out
     plan = ("plan", "--model", flux_fill, *files, "-o", tmp_path / "a.hetplan", "--steps", 4, "--schedule", "FPR")
-    status, _, err = hetcache_command(*plan, *FLUX_SIZE, "--margin", 0, "--set", "multiple=1", "--context-ratio", 0)
+    few = ("--margin", 0, "--set", "multiple=1", "--context-ratio", 0)
+    status, out, err = hetcache_command(*plan, *FLUX_SIZE, *few, "--memory", "1KiB")
+    assert status == 2
+    assert "no plan keeps its cache within 1 KiB: the least is" in err
+    status, out, err = hetcache_command(*plan, *FLUX_SIZE, *few, "--memory", "1MiB", "--dtype", "float32")
     assert status == 0, err
+    assert "\nthe cache takes " in out
     made = hetcache.Plan.load(tmp_path / "a.hetplan")
     assert np.array_equal(made.active_mask, BY_NAME["FluxFillPipeline"].token_mask.ravel())
     assert made.token_inputs == {"hidden_states": (1, 0)}
+    assert made.cache_dtype == "same"
+    assert made.cache_size is not None
     assert len(made.timesteps) == 4
     status, _, err = hetcache_command(
         "edit", "--model", flux_fill, *files, "--prompt", "a cat", "--plan", tmp_path / "a.hetplan", *FLUX_SIZE, *RUN,

@@ -15,7 +15,7 @@ FOLDERS = {"passes": ROOT / "passes", "export": ROOT / "export"}
 
 ORDER = {
     "": (
-        "passes", "errors", "files", "provenance", "console", "plan", "calibration", "pipelines", "capture",
+        "passes", "errors", "files", "provenance", "console", "plan", "calibration", "capture", "pipelines",
         "compilation", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export", "estimate", "cli",
         "__init__",
     ),

@@ -179,6 +179,9 @@ def comparison(considered: Sequence[Choice]) -> str:
     lines = []
     for choice in considered:
         assert choice.expectation is not None
-        options = ", ".join(f"{name} {value:g}" for name, value in choice.options.items())
+        options = ", ".join(
+            f"{name} {value if isinstance(value, str) else format(value, 'g')}"
+            for name, value in choice.options.items()
+        )
         lines.append(f"  {options}: {choice.expectation.describe()}")
     return "chosen, the first of:\n" + "\n".join(lines) + f"\n{LEFT_ALONE}\n"

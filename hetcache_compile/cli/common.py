@@ -62,6 +62,11 @@ Labels = Annotated[
     str | None, typer.Option(help="Generate these objects of a label map, such as 1,3. [default: all objects]")
 ]
 StartFrame = Annotated[int, typer.Option(help="First frame of the video to edit.", min=0)]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="What the cache may take on the device, such as 8GiB: a larger one is made smaller."),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Classifier-free guidance; 1 turns it off. [default: 5; reference model: 2]")
 ]

@@ -32,12 +32,14 @@ from .call import (
 from .common import (
     ContextRatio,
     Device,
+    Dtype,
     Extrapolation,
     Inner,
     Invert,
     Labels,
     Margin,
     MaskFile,
+    Memory,
     More,
     ScheduleName,
     StartFrame,
@@ -81,11 +83,12 @@ def edit(
     context_ratio: ContextRatio = 0.05,
     extrapolation: Extrapolation = None,
     more: More = None,
+    memory: Memory = None,
     keep_masked: Annotated[
         bool,
         typer.Option(help="Let WanVACE see what the video has inside the mask; else it sees grey there, and inpaints."),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     inner: Inner = "inductor",
     device: Device = "auto",
     baseline: Annotated[bool, typer.Option(help="Run the plain compiled model too, and compare.")] = True,
@@ -111,6 +114,8 @@ def edit(
     from ..engine.engine import load
     from ..plan.plan import Plan
 
+    if memory is not None and (plan is not None or engine is not None):
+        raise PlanError("--memory chooses a plan: leave out --plan and --engine, or --memory")
     if compiled is not None and engine is not None:
         raise PlanError("--compiled is for the model's own forms: leave --engine or --compiled out")
     check_writable(*(out / name for name in FILES))
@@ -153,7 +158,7 @@ def edit(
     )
     run_edit(
         pipe, request, out, schedule, inner,
-        baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration,
+        baseline=baseline, eager=eager, plan=known_plan, calibration=known_calibration, memory=memory,
         **options_of(context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import typer
 from ..console import console, warn
 from ..errors import InputFileError, PlanError
 from ..files import check_writable
+from ..plan.cache_size import parse_bytes
 from .calibrate import (
     CalibrationFile,
     comparison,
@@ -40,6 +41,7 @@ from .common import (
     Labels,
     Margin,
     MaskFile,
+    Memory,
     More,
     ScheduleName,
     StartFrame,
@@ -84,18 +86,24 @@ def make_plan(
     context_ratio: ContextRatio = 0.05,
     extrapolation: Extrapolation = None,
     more: More = None,
+    memory: Memory = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights, as for edit. [default: the calibration's, else bfloat16]")
+    ] = None,
 ) -> None:
     """Partition the tokens of an edit and schedule its steps.
 
     Without --model the layout is Wan's: patches of 1x2x2 latents, 8 pixels and 4 frames to a latent. For a picture, or
     with --prompt or --call, the pipeline is run up to its first model call, on grey where there is no --video or
-    --image; else the plan of a video is computed from its size.
+    --image; else the plan of a video is computed from its size. Where it is run, the size of the cache is known, with
+    weights of --dtype.
     """
     import numpy as np
 
     from ..edit import editing
     from ..edit.media import GREY, read_mask, read_source
-    from ..pipelines.planning import choices, plan_for
+    from ..pipelines.memory import ANY
+    from ..pipelines.planning import choices, plans_for
     from ..plan.plan import Plan
     from ..plan.preview import save_preview
     from ..plan.schedule import OPTIMAL, default_schedule
@@ -104,11 +112,16 @@ def make_plan(
     if model is None and (image is not None or prompt is not None or call):
         raise InputFileError("--image, --prompt and --call are for a pipeline: give --model")
     known = load_calibration(calibration, model)
+    if memory is not None:
+        parse_bytes(memory)
+        if model is None:
+            raise PlanError("--memory is that of a model: give --model")
     if budget is not None:
         if schedule is not None:
             raise PlanError(f"--budget {budget} finds a schedule: leave --schedule {schedule} out, or the budget")
         schedule = OPTIMAL + budget
     schedule = default_schedule(known) if schedule is None else schedule
+    measured_dtype = None if known is None else known.settings.get("dtype")
     given = call_arguments(call or ())
     inputs = inputs_of(model, video, image) if model is not None else None
     size = size_of(inputs, num_frames, height, width, image or mask)
@@ -123,12 +136,12 @@ def make_plan(
     options = options_of(
         context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation
     )
-    pipe = None
+    pipe, runs = None, False
     if model is not None and inputs is not None:
         runs = not inputs.makes_video or prompt is not None or bool(given)
         frames = read_source(source, *size, start_frame) if source is not None and runs else GREY
         with console.status(f"loading {model}"):
-            pipe = editing.load_pipeline(model, torch_dtype("float32"), "cpu")
+            pipe = editing.load_pipeline(model, torch_dtype(dtype or measured_dtype or "bfloat16"), "cpu")
         request = editing.EditRequest(
             video=np.broadcast_to(frames, (*size, 3)),
             mask=pixels,
@@ -144,10 +157,12 @@ def make_plan(
             if runs
             else request.size | {"num_inference_steps": request.num_inference_steps}
         )
-        make = partial(
-            plan_for, pipe, mask=pixels, num_reference_images=reference_images or None, schedule=schedule,
-            calibration=known, **{name: value for name, value in of_call.items() if name in inputs.parameters},
-        )  # fmt: skip
+        taken = {name: value for name, value in of_call.items() if name in inputs.parameters}
+        with console.status("planning"):
+            considered = plans_for(
+                pipe, mask=pixels, num_reference_images=reference_images or None, schedule=schedule, calibration=known,
+                memory=memory or (ANY if runs else None), **taken, **options,
+            )  # fmt: skip
     else:
         options = {"extrapolation": 1, **options}
         grid = reference_images + (size[0] - 1) // 4 + 1, size[1] // 16, size[2] // 16
@@ -155,8 +170,8 @@ def make_plan(
             Plan.from_mask, pixels, grid, num_inference_steps=steps_of(inputs, steps), schedule=schedule,
             reference_frames=reference_images, calibration=known,
         )  # fmt: skip
-    with console.status("planning"):
-        considered = choices(make, schedule, known, options)
+        with console.status("planning"):
+            considered = choices(make, schedule, known, options)
     made = considered[0].plan
     made.save(out)
     if preview is not None:

@@ -201,6 +201,6 @@ def estimate(
 def _caches(found: Inventory, plan: Plan, dtype: str, branches: int, experts: int) -> CacheEstimate:
     sizes = {entry: n * sum(one.num_bytes for one in stored_as(entry, dtype)) for entry, n in found.entries.items()}
     branch = sum(sizes.values())
-    kept_twice = (size for entry, size in sizes.items() if entry.group == "key_values" and entry.rows == "context")
+    kept_twice = (size for entry, size in sizes.items() if entry.is_context)
     added = 0 if plan.context_extrapolation else sum(kept_twice)
     return CacheEstimate(branch, branches * experts * branch, branches * experts * (branch + added))

@@ -17,7 +17,7 @@ from ..plan.mask import to_mask
 from ..plan.partition import Grid, latents_to_tokens
 from .inputs import Inputs
 from .layout import Factors, grid_of_call, token_inputs_of
-from .observe import first_call, models_of, noise_levels
+from .observe import FirstCall, first_call, models_of, noise_levels
 
 SIZES = frozenset({"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "output_type"})
 """Arguments of a pipeline that say nothing of what is edited: with these alone it cannot be run."""
@@ -33,6 +33,8 @@ class PlannedCall:
         timesteps: float64 `[S]` in the scheduler's units.
         sigmas: float64 `[S]`, or empty.
         token_inputs: see `plan.Plan`.
+        first: the first model call, where the pipeline was run.
+        arguments: that it was run with.
     """
 
     grid: Grid
@@ -40,6 +42,8 @@ class PlannedCall:
     timesteps: NDArray[np.float64]
     sigmas: NDArray[np.float64]
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    first: FirstCall | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def planned_call(
@@ -71,7 +75,7 @@ def planned_call(
     references = _references(factors, grid, frames) if num_reference_images is None else num_reference_images
     stretched = _has_size_of(pixels, given.get(inputs.source or ""))
     mask = on_grid(pixels, grid, factors, references, stretched=stretched)
-    return PlannedCall(grid, mask, call.timesteps, call.sigmas, token_inputs_of(call, grid))
+    return PlannedCall(grid, mask, call.timesteps, call.sigmas, token_inputs_of(call, grid), call, given)
 
 
 def _has_size_of(pixels: NDArray[np.bool_], pictures: Any) -> bool:

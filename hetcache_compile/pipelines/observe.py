@@ -101,6 +101,59 @@ def first_call(pipe: Any, arguments: Mapping[str, Any]) -> FirstCall:
     return FirstCall(getattr(model, "_orig_mod", model), args, kwargs, timesteps, sigmas)
 
 
+def count_calls(pipe: Any, arguments: Mapping[str, Any], answer: Any) -> int:
+    """How often a pipeline calls its models in its first step: the branches of guidance. They compute nothing.
+
+    It, its scheduler and all generators are left as they were.
+
+    Args:
+        pipe: the pipeline.
+        arguments: of its call.
+        answer: what each call returns, of the type that the model returns.
+
+    Raises:
+        PlanError: the pipeline does not get to the end of a step with these arguments.
+    """
+    calls = 0
+
+    def count(*_args: Any, **_kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return answer
+
+    def stop(*_args: Any, **_kwargs: Any) -> None:
+        raise _StopError
+
+    with ExitStack() as stack:
+        stack.enter_context(_kept(pipe, arguments))
+        for name in MODELS:
+            if (model := getattr(pipe, name, None)) is not None:
+                plain = getattr(model, "_orig_mod", model)
+                setattr(pipe, name, plain)
+                stack.enter_context(_attributes(plain, forward=count, _compiled_call_impl=None))
+        pipe.scheduler.step = stop
+        try:
+            with suppress(_StopError):
+                pipe(**arguments)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise PlanError(f"{type(pipe).__name__} does not run for a step with these arguments, {reason}") from error
+    return calls
+
+
+@contextmanager
+def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of an object itself, put back afterwards: hooks of other libraries set the same ones."""
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            vars(owner).pop(name, None)
+        vars(owner).update(before)
+
+
 def _pictures_left_out(pipe: Any, arguments: Mapping[str, Any]) -> str:
     """The arguments of pictures and videos that were not given: what a pipeline may miss, and rarely says itself."""
     names = Inputs.of(type(pipe)).parameters

@@ -16,10 +16,12 @@ from ..calibration.best_schedule import Expectation, expect
 from ..calibration.output_weights import step_lengths
 from ..calibration.schedule_search import Budget
 from ..errors import PlanError
+from ..plan.cache_size import format_bytes, parse_bytes
 from ..plan.options import PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
 from .call import PlannedCall, planned_call
+from .memory import ANY, Footprint, host_bytes
 from .observe import models_of
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def plan_for(
     mask: Any,
     schedule: Schedule | None = None,
     calibration: Calibration | None = None,
+    memory: int | str | None = None,
     num_reference_images: int | None = None,
     **arguments: Any,
 ) -> Plan:
@@ -42,7 +45,7 @@ def plan_for(
     computed from the sizes and the pipeline's own factors, as far as these say.
 
     Where the schedule is searched for, so is the margin, and whether cached keys and values are predicted, unless they
-    are given: the plan is the best of `choices`.
+    are given: the plan is the best of `plans_for`.
 
     Args:
         pipe: a pipeline with a `transformer`; it is not changed.
@@ -51,22 +54,48 @@ def plan_for(
         schedule: see `schedule.make_schedule`; `"teacache:d"` uses the model's own time embedding. By default
             `"balanced"`, and `"optimal:1%"` with a calibration.
         calibration: of this model, for an `"optimal:..."` schedule, and for the weights of outputs.
+        memory: what the cache may take on the device that the model runs on, such as `"8GiB"` or a number of bytes:
+            where it takes more, it is made smaller by what costs the result least (see `memory.SMALLER`). Then the size
+            is known (`Plan.cache_size`); `"any"` says it and changes nothing. It takes the pipeline's first step and a
+            capture of its model.
         num_reference_images: how many latent frames of references stand in front; found where the pipeline is run.
         arguments: of the pipeline's call, such as `prompt`, `image`, `height`, `width`, `num_frames`, `strength` and
             `num_inference_steps`; and fields of `PlanOptions`. A preset's own options hold unless they are given. By
             default `extrapolation` is 1 where the model takes a `timestep`, else 0.
 
     Raises:
-        PlanError: the pipeline does not run with these arguments, or they do not say enough, or an option is none.
+        PlanError: the pipeline does not run with these arguments, or they do not say enough, or an option is none, or
+            no cache takes so little memory.
         MaskError: the mask is none, or is not like the pictures of the call.
     """
+    return plans_for(
+        pipe, mask=mask, schedule=schedule, calibration=calibration, memory=memory,
+        num_reference_images=num_reference_images, **arguments,
+    )[0].plan  # fmt: skip
+
+
+def plans_for(
+    pipe: Any,
+    *,
+    mask: Any,
+    schedule: Schedule | None = None,
+    calibration: Calibration | None = None,
+    memory: int | str | None = None,
+    num_reference_images: int | None = None,
+    **arguments: Any,
+) -> list[Choice]:
+    """Every plan that `plan_for` chooses from, the best first; arguments and errors are those of `plan_for`."""
     options = {name: arguments.pop(name) for name in PlanOptions.names() if name in arguments}
     PlanOptions.check(options)
     _check_arguments(pipe, arguments)
+    limit = None if memory is None or memory == ANY else parse_bytes(memory)
     call = planned_call(pipe, mask, arguments, num_reference_images)
     schedule = default_schedule(calibration) if schedule is None else schedule
     make = partial(_plan_for, pipe, call, schedule, calibration)
-    return choices(make, schedule, calibration, options)[0].plan
+    if memory is None:
+        return choices(make, schedule, calibration, options)
+    footprint = Footprint.of(pipe, call)
+    return smaller_choices(make, schedule, calibration, options, footprint, limit)
 
 
 def _check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -122,6 +151,59 @@ def choices(
     if refused is not None and not found:
         raise refused
     return sorted(found, key=partial(_rank, by_error=by_error))
+
+
+def smaller_choices(
+    make: Callable[..., Plan],
+    schedule: Schedule,
+    calibration: Calibration | None,
+    options: Mapping[str, Any],
+    footprint: Footprint,
+    limit: int | None,
+) -> list[Choice]:
+    """The plans of `choices` whose cache takes no more than `limit` bytes on the device, the best first.
+
+    Where none of them is so small, `memory.SMALLER` makes them smaller. What changes only how keys and values are
+    kept is compared by what the calibration expects; fewer of them, which it may know nothing of, are the last resort.
+
+    Raises:
+        PlanError: no plan can be made, or none is so small.
+    """
+    found: list[Choice] = []
+    least: tuple[int, str] | None = None
+    for smaller in footprint.ways(options):
+        if found and "cached_ratio" in smaller:
+            break
+        try:
+            considered = choices(make, schedule, calibration, {**options, **smaller})
+        except PlanError:
+            if not smaller:
+                raise
+            continue
+        for choice in considered:
+            plan = footprint.sized(choice.plan)
+            size = plan.cache_size
+            assert size is not None
+            hosted = plan.cache_device == "cpu"
+            needed = size.on_device(hosted=hosted)
+            chosen = {**choice.options, **smaller}
+            if limit is None or (needed <= limit and not (hosted and size.on_host > host_bytes())):
+                found.append(replace(choice, plan=plan, options=chosen))
+            elif least is None or needed < least[0]:
+                words = ", ".join(f"{name} {value}" for name, value in chosen.items())
+                least = needed, f"with {words}" if words else "as asked for"
+        if limit is None or (found and "cached_ratio" in smaller):
+            break
+    if not found:
+        assert least is not None
+        assert limit is not None
+        raise PlanError(
+            f"no plan keeps its cache within {format_bytes(limit)}: the least is {format_bytes(least[0])}, {least[1]}"
+        )
+    if calibration is None or found[0].expectation is None:
+        return found
+    by_error = isinstance(schedule, str) and Budget.parse(schedule.removeprefix(OPTIMAL)).error is None
+    return sorted(found, key=partial(_rank, by_error=by_error))  # stable: of equal ones the first way
 
 
 def _rank(choice: Choice, by_error: bool) -> tuple[float, float]:

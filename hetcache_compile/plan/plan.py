@@ -24,6 +24,7 @@ from ..passes.ir.contract import (
     Budgets,
     FormOptions,
 )  # fmt: skip
+from .cache_size import CacheSize
 from .options import CACHE_DEVICES, MERGINGS, SELECTIONS, PlanOptions
 from .partition import (
     Grid,
@@ -60,6 +61,8 @@ HEADER = (
     "token_inputs",
 )
 """What the file's header holds beside the grid."""
+COUNTED, SIZES = "cache_size", ("branch", "keys_and_values", "window", "branches")
+"""Where the header has the size of the cache, and what of it: it is of the file's own plan."""
 
 
 class Guide(Protocol):
@@ -102,6 +105,7 @@ class Plan:
         cache_device: where they are cached (see `options.CACHE_DEVICES`).
         token_inputs: where latents come packed, the inputs of the model that hold tokens: the dim of the tokens and
             the row of the first, by name. References may stand before and behind them.
+        counted: how large the cache is, where the model was known (see `cache_size`).
     """
 
     grid: Grid
@@ -122,6 +126,7 @@ class Plan:
     cache_device: str = "auto"
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    counted: CacheSize | None = None
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
@@ -217,6 +222,11 @@ class Plan:
             self.extrapolation, self.context_extrapolation, self.selection if self.selects_at_run_time else "fixed",
             self.cache_dtype,
         )  # fmt: skip
+
+    @property
+    def cache_size(self) -> CacheSize | None:
+        """How large its cache is; None where that was not counted, or for other options."""
+        return self.counted if self.counted is not None and self.counted.options == self.form_options else None
 
     @property
     def budgets(self) -> Budgets:
@@ -372,7 +382,7 @@ class Plan:
         return np.asarray(self.token_kind == kind).reshape(self.grid)
 
     def describe(self) -> str:
-        """The plan in two lines."""
+        """The plan in two lines, and one on its cache where that was counted."""
         counts = {kind: int((self.token_kind == kind).sum()) for kind in TokenKind}
         merged = f" in {self.num_merged} centroids ({self.merging})" if self.num_merged < self.num_context else ""
         tokens = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counts.items())
@@ -382,16 +392,20 @@ class Plan:
         stored += " in the host's memory" if self.cache_device == "cpu" else ""
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
+        size = self.cache_size
+        cache = "" if size is None else f"\n{size.describe(hosted=self.cache_device == 'cpu')}"
         return (
             f"{self.num_tokens} tokens on grid {self.grid}: {tokens}; M = {self.num_active} active ({share:.0%}), "
             f"C = {self.num_context} cached{stored}{merged}{predicted}{selection}\n"
             f"{len(self.steps)} steps ({self.schedule}, {outputs}): "
-            f"{''.join(kind.letter for kind in self.steps)}"
+            f"{''.join(kind.letter for kind in self.steps)}{cache}"
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file with a JSON header, atomically."""
-        header = {"grid": list(self.grid), **{name: getattr(self, name) for name in HEADER}}
+        header: dict[str, Any] = {"grid": list(self.grid), **{name: getattr(self, name) for name in HEADER}}
+        if self.cache_size is not None:
+            header[COUNTED] = {name: getattr(self.cache_size, name) for name in SIZES}
         steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
         FILE.save(path, {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header)
 
@@ -407,8 +421,10 @@ class Plan:
             fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
             fields |= {name: header[name] for name in HEADER if name in header}
             fields["token_inputs"] = {name: tuple(where) for name, where in fields.get("token_inputs", {}).items()}
-            return cls(
+            plan = cls(
                 grid=tuple(header["grid"]), steps=tuple(StepKind(int(step)) for step in arrays["steps"]), **fields
             )
+            sizes = header.get(COUNTED)
+            return plan if sizes is None else replace(plan, counted=CacheSize(plan.form_options, **sizes))
 
         return FILE.load(path, decode)

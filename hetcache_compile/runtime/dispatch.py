@@ -30,7 +30,7 @@ from ..plan.schedule import StepKind
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
 from .session import Call, Session, current_session
-from .streaming import can_stream, free_bytes, host_buffer, is_hosted
+from .streaming import can_stream, free_bytes, host_buffer
 from .timing import Stopwatch
 from .weights import Weights
 
@@ -370,7 +370,7 @@ def buffers_for(
 def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: torch.device) -> bool:
     """Whether keys and values of a branch go into the host's memory: as the plan says, or where they do not fit."""
     where = session.plan.cache_device
-    needed = sum(entry.num_bytes for entry in entries if is_hosted(entry))
+    needed = sum(entry.num_bytes for entry in entries if entry.is_context)
     if where != "auto" or not needed or not can_stream(device):
         return where == "cpu" and can_stream(device)
     free = free_bytes(device)
@@ -386,7 +386,7 @@ def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: tor
 
 def empty_buffer(entry: CacheEntry, device: torch.device, hosted: bool) -> torch.Tensor:
     """Memory for a cache entry."""
-    if hosted and is_hosted(entry):
+    if hosted and entry.is_context:
         return host_buffer(entry)
     return torch.empty(entry.shape, dtype=entry.dtype, device=device)
 

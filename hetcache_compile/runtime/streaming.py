@@ -52,11 +52,6 @@ class Use:
     written: bool
 
 
-def is_hosted(entry: CacheEntry) -> bool:
-    """Whether an entry may be in the host's memory: what each block has of its own."""
-    return entry.group == "key_values" and entry.rows == "context"
-
-
 def uses_of(form: Form) -> tuple[Use, ...]:
     """What a form in process does with each of its buffers, in order."""
     placeholders = form.module.graph.find_nodes(op="placeholder")
@@ -87,7 +82,7 @@ class Streamed:
 
     def __init__(self, run: Compiled, uses: Sequence[Use], first: int, transfers: Transfers) -> None:
         self.run, self.transfers = run, transfers
-        self.hosted = {first + number: use for number, use in enumerate(uses) if is_hosted(use.entry)}
+        self.hosted = {first + number: use for number, use in enumerate(uses) if use.entry.is_context}
         self.steps = schedule(run.links, self.hosted) if isinstance(run, Chain) else []
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:

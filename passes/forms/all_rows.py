@@ -51,6 +51,10 @@ class KeepAllRows(FormPass):
         form.writes = written
         form.drop_unused_indices()  # the context has no index any more
 
+    def cached(self, entries: tuple[CacheEntry, ...]) -> tuple[CacheEntry, ...]:
+        """See `FormPass`."""
+        return tuple(map(self.all_rows, entries))
+
     def all_rows(self, entry: CacheEntry) -> CacheEntry:
         """An entry as it is where all rows are kept."""
         if entry.rows != "context":

@@ -120,6 +120,12 @@ class MergeContext(FormPass):
             written[self.merged(entry)] = _as(call, mean, entry.dtype)
         form.writes = written
 
+    def cached(self, entries: tuple[CacheEntry, ...]) -> tuple[CacheEntry, ...]:
+        """See `FormPass`."""
+        keys = [entry for entry in entries if entry.rows == "context" and entry.role == "key"]
+        sizes = map(self.log_size_of, keys) if self.merging == "kmeans" else ()
+        return (*map(self.merged, entries), *sizes)
+
     def merged(self, entry: CacheEntry) -> CacheEntry:
         """An entry as it is with centroids."""
         if entry.rows != "context":

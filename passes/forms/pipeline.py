@@ -10,12 +10,14 @@ from torch.fx import GraphModule
 
 from ..analysis.analyse import Analysis
 from ..analysis.time_input import time_input
+from ..ir.cache import CacheEntry
 from ..ir.contract import FormOptions
 from ..ir.editor import FormPass
 from ..ir.form import Form
 from ..ir.pipeline import run_passes
 from ..prediction.extrapolate import Extrapolate
 from ..prediction.predict import PredictContext
+from ..writing.cache_layout import cache_layout
 from ..writing.write import WRITERS
 from .all_rows import KeepAllRows
 from .buffers import WriteInPlace
@@ -60,6 +62,18 @@ def in_process_passes(options: FormOptions) -> list[FormPass]:
     """What makes of a functional form the one that runs in a process: its cache is buffers that it overwrites."""
     has_all_rows = options.selection != "fixed"
     return [*([KeepAllRows(options.num_tokens)] if options.caches_all and not has_all_rows else []), WriteInPlace()]
+
+
+def cache_of(analysis: Analysis, options: FormOptions) -> tuple[CacheEntry, ...]:
+    """What a session keeps for one branch of a graph, without writing a form: what `in_process` forms read.
+
+    Raises:
+        UnsupportedGraphError: the graph has not what a pass needs.
+    """
+    entries = tuple(cache_layout(analysis, options.budgets).values())
+    for one in (*functional_passes(options), *in_process_passes(options)):
+        entries = one.cached(entries)
+    return entries
 
 
 def write_form(kind: str, source: GraphModule, analysis: Analysis, options: FormOptions) -> Form:

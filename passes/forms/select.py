@@ -54,6 +54,10 @@ class SelectActive(FormPass):
             "active_index", "none", 0, (self.num_active,), torch.int64, "", Tokens(0), group="selection", role="index"
         )
 
+    def cached(self, entries: tuple[CacheEntry, ...]) -> tuple[CacheEntry, ...]:
+        """See `FormPass`."""
+        return (*entries, self.entry)
+
     def edit(self, form: FormEditor) -> None:
         """Choose in full forms; read the choice in partial forms."""
         if "context_index" in form.indices:

@@ -56,6 +56,10 @@ class StoreCache(FormPass):
     name = "store"
     kinds = ("full", "partial")
 
+    def cached(self, entries: tuple[CacheEntry, ...]) -> tuple[CacheEntry, ...]:
+        """See `FormPass`."""
+        return tuple(stored for entry in entries for stored in stored_as(entry, self.cache_dtype))
+
     def edit(self, form: FormEditor) -> None:
         """Round where a value is computed; read where it is used first."""
         for entry in list(form.reads):
@@ -75,7 +79,7 @@ class StoreCache(FormPass):
 def changes(entry: CacheEntry, cache_dtype: str) -> bool:
     """Whether an entry is stored otherwise than it is computed: keys and values of tokens, where that saves memory."""
     dtype = TYPES.get(cache_dtype, entry.dtype)
-    if entry.group != "key_values" or entry.rows != "context" or dtype.itemsize >= entry.dtype.itemsize:
+    if not entry.is_context or dtype.itemsize >= entry.dtype.itemsize:
         return False
     return dtype not in LARGEST or entry.dim < len(entry.shape) - 1  # a scale belongs to one token
 

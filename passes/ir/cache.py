@@ -63,6 +63,11 @@ class CacheEntry:
         return torch.full(self.shape, self.initial or 0.0, dtype=self.dtype, device=device)
 
     @property
+    def is_context(self) -> bool:
+        """Whether it is a key or a value of tokens: what each block has of its own, and most of the cache."""
+        return self.group == "key_values" and self.rows == "context"
+
+    @property
     def num_bytes(self) -> int:
         """Its size in memory."""
         return prod(self.shape) * self.dtype.itemsize

@@ -249,6 +249,10 @@ class FormPass(ABC):
     def edit(self, form: FormEditor) -> None:
         """Change the form."""
 
+    def cached(self, entries: tuple[CacheEntry, ...]) -> tuple[CacheEntry, ...]:
+        """What the cache holds after the pass, of what it held before: so its size is known without a form."""
+        return entries
+
     def __call__(self, form: Form) -> Form:
         """The changed form; the given one stays as it is.
 

@@ -29,7 +29,7 @@ from torch.fx import Node
 from ..ir.cache import CacheEntry
 from ..ir.editor import FormEditor, FormPass
 from ..ir.graphs import AddNode
-from .history import Points, lagrange_weights, points_of, weighted_sum
+from .history import Points, history_of, lagrange_weights, points_of, times_of, weighted_sum
 from .step_weights import blend, only_moves_follow, take_weights
 from .times import arithmetic_of, latest_time, time_of
 
@@ -59,6 +59,12 @@ class Extrapolate(FormPass):
     time_input: str | None = None
 
     name = "extrapolate"
+
+    def cached(self, entries: tuple[CacheEntry, ...]) -> tuple[CacheEntry, ...]:
+        """See `FormPass`."""
+        outputs = [entry for entry in entries if entry.group == "output"]
+        added = (one for entry in outputs for one in (*history_of(entry, self.order), times_of(entry, self.order)))
+        return (*entries, *added)
 
     def edit(self, form: FormEditor) -> None:
         """Keep the points of every output, and show what they predict."""

@@ -46,6 +46,11 @@ class PredictContext(FormPass):
 
     name = "predict"
 
+    def cached(self, entries: tuple[CacheEntry, ...]) -> tuple[CacheEntry, ...]:
+        """See `FormPass`."""
+        predicted = [entry for entry in entries if entry.group == "key_values"]
+        return (*entries, *map(older, predicted), *map(full_step_times, predicted[:1]))
+
     def edit(self, form: FormEditor) -> None:
         """Read lines in partial steps; keep two values in full steps."""
         entries = [entry for entry in dict.fromkeys((*form.reads, *form.writes)) if entry.group == "key_values"]

@@ -1,0 +1,108 @@
+"""How large the cache of a call will be, before anything is compiled, and what to choose where it must be smaller."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from io import StringIO
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..capture.capture import Program, capture
+from ..capture.rewrite import planned_token_inputs
+from ..errors import PlanError
+from ..passes.analysis.analyse import analyse
+from ..passes.forms.pipeline import cache_of
+from ..passes.ir.refusal import UnsupportedGraphError, shape_of
+from ..plan.cache_size import CacheSize
+from ..plan.plan import Plan
+from .call import PlannedCall
+from .observe import count_calls
+
+ANY = "any"
+"""An amount of memory that is only counted."""
+READ_AND_FETCHED = 2
+"""How many blocks' keys and values are on the device where the host has them: one is read, one is on its way."""
+SMALLER: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"cache_dtype": "bf16"},
+    {"cache_dtype": "int8"},
+    {"cache_device": "cpu"},
+    {"cache_device": "cpu", "cache_dtype": "int8"},
+    *({"cache_dtype": "int8", "cached_ratio": share} for share in (0.9, 0.75, 0.5, 0.25, 0.1)),
+)
+"""What makes a cache smaller, from what costs the result least (docs/memory.md has what each costs): first other types
+of keys and values, then their place, and only then fewer of them."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One call of a model, of which any plan's cache can be counted.
+
+    Attributes:
+        program: the model's graph.
+        branches: model calls in each step.
+        has_gpu: whether there is a device whose memory is not the host's.
+    """
+
+    program: Program
+    branches: int
+    has_gpu: bool
+
+    @classmethod
+    def of(cls, pipe: Any, call: PlannedCall) -> Footprint:
+        """That of a pipeline's call. The pipeline is run for one step, in which its models compute nothing.
+
+        Raises:
+            PlanError: the pipeline was not run, or does not run for a step, or its model cannot be captured.
+        """
+        first = call.first
+        if first is None:
+            raise PlanError(
+                "the memory of a cache is that of a model call: give the prompt, and all else that the pipeline needs"
+            )
+        try:
+            with redirect_stderr(StringIO()):  # torch prints the graph of an attempt that another one follows
+                program = capture(first.model, first.args, first.kwargs)
+        except UnsupportedGraphError as error:
+            raise PlanError(f"the memory of the cache cannot be counted: {error}") from error
+        results: Any = program.module.graph.output_node().args[0]
+        device = pipe._execution_device
+        answers = [torch.zeros(shape_of(node), dtype=node.meta["val"].dtype, device=device) for node in results]
+        branches = count_calls(pipe, call.arguments, pytree.tree_unflatten(answers, program.out_spec))
+        return cls(program, branches, torch.cuda.is_available())
+
+    def ways(self, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """What `SMALLER` has for this device, options left alone that are given."""
+        here = [way for way in SMALLER if "cache_device" not in way or self.has_gpu]
+        free = [{name: value for name, value in way.items() if name not in options} for way in here]
+        return [way for number, way in enumerate(free) if way not in free[:number]]
+
+    def sized(self, plan: Plan) -> Plan:
+        """The plan with the size of its cache.
+
+        Raises:
+            PlanError: the model's graph has not what the plan asks for.
+        """
+        try:
+            found = analyse(self.program.module, plan.grid, planned_token_inputs(self.program, plan))
+            entries = cache_of(found, plan.form_options)
+        except UnsupportedGraphError as error:
+            raise PlanError(f"the memory of the cache cannot be counted: {error}") from error
+        layers = Counter[int | None]()
+        for entry in entries:
+            if entry.is_context:
+                layers[entry.layer] += entry.num_bytes
+        window = READ_AND_FETCHED * max(layers.values(), default=0)
+        total = sum(entry.num_bytes for entry in entries)
+        return replace(plan, counted=CacheSize(plan.form_options, total, layers.total(), window, self.branches))
+
+
+def host_bytes() -> int:
+    """What caches may take of the host's memory: half of all that there is."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
