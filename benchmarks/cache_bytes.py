@@ -38,6 +38,16 @@ WAYS = (
     "merged_ratio=0.25+cache_dtype=int8",
     "cached_ratio=0.25",
     "context_extrapolation=0+cache_dtype=int8",
+    *(
+        f"context_extrapolation=0+cache_dtype=int8+{way}"
+        for way in (
+            "cached_ratio=0.5",
+            "cached_ratio=0.5+cached_by=attention",
+            "cached_ratio=0.25",
+            "cached_ratio=0.25+cached_by=attention",
+            "merged_ratio=0.25",
+        )
+    ),
 )
 """Options of the plan beside its own. Without predicted keys and values the search finds other steps."""
 IDENTICAL_DB = 99.0

@@ -17,6 +17,8 @@ from models import vace
 
 import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, SessionError
+from hetcache_compile.passes.ir.axis import Tokens
+from hetcache_compile.passes.ir.cache import CacheEntry
 from hetcache_compile.runtime import dispatch, prepare, streaming
 
 
@@ -165,6 +167,25 @@ def test_a_second_branch_that_does_not_fit(device: Device, monkeypatch: pytest.M
     for name in outputs:
         given = [{**kwargs, "timestep": calls["a"][step]["timestep"]} for step, kwargs in enumerate(calls[name])]
         check(outputs[name], expected(hetcache.rewrite(model, plan, (), given[0]), "FP", given))
+
+
+def test_host_buffers_share_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit into a chunk, aligned, none over another; a larger one stands alone."""
+    monkeypatch.setattr(streaming, "CHUNK", 1024)
+    shapes = [(3, 5), (7,), (40, 10), (2, 2), (200,)]
+    types = [torch.float32, torch.int8, torch.float32, torch.bfloat16, torch.int8]
+    entries = [
+        CacheEntry(f"{number}.key", "context", 0, shape, dtype, "", Tokens(0))
+        for number, (shape, dtype) in enumerate(zip(shapes, types, strict=True))
+    ]
+    buffers = streaming.host_buffers(entries)
+    assert [(tuple(buffer.shape), buffer.dtype) for buffer in buffers] == list(zip(shapes, types, strict=True))
+    assert len({buffer.untyped_storage().data_ptr() for buffer in buffers}) == 3
+    for number, buffer in enumerate(buffers):
+        buffer.fill_(number)
+        assert not buffer.storage_offset() * buffer.itemsize % streaming.ALIGNMENT
+    assert all(bool((buffer == number).all()) for number, buffer in enumerate(buffers))
+    assert streaming.host_buffers([]) == []
 
 
 def test_where_there_is_no_other_memory_it_changes_nothing() -> None:

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ..errors import PlanError
-from ..passes.ir.contract import CACHE_DTYPES, MAX_ORDER, STRATEGIES
+from ..passes.ir.contract import CACHE_DTYPES, CACHED_BY, MAX_ORDER, STRATEGIES
 
 SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
 """How context tokens are chosen for PARTIAL steps: not at all, evenly by distance, at random; or by full steps."""
@@ -37,7 +37,12 @@ class PlanOptions:
     margin_ratio: float = _option(1.0, "share of the margin that PARTIAL steps compute, nearest first")
     context_ratio: float = _option(0.05, "share of the context that PARTIAL steps compute too")
     cached_ratio: float = _option(
-        1.0, "share of the remaining tokens whose keys and values PARTIAL steps read, nearest first; 1 is exact"
+        1.0, "share of the remaining tokens whose keys and values PARTIAL steps read; 1 is exact"
+    )
+    cached_by: str = _option(
+        "distance",
+        f"which of them these are where not all are read, one of {', '.join(CACHED_BY)}: the nearest to the mask, or "
+        "those that generated tokens attend to most, which each attention chooses in FULL steps",
     )
     multiple: int = _option(
         0,

@@ -16,6 +16,7 @@ from ..files import ArrayFile
 from ..passes.ir.contract import (
     ALWAYS,
     CACHE_DTYPES,
+    CACHED_BY,
     CANDIDATE,
     MAX_ORDER,
     NEVER,
@@ -58,6 +59,7 @@ HEADER = (
     "merging",
     "cache_dtype",
     "cache_device",
+    "cached_by",
     "token_inputs",
 )
 """What the file's header holds beside the grid."""
@@ -103,6 +105,8 @@ class Plan:
             attention (`passes.kernels.kmeans`), they start from `context_cluster`.
         cache_dtype: the type that keys and values are cached in (see `passes.forms.store`).
         cache_device: where they are cached (see `options.CACHE_DEVICES`).
+        cached_by: what chooses the cached tokens where not all are (see `contract.CACHED_BY`). Where FULL steps do,
+            `context_index` says how many they are, and what attentions read whose scores cannot be.
         token_inputs: where latents come packed, the inputs of the model that hold tokens: the dim of the tokens and
             the row of the first, by name. References may stand before and behind them.
         counted: how large the cache is, where the model was known (see `cache_size`).
@@ -124,6 +128,7 @@ class Plan:
     merging: str = "boxes"
     cache_dtype: str = "same"
     cache_device: str = "auto"
+    cached_by: str = "distance"
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     counted: CacheSize | None = None
@@ -155,6 +160,7 @@ class Plan:
         if self.cache_device not in CACHE_DEVICES:
             raise PlanError(f"cache_device must be one of {', '.join(CACHE_DEVICES)}, got {self.cache_device!r}")
         self._check_clusters()
+        self._check_cached_by()
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
         self._check_weights()
@@ -178,6 +184,19 @@ class Plan:
             raise PlanError(f"selection {self.selection!r} changes the context while it runs: it cannot be merged")
         if self.merging == "kmeans" and self.context_extrapolation:
             raise PlanError("merging 'kmeans' draws new clusters in full steps, which context_extrapolation needs kept")
+
+    def _check_cached_by(self) -> None:
+        if self.cached_by not in CACHED_BY:
+            raise PlanError(f"cached_by must be one of {', '.join(CACHED_BY)}, got {self.cached_by!r}")
+        if self.form_options.cached_by == "attention" and (self.num_merged < self.num_context):
+            raise PlanError(
+                "cached_by 'attention' chooses tokens in FULL steps, which cannot be merged: merged_ratio 1"
+            )
+        if self.form_options.cached_by == "attention" and self.context_extrapolation:
+            raise PlanError(
+                "cached_by 'attention' chooses other tokens in each FULL step: context_extrapolation, which compares "
+                "two of them, must be 0"
+            )
 
     def _check_weights(self) -> None:
         if not self.weights.size:
@@ -220,7 +239,7 @@ class Plan:
         return FormOptions(
             self.grid, self.num_active, self.num_context, self.num_merged, self.merging if merged else "boxes",
             self.extrapolation, self.context_extrapolation, self.selection if self.selects_at_run_time else "fixed",
-            self.cache_dtype,
+            self.cache_dtype, self.cached_by if self.num_active + self.num_context < self.num_tokens else "distance",
         )  # fmt: skip
 
     @property
@@ -325,7 +344,7 @@ class Plan:
             grid, active, context, kind, make_schedule("full", num_inference_steps),
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
-            cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device,
+            cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device, cached_by=chosen.cached_by,
         )  # fmt: skip
         if calibration is None:
             return plan.with_schedule(schedule)
@@ -389,6 +408,7 @@ class Plan:
         share = self.num_active / self.num_tokens
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"
         stored = "" if self.cache_dtype == "same" else f" as {self.cache_dtype}"
+        stored += ", by attention" if self.form_options.cached_by == "attention" else ""
         stored += " in the host's memory" if self.cache_device == "cpu" else ""
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"

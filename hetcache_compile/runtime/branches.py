@@ -115,7 +115,7 @@ class Branch:
     @property
     def num_bytes(self) -> int:
         """Bytes of the memory it holds."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._memory.values())
+        return sum(tensor.nbytes for tensor in self._memory.values())
 
 
 class Track:

@@ -30,7 +30,7 @@ from ..plan.schedule import StepKind
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
 from .session import Call, Session, current_session
-from .streaming import can_stream, free_bytes, host_buffer
+from .streaming import can_stream, free_bytes, host_buffers
 from .timing import Stopwatch
 from .weights import Weights
 
@@ -352,19 +352,15 @@ def buffers_for(
     memory = branch.memory(owner)
     if held:
         session.allocated(-held)
-    buffers, placed = [], branch.hosted
-    for entry in form.reads:
-        name = (number, entry.input_name)
-        buffer = memory.get(name)
-        if buffer is None:
-            if not placed:
-                missing = [one for one in form.reads if (number, one.input_name) not in memory]
-                branch.hosted, placed = belongs_on_host(session, missing, device), True
-            with normal_mode():
-                buffer = memory[name] = empty_buffer(entry, device, branch.hosted)
-            session.allocated(buffer.untyped_storage().nbytes())
-        buffers.append(buffer)
-    return buffers
+    missing = [entry for entry in form.reads if (number, entry.input_name) not in memory]
+    if missing:
+        branch.hosted = branch.hosted or belongs_on_host(session, missing, device)
+        with normal_mode():
+            made = empty_buffers(missing, device, branch.hosted)
+        for entry, buffer in zip(missing, made, strict=True):
+            memory[number, entry.input_name] = buffer
+            session.allocated(buffer.nbytes)
+    return [memory[number, entry.input_name] for entry in form.reads]
 
 
 def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: torch.device) -> bool:
@@ -384,11 +380,13 @@ def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: tor
     return True
 
 
-def empty_buffer(entry: CacheEntry, device: torch.device, hosted: bool) -> torch.Tensor:
-    """Memory for a cache entry."""
-    if hosted and entry.is_context:
-        return host_buffer(entry)
-    return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+def empty_buffers(entries: Sequence[CacheEntry], device: torch.device, hosted: bool) -> list[torch.Tensor]:
+    """Memory for cache entries: keys and values in the host's, if `hosted`."""
+    there = iter(host_buffers([entry for entry in entries if hosted and entry.is_context]))
+    return [
+        next(there) if hosted and entry.is_context else torch.empty(entry.shape, dtype=entry.dtype, device=device)
+        for entry in entries
+    ]
 
 
 def forget(form: CompiledForm, buffers: Sequence[torch.Tensor]) -> None:

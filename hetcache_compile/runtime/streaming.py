@@ -8,8 +8,10 @@ everything copied in before it runs.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -206,6 +208,9 @@ def transfers_of(device: torch.device) -> Transfers:
         return _TRANSFERS[device]
 
 
+CHUNK = 2**30
+"""Bytes of one allocation on the host, at most, where more than one buffer shares it."""
+ALIGNMENT = 256
 SPARE = 0.1
 """The share of a device's memory that caches leave to what is computed."""
 
@@ -222,6 +227,20 @@ def can_stream(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def host_buffer(entry: CacheEntry) -> torch.Tensor:
-    """Memory on the host that a GPU can copy from while it computes."""
-    return torch.empty(entry.shape, dtype=entry.dtype, pin_memory=torch.cuda.is_available())
+def host_buffers(entries: Sequence[CacheEntry]) -> list[torch.Tensor]:
+    """Memory on the host that a GPU can copy from while it computes, a tensor for each entry.
+
+    Many share an allocation, since torch rounds each pinned one up to a power of two: by up to twice one by one, by a
+    few percent together.
+    """
+    room = [-(-entry.num_bytes // ALIGNMENT) * ALIGNMENT for entry in entries]
+    buffers: list[torch.Tensor] = []
+    while len(buffers) < len(entries):
+        first = len(buffers)
+        ends = list(accumulate(room[first:]))
+        count = max(1, bisect_right(ends, CHUNK))
+        chunk = torch.empty(ends[count - 1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        for entry, begin in zip(entries[first : first + count], (0, *ends), strict=False):
+            numbers = chunk[begin : begin + entry.num_bytes].view(entry.dtype)
+            buffers.append(numbers.view(entry.shape))
+    return buffers

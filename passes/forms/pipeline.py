@@ -21,6 +21,7 @@ from ..writing.cache_layout import cache_layout
 from ..writing.write import WRITERS
 from .all_rows import KeepAllRows
 from .buffers import WriteInPlace
+from .keep_relevant import KeepRelevant
 from .merge import MergeContext
 from .select import SelectActive
 from .store import StoreCache
@@ -43,6 +44,8 @@ def functional_passes(options: FormOptions, time: str | None = None) -> list[For
             KeepAllRows(options.num_tokens),
             SelectActive(options.selection, options.num_tokens, options.num_active),
         ]
+    if options.cached_by == "attention":
+        passes += [KeepRelevant(options.num_tokens, options.num_active, options.num_context)]
     if options.merges:
         passes += [MergeContext(options.num_context, options.num_merged, options.merging)]
     if options.context_extrapolation:

@@ -16,6 +16,9 @@ STRATEGIES = ("attention", "kmeans", "hetcache")
 """Selections made in a FULL step: by relevance, by representativeness, by both."""
 CACHE_DTYPES = ("same", "bf16", "fp8", "int8")
 """Types in which keys and values are cached: as computed, or smaller ones (see `passes.forms.store`)."""
+CACHED_BY = ("distance", "attention")
+"""Which of the inactive tokens are cached, where not all are: the nearest, or by FULL steps (see
+`passes.forms.keep_relevant`)."""
 STEP_WEIGHTS = "step_weights"
 INACTIVE, ACTIVE = range(2)
 """The rows of `step_weights`."""
@@ -42,6 +45,7 @@ class FormOptions(NamedTuple):
         context_extrapolation: 1 where cached keys and values are predicted.
         selection: one of `STRATEGIES` where full steps choose the active tokens, else "fixed".
         cache_dtype: one of `CACHE_DTYPES`.
+        cached_by: one of `CACHED_BY`; "distance" where all are.
     """
 
     grid: tuple[int, int, int]
@@ -53,6 +57,7 @@ class FormOptions(NamedTuple):
     context_extrapolation: int = 0
     selection: str = "fixed"
     cache_dtype: str = "same"
+    cached_by: str = "distance"
 
     @property
     def num_tokens(self) -> int:
