@@ -5,25 +5,33 @@
 
 Every way is compared with the uncached result, and with the same plan whose cache is as computed. Cells are kept in
 out/cache_bytes, and a run that was cut short goes on there. No times are taken: they are in `steps.py` and `gpu.py`.
+
+Beside that, what rounding alone costs: the error of a PARTIAL step on the inputs of the FULL step before it, where an
+exact cache has none. There 4 bits are tried too, which no plan has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from front_report import mask_size
 
 from hetcache_compile import reference
 from hetcache_compile.bench.methods import FULL, parse_methods
 from hetcache_compile.bench.quality import Settings, bench_quality, file_digest, frames_file, load_frames
 from hetcache_compile.calibration.calibration import Calibration
+from hetcache_compile.capture.rewrite import rewrite, write_forms
 from hetcache_compile.console import progress_bars
+from hetcache_compile.edit.editing import EditRequest, make_plan, run_pipeline
 from hetcache_compile.edit.metrics import psnr
 from hetcache_compile.files import atomically
+from hetcache_compile.passes.ir.contract import CACHE_DTYPES
 from hetcache_compile.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "cache_bytes.json"
@@ -50,6 +58,8 @@ WAYS = (
     ),
 )
 """Options of the plan beside its own. Without predicted keys and values the search finds other steps."""
+FOUR_BITS = {"int8, values in 4 bits": {"key": 8, "value": 4}, "4 bits": {"key": 4, "value": 4}}
+"""Bits of keys and values, by what the table calls them."""
 IDENTICAL_DB = 99.0
 """In place of an infinite ratio: above what 8 bits can show."""
 
@@ -58,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=8, help="held-out clips")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--rounded", type=int, default=2, help="of these, clips to measure what rounding costs")
     parser.add_argument("--cells", type=Path, default=Path("out/cache_bytes"), help="where cells are kept")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -82,7 +93,8 @@ def main() -> None:
             continue
         way = method.name.removeprefix(PLAN).removeprefix("+") or "as computed"
         rows[way] = {clip.name: cell_of(found, options.cells, clip, method.name) for clip in clips}
-    result = {**provenance("cpu"), "plan": PLAN, "steps": options.steps, "ways": rows}
+    rounding = {clip.name: rounding_errors(clip) for clip in clips[: options.rounded]}
+    result = {**provenance("cpu"), "plan": PLAN, "steps": options.steps, "ways": rows, "rounding": rounding}
     atomically(options.out, lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n"))
     save_plot(result, options.out.with_suffix(".png"))
 
@@ -101,6 +113,50 @@ def cell_of(found: dict[str, Any], cells: Path, clip: Any, method: str) -> dict[
         "to_uncached_db": likeness(FULL),
         "to_exact_cache_db": likeness(PLAN),
     }
+
+
+@torch.no_grad()
+def rounding_errors(clip: Any, steps: int = 8) -> dict[str, list[float]]:
+    """Relative errors (L2) of the output of a PARTIAL step on frozen inputs, by type, at the first, middle and last
+    step of an edit."""
+    pipe, calls = reference.load(), []
+
+    def record(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, dict(kwargs)))
+
+    hook = pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    request = EditRequest(
+        clip.video, clip.mask, clip.prompt, num_inference_steps=steps, guidance_scale=reference.GUIDANCE_SCALE,
+        max_sequence_length=reference.MAX_TEXT_LENGTH,
+    )  # fmt: skip
+    run_pipeline(pipe, request, "recording", lambda *_: None, decode=False)
+    hook.remove()
+    plan = make_plan(pipe, request, "full")
+    exact = rewrite(pipe.transformer, plan, *calls[0])
+    errors: dict[str, list[float]] = {}
+    for args, kwargs in (calls[0], calls[len(calls) // 2], calls[-1]):
+        (truth,), cache = exact.full(*args, **kwargs)
+        for dtype in CACHE_DTYPES:
+            forms = write_forms(exact.program, exact.analysis, replace(plan, cache_dtype=dtype))
+            _, stored = forms.full(*args, **kwargs)
+            errors.setdefault(dtype, []).append(relative(forms.partial(stored, *args, **kwargs)[0][0], truth))
+        for name, bits in FOUR_BITS.items():
+            rounded = {key: to_bits(value, bits.get(key.rpartition(".")[2])) for key, value in cache.items()}
+            errors.setdefault(name, []).append(relative(exact.partial(rounded, *args, **kwargs)[0][0], truth))
+    return errors
+
+
+def to_bits(value: torch.Tensor, bits: int | None) -> torch.Tensor:
+    """Rounded to so many bits, with a scale for each token and head; as it is where there is no number of them."""
+    if bits is None:
+        return value
+    largest = 2 ** (bits - 1) - 1
+    scale = (value.abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(value.dtype).tiny)
+    return (value / scale).round().clamp(-largest, largest) * scale
+
+
+def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
 
 
 def points(result: dict[str, Any], size: str | None = None) -> dict[str, dict[str, float]]:

@@ -366,6 +366,18 @@ def cache_bytes_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def rounding_table(result: dict) -> str:
+    """Errors of rounded caches alone: medians over the clips."""
+    rows = ["| cache | first step | middle step | last step |", "| --- | --- | --- | --- |"]
+    clips = list(result["rounding"].values())
+    for name in clips[0]:
+        values = (median(steps) for steps in zip(*(clip[name] for clip in clips), strict=True))
+        called = "as computed" if name == "same" else name
+        rows.append(f"| {called} | " + " | ".join(f"{value:.1e}" for value in values) + " |")
+    rows += ["", f"{len(clips)} held-out clips of the reference model, 8 steps: `{result['command']}`."]
+    return "\n".join(rows)
+
+
 def estimate_gpus_table(result: dict) -> str:
     """The rates, and where they are from."""
     rows = [
@@ -392,6 +404,7 @@ TABLES = (
     ("gpu_beside", "gpu_beside", gpu_table, BENCHMARKS),
     ("gpu_caches", "gpu_caches", gpu_caches_table, MEMORY),
     ("cache_bytes", "cache_bytes", cache_bytes_table, MEMORY),
+    ("rounding", "cache_bytes", rounding_table, MEMORY),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
     ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),
