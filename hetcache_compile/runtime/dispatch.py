@@ -10,7 +10,7 @@ import re
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,15 +21,26 @@ from torch.fx import GraphModule
 from ..capture.capture import first_line
 from ..capture.subclasses import Unwrapping
 from ..compilation.options import BackendOptions, Compiled
-from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
+from ..errors import (
+    GridMismatchError,
+    NonFiniteError,
+    NotEnoughMemoryError,
+    SessionError,
+    UnsupportedGraphError,
+    is_out_of_memory,
+)
+from ..passes.analysis.analyse import Analysis
 from ..passes.ir.axis import AxisState
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
+from ..record.alike import check_alike, inputs_of
+from ..record.caches import recorded_of
+from ..record.signature import model_signature
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
-from .session import Call, Session, current_session
+from .session import Call, Session, Turn, current_session
 from .streaming import can_stream, free_bytes, host_buffer, is_hosted
 from .timing import Stopwatch
 from .weights import Weights
@@ -74,6 +85,7 @@ class Route:
         key: tells caches of this graph and these shapes from others.
         weights: among the inputs.
         device: where the graph runs.
+        analysis: of the part.
         forms: compiled ones, by kind.
     """
 
@@ -83,6 +95,7 @@ class Route:
     key: Hashable
     weights: Weights
     device: torch.device
+    analysis: Analysis
     forms: dict[StepKind, CompiledForm] = field(default_factory=dict)
 
 
@@ -163,7 +176,7 @@ class CompiledGraph:
                 names = prepared.program.inputs
                 latents = {names[number]: inputs[number] for number in roles.latents}
                 part = self.preparer.part(prepared, latents, len(session.plans))
-                self.preparer.analyse(part, plan)
+                analysis = self.preparer.analyse(part, plan)
             except GridMismatchError as error:
                 if self._is_whole(shapes) and session.stats.kinds:
                     return refused_by(error)  # some pipelines go on with fewer frames
@@ -176,7 +189,7 @@ class CompiledGraph:
                 if self._is_whole(shapes):
                     return refused_by(error)
                 return Refused(part_of_a_model(reason_of(error)), PART, error)
-        return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs))
+        return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs), analysis)
 
     def _is_whole(self, shapes: Hashable) -> bool:
         """Whether the graph is known to be given a time and to attend: a part of a model does not, nor an encoder."""
@@ -201,27 +214,96 @@ class CompiledGraph:
             latents=[inputs[number] for number in roles.latents],
             conditions=[inputs[number] for number in roles.conditions],
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
+            signature=lambda: model_signature(
+                route.prepared.program.module.code, [*route.prepared.program.state.values(), *route.weights.of(watched)]
+            ),
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
         if turn.kind is StepKind.FULL and session.check_finite:
             check_finite(call.latents, turn.step, len(session.stats.kinds))
+        if turn.memory is not None:
+            self._recall(session, turn, route, form, inputs)
+        history = turn.branch.give_back() if turn.kind is StepKind.FULL else {}
         buffers = self._buffers(session, form, turn.branch, route)
         compile_seconds = time.perf_counter() - start
         if turn.kind is StepKind.FULL:
             session.begun_full(turn)
-            if turn.fresh:
-                for own in buffers:
-                    forget(form, own)
+            if session.plan.context_extrapolation and not turn.fresh:
+                go_on_from(history, turn.branch.memory(route.key))
+        if turn.fresh and (turn.kind is StepKind.FULL or turn.memory is not None):
+            for own in buffers:
+                forget(form, own)
+        if turn.memory is not None and turn.step is not None:
+            session.restorer.restore(form.reads, buffers[0], turn.memory.steps[turn.step])
         run = form.streamed if turn.branch.hosted and form.streamed else form.run
         watch = Stopwatch(route.device)
         results = []
         for p, own in enumerate(buffers):
             picked = form.pick((*inputs, *route.part.samples[p]) if route.part.samples[p] else inputs)
-            indices = [session.index(name, route.device, p, kind=turn.kind, step=turn.step) for name in form.indices]
+            indices = [
+                session.index(name, route.device, p, kind=turn.weighed_as, step=turn.step) for name in form.indices
+            ]
             results.append(own_outputs(run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
+        if session.records(turn):
+            self._keep(session, turn, call, route, form, inputs, buffers[0])
         return join(results, route.part.outputs)
+
+    def _recall(self, session: Session, turn: Turn, route: Route, form: CompiledForm, inputs: Sequence[Any]) -> None:
+        """See that the edit is one of the recorded clip, and let streamed steps read the record's own memory.
+
+        Raises:
+            RecordError: it is another one.
+        """
+        assert session.memory is not None
+        assert turn.memory is not None
+        assert turn.step is not None
+        branch, program = turn.branch, route.part.program
+        if not branch.agrees:
+            session.memory.check_entries(form.reads, session.plan)
+            with normal_mode():
+                check_alike(program, route.analysis, inputs, turn.memory.inputs, session.restorer.inactive)
+            branch.agrees = True
+        if can_stream(route.device):
+            branch.memory(route.key)
+            branch.hosted = True
+            recorded = turn.memory.steps[turn.step]
+            held, names = branch.num_bytes, [entry.input_name for entry in form.reads if is_hosted(entry)]
+            branch.lend({(0, name): recorded[name] for name in names})
+            session.allocated(branch.num_bytes - held)
+
+    def _keep(
+        self,
+        session: Session,
+        turn: Turn,
+        call: Call,
+        route: Route,
+        form: CompiledForm,
+        inputs: Sequence[Any],
+        buffers: Sequence[torch.Tensor],
+    ) -> None:
+        """Record what a FULL step left. Keys and values that are on the host change hands: later steps read them there.
+
+        Raises:
+            NotEnoughMemoryError: the host has no room for it.
+        """
+        branch = turn.branch
+        try:
+            with normal_mode():
+                tensors = recorded_of(form.reads, buffers, lambda entry: branch.hosted and is_hosted(entry))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NotEnoughMemoryError(
+                f"the host has no memory left for the {session.stats.record_bytes / 2**30:.2g} GiB of the record: make "
+                "the plan with cache_dtype='int8', fewer FULL steps, or without context_extrapolation"
+            ) from error
+        held = branch.num_bytes
+        branch.lend({(0, name): tensor for name, tensor in tensors.items() if any(tensor is own for own in buffers)})
+        session.allocated(branch.num_bytes - held)
+        program, time = route.part.program, route.roles.time
+        session.recorded(turn, call, lambda: inputs_of(program, route.analysis, inputs, time), tensors)
 
     def _buffers(self, session: Session, form: CompiledForm, branch: Branch, route: Route) -> list[list[torch.Tensor]]:
         """The buffers of each plan's samples.
@@ -369,6 +451,8 @@ def buffers_for(
 
 def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: torch.device) -> bool:
     """Whether keys and values of a branch go into the host's memory: as the plan says, or where they do not fit."""
+    if session.record is not None or session.memory is not None:
+        return can_stream(device)  # the record is there
     where = session.plan.cache_device
     needed = sum(entry.num_bytes for entry in entries if is_hosted(entry))
     if where != "auto" or not needed or not can_stream(device):
@@ -389,6 +473,14 @@ def empty_buffer(entry: CacheEntry, device: torch.device, hosted: bool) -> torch
     if hosted and is_hosted(entry):
         return host_buffer(entry)
     return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+
+
+def go_on_from(history: Mapping[Hashable, torch.Tensor], memory: Mapping[Hashable, torch.Tensor]) -> None:
+    """Copy what a FULL step reads of the cache before it (see `passes.prediction.predict`) out of a record's memory."""
+    if history and torch.cuda.is_available():
+        torch.cuda.synchronize()  # it may be on its way to the host yet
+    for name, tensor in history.items():
+        memory[name].copy_(tensor)
 
 
 def forget(form: CompiledForm, buffers: Sequence[torch.Tensor]) -> None:
