@@ -6,23 +6,32 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch.fx import Graph
+from torch.fx.node import map_arg
 
 WIDTH = 1024
 """Numbers in a row of those that a weight is laid out in."""
 
 
 @torch.no_grad()
-def model_signature(code: str, weights: Iterable[torch.Tensor]) -> str:
+def model_signature(graph: Graph, weights: Iterable[torch.Tensor]) -> str:
     """A digest that is another one for another graph and for other weights, and the same on every device.
+
+    Of a graph its operators and their numbers count, in order. Names do not, nor inputs that are not used: Dynamo may
+    capture one model in several ways.
 
     Every bit of a weight counts, and where it stands: rows and columns of its bits are summed as whole numbers on the
     weight's device. Only the sums are copied to the host, a thousandth of the weight.
 
     Args:
-        code: of the graph.
+        graph: normalised, with static shapes.
         weights: plain tensors, in the order of the graph's inputs.
     """
-    digest = hashlib.sha256(code.encode())
+    digest = hashlib.sha256()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            numbers = map_arg((node.args, node.kwargs), lambda _: "node")
+            digest.update(f"{node.target} {numbers}".encode())
     for weight in weights:
         digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
         for sums in _sums(weight):

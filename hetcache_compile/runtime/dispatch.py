@@ -215,7 +215,7 @@ class CompiledGraph:
             conditions=[inputs[number] for number in roles.conditions],
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
             signature=lambda: model_signature(
-                route.prepared.program.module.code, [*route.prepared.program.state.values(), *route.weights.of(watched)]
+                route.prepared.program.module.graph, [*route.prepared.program.state.values(), *route.weights.of(watched)]
             ),
         )
         turn = session.begin(call)
