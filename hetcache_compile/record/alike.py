@@ -89,8 +89,8 @@ def check_alike(
         if difference > ALIKE:
             names = " and ".join(_sources(node, analysis))
             raise RecordError(
-                f"{names} differs by {difference:.0%} from the recorded edit's outside the active tokens. Keep the clip, "
-                "and the noise outside the mask: new noise belongs inside it (docs/second-edit.md). Or record anew"
+                f"{names} differs by {difference:.0%} from the recorded edit's outside the active tokens. Keep the "
+                "clip, and the noise outside the mask: new noise belongs inside (docs/second-edit.md). Or record anew"
             )
 
 

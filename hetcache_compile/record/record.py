@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,16 +48,36 @@ class RecordedCalls:
 
     Attributes:
         inputs: of its first recorded call, those that a later edit must agree with.
+        conditions: of it, such as texts, which may be others.
         steps: the cache after each FULL step, by the step's number and the entry's `input_name`.
     """
 
     inputs: Tensors
+    conditions: tuple[torch.Tensor, ...]
     steps: dict[int, Tensors] = field(default_factory=dict)
 
     @property
     def first(self) -> int:
         """The step of its first recorded call."""
         return min(self.steps)
+
+    def has_other_conditions(self, conditions: Sequence[torch.Tensor]) -> bool:
+        """Whether a call's conditions are not the recorded ones."""
+        pairs = zip(self.conditions, conditions, strict=True)
+        return not all(torch.equal(known, tensor.cpu()) for known, tensor in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedStep:
+    """A step of a branch that was recorded."""
+
+    calls: RecordedCalls
+    step: int
+
+    @property
+    def tensors(self) -> Tensors:
+        """The cache after it, by the entries' `input_name`."""
+        return self.calls.steps[self.step]
 
 
 @dataclass(eq=False)
@@ -91,11 +111,11 @@ class Record:
     def __repr__(self) -> str:
         return f"Record({len(self.steps)} steps, {len(self.branches)} branches, {self.num_bytes / 2**30:.2g} GiB)"
 
-    def add(self, key: BranchKey, step: int, inputs: Callable[[], Tensors], tensors: Tensors) -> None:
+    def add(self, key: BranchKey, step: int, begin: Callable[[], RecordedCalls], tensors: Tensors) -> None:
         """Keep what a FULL step left. A step at or before the branch's first one begins the record of it anew."""
         calls = self.branches.get(key)
         if calls is None or step <= calls.first:
-            calls = self.branches[key] = RecordedCalls(inputs())
+            calls = self.branches[key] = begin()
         calls.steps[step] = tensors
 
     def calls_of(self, key: BranchKey) -> RecordedCalls:
@@ -181,7 +201,7 @@ class Record:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies to the host may be under way
         arrays, plan = self.plan.packed()
-        tensors = {f"plan.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        tensors = {f"plan..{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         FILE.save_tensors(path, tensors | self._tensors(), {"plan": plan, "branches": list(self.branches)})
 
     def _tensors(self) -> Tensors:
@@ -189,6 +209,7 @@ class Record:
         found = {}
         for number, calls in enumerate(self.branches.values()):
             found |= {f"{number}.inputs.{name}": tensor for name, tensor in calls.inputs.items()}
+            found |= {f"{number}.conditions.{place}": tensor for place, tensor in enumerate(calls.conditions)}
             for step, tensors in calls.steps.items():
                 found |= {f"{number}.{step}.{name}": tensor for name, tensor in tensors.items()}
         return found
@@ -204,18 +225,20 @@ class Record:
 
     @classmethod
     def _unpacked(cls, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Record:
-        plan = {name.removeprefix("plan."): t.numpy() for name, t in tensors.items() if name.startswith("plan.")}
-        record = cls(Plan.unpacked(plan, header["plan"]))
-        calls = [RecordedCalls({}) for _ in header["branches"]]
-        record.branches = {BranchKey(*key): one for key, one in zip(header["branches"], calls, strict=True)}
+        groups: dict[str, dict[str, Tensors]] = {}
         for path, tensor in tensors.items():
-            place, _, rest = path.partition(".")
-            step, _, name = rest.partition(".")
-            if place == "plan":
-                continue
-            held = tensor.pin_memory() if torch.cuda.is_available() else tensor
-            one = calls[int(place)]
-            (one.inputs if step == "inputs" else one.steps.setdefault(int(step), {}))[name] = held
+            place, group, name = path.split(".", 2)
+            held = tensor.pin_memory() if torch.cuda.is_available() and group.isdigit() else tensor
+            groups.setdefault(place, {}).setdefault(group, {})[name] = held
+        plan = {name: tensor.numpy() for name, tensor in groups.pop("plan")[""].items()}
+        record = cls(Plan.unpacked(plan, header["plan"]))
+        for number, key in enumerate(header["branches"]):
+            of_branch = groups[str(number)]
+            conditions = of_branch.get("conditions", {})
+            steps = {int(group): found for group, found in of_branch.items() if group.isdigit()}
+            record.branches[BranchKey(*key)] = RecordedCalls(
+                of_branch.get("inputs", {}), tuple(conditions[str(place)] for place in range(len(conditions))), steps
+            )
         return record
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..record.caches import Correction
 from .clock import Clock, Group, Reading
 
 Remembered = tuple[torch.Tensor, int]
@@ -56,6 +57,8 @@ class Branch:
         hosted: whether keys and values of its cache are in the host's memory.
         place: among the calls at one time, by which it was known first.
         agrees: whether the edit was seen to be one of the clip that is read from memory.
+        has_other_text: whether its conditions are not those of the recorded edit.
+        correction: of what is read from memory, for another text.
     """
 
     owner: Hashable | None = None
@@ -65,6 +68,8 @@ class Branch:
     hosted: bool = False
     place: int = 0
     agrees: bool = False
+    has_other_text: bool = False
+    correction: Correction | None = None
     _lent: set[Hashable] = field(default_factory=set)
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
@@ -100,7 +105,8 @@ class Branch:
     def forget(self) -> None:
         """The cache is valid no more, and nothing is known of its calls; its memory stays."""
         self.invalidate()
-        self.agrees = False
+        self.agrees = self.has_other_text = False
+        self.correction = None
         self.conditions = ()
         self._changed.clear()
         self._unsteady.clear()

@@ -36,7 +36,8 @@ from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
 from ..record.alike import check_alike, inputs_of
-from ..record.caches import recorded_of
+from ..record.caches import Correction, recorded_of
+from ..record.record import RecordedStep
 from ..record.signature import model_signature
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
@@ -215,27 +216,30 @@ class CompiledGraph:
             conditions=[inputs[number] for number in roles.conditions],
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
             signature=lambda: model_signature(
-                route.prepared.program.module.graph, [*route.prepared.program.state.values(), *route.weights.of(watched)]
+                route.prepared.program.module.graph,
+                [*route.prepared.program.state.values(), *route.weights.of(watched)],
             ),
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
         if turn.kind is StepKind.FULL and session.check_finite:
             check_finite(call.latents, turn.step, len(session.stats.kinds))
-        if turn.memory is not None:
-            self._recall(session, turn, route, form, inputs)
+        if turn.recorded is not None:
+            self._agree(session, turn.branch, turn.recorded, route, form, inputs)
         history = turn.branch.give_back() if turn.kind is StepKind.FULL else {}
         buffers = self._buffers(session, form, turn.branch, route)
         compile_seconds = time.perf_counter() - start
         if turn.kind is StepKind.FULL:
             session.begun_full(turn)
             if session.plan.context_extrapolation and not turn.fresh:
+                settle(turn.branch)
                 go_on_from(history, turn.branch.memory(route.key))
-        if turn.fresh and (turn.kind is StepKind.FULL or turn.memory is not None):
+        if turn.fresh and (turn.kind is StepKind.FULL or turn.recalls):
             for own in buffers:
                 forget(form, own)
-        if turn.memory is not None and turn.step is not None:
-            session.restorer.restore(form.reads, buffers[0], turn.memory.steps[turn.step])
+        if turn.recorded is not None and turn.recalls:
+            settle(turn.branch)
+            session.restorer.restore(form.reads, buffers[0], turn.recorded.tensors, turn.branch.correction)
         run = form.streamed if turn.branch.hosted and form.streamed else form.run
         watch = Stopwatch(route.device)
         results = []
@@ -246,31 +250,40 @@ class CompiledGraph:
             ]
             results.append(own_outputs(run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
+        if turn.recorded is not None and turn.corrects:
+            settle(turn.branch)
+            with normal_mode():
+                turn.branch.correction = Correction(form.reads, buffers[0], turn.recorded.tensors)
         if session.records(turn):
             self._keep(session, turn, call, route, form, inputs, buffers[0])
         return join(results, route.part.outputs)
 
-    def _recall(self, session: Session, turn: Turn, route: Route, form: CompiledForm, inputs: Sequence[Any]) -> None:
+    def _agree(
+        self,
+        session: Session,
+        branch: Branch,
+        recorded: RecordedStep,
+        route: Route,
+        form: CompiledForm,
+        inputs: Sequence[Any],
+    ) -> None:
         """See that the edit is one of the recorded clip, and let streamed steps read the record's own memory.
 
         Raises:
             RecordError: it is another one.
         """
         assert session.memory is not None
-        assert turn.memory is not None
-        assert turn.step is not None
-        branch, program = turn.branch, route.part.program
         if not branch.agrees:
             session.memory.check_entries(form.reads, session.plan)
+            inactive = session.restorer.inactive
             with normal_mode():
-                check_alike(program, route.analysis, inputs, turn.memory.inputs, session.restorer.inactive)
+                check_alike(route.part.program, route.analysis, inputs, recorded.calls.inputs, inactive)
             branch.agrees = True
-        if can_stream(route.device):
+        if can_stream(route.device) and not branch.has_other_text:
             branch.memory(route.key)
             branch.hosted = True
-            recorded = turn.memory.steps[turn.step]
             held, names = branch.num_bytes, [entry.input_name for entry in form.reads if is_hosted(entry)]
-            branch.lend({(0, name): recorded[name] for name in names})
+            branch.lend({(0, name): recorded.tensors[name] for name in names})
             session.allocated(branch.num_bytes - held)
 
     def _keep(
@@ -451,7 +464,7 @@ def buffers_for(
 
 def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: torch.device) -> bool:
     """Whether keys and values of a branch go into the host's memory: as the plan says, or where they do not fit."""
-    if session.record is not None or session.memory is not None:
+    if session.record is not None:
         return can_stream(device)  # the record is there
     where = session.plan.cache_device
     needed = sum(entry.num_bytes for entry in entries if is_hosted(entry))
@@ -475,10 +488,20 @@ def empty_buffer(entry: CacheEntry, device: torch.device, hosted: bool) -> torch
     return torch.empty(entry.shape, dtype=entry.dtype, device=device)
 
 
+def signature_at(route: Route, inputs: Sequence[Any]) -> str:
+    """What a record knows a model by, of a call's inputs."""
+    program = route.prepared.program
+    return model_signature(program.module.graph, [*program.state.values(), *route.weights.of(inputs)])
+
+
+def settle(branch: Branch) -> None:
+    """Wait for copies to and from the host, before the host itself reads or writes what is there."""
+    if branch.hosted and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def go_on_from(history: Mapping[Hashable, torch.Tensor], memory: Mapping[Hashable, torch.Tensor]) -> None:
     """Copy what a FULL step reads of the cache before it (see `passes.prediction.predict`) out of a record's memory."""
-    if history and torch.cuda.is_available():
-        torch.cuda.synchronize()  # it may be on its way to the host yet
     for name, tensor in history.items():
         memory[name].copy_(tensor)
 

@@ -21,7 +21,7 @@ from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..record.caches import Restorer
-from ..record.record import BranchKey, Record, RecordedCalls, check_recordable
+from ..record.record import BranchKey, Record, RecordedCalls, RecordedStep, check_recordable
 from .branches import Branch, Track
 from .clock import Clock, Reading, Timeline
 from .context import BRANCH, LOCK, OPEN, SESSION, observe_diffusers, own_session, reset
@@ -86,7 +86,7 @@ class Turn:
         branch: whose buffers it uses.
         fresh: whether the branch holds nothing that the call could go on from.
         weights: the number of the weights that it runs on.
-        memory: what was recorded of the branch, where this step reads the cache that was recorded of it.
+        recorded: the step as it was recorded; None if it was not, or in a session without memory.
         weighed_as: the kind of step whose weights its outputs have: one from memory stands for the planned one.
     """
 
@@ -95,12 +95,22 @@ class Turn:
     branch: Branch
     fresh: bool
     weights: int
-    memory: RecordedCalls | None
+    recorded: RecordedStep | None
     weighed_as: StepKind
     _reading: Reading
     _model: Model
     _track: Track
     _changed: set[int]
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it reads the cache that was recorded of this step."""
+        return self.recorded is not None and self.kind is StepKind.PARTIAL
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it shows how another text changes what was recorded."""
+        return self.recorded is not None and self.kind is StepKind.FULL
 
 
 class Model:
@@ -288,19 +298,27 @@ class Session:
         continues = branch.owner == call.owner and branch.weights == weights and not changed
         follows = continues and reading.fits and (branch.step is None or step is None or step - branch.step <= 1)
         kind = planned if follows else StepKind.FULL
-        memory = None
+        recorded = None
         if self.memory is not None and step is not None and reading.fits and kind is not StepKind.REUSE:
-            memory = self._recalled(self.memory, model.key(call, weights, track, branch), track, branch, step)
-        kind = kind if memory is None else StepKind.PARTIAL
-        weighed_as = kind if memory is None else planned
+            recorded = self._recalled(self.memory, model.key(call, weights, track, branch), track, branch, step)
+        weighed_as = kind
+        if recorded is not None:
+            if not branch.agrees:
+                branch.has_other_text = self.corrects and recorded.calls.has_other_conditions(call.conditions)
+            kind = StepKind.FULL if branch.has_other_text and branch.correction is None else StepKind.PARTIAL
+            weighed_as = planned
         self._free_idle_models(model, step)
         model.calls += 1
-        return Turn(kind, step, branch, not continues, weights, memory, weighed_as, reading, model, track, changed)
+        return Turn(kind, step, branch, not continues, weights, recorded, weighed_as, reading, model, track, changed)
 
-    def _recalled(
-        self, memory: Record, key: BranchKey, track: Track, branch: Branch, step: int
-    ) -> RecordedCalls | None:
-        """What was recorded of a branch, if this step was."""
+    @property
+    def corrects(self) -> bool:
+        """Whether what is read from memory can be corrected: centroids that each step draws anew cannot."""
+        options = self.plan.form_options
+        return not (options.merges and options.merging == "kmeans")
+
+    def _recalled(self, memory: Record, key: BranchKey, track: Track, branch: Branch, step: int) -> RecordedStep | None:
+        """The step as it was recorded of a branch, if it was."""
         calls = memory.calls_of(key)
         if key.name is None and not key.place and track.calls == 1 and len(track.last_branches) < memory.places(key):
             raise RecordError(
@@ -313,7 +331,7 @@ class Session:
             return None
         if not branch.agrees and step != calls.first:
             raise RecordError(f"the recorded calls begin at step {calls.first}, and those of this edit at step {step}")
-        return calls
+        return RecordedStep(calls, step)
 
     def records(self, turn: Turn) -> bool:
         """Whether the cache that a step left is recorded."""
@@ -329,7 +347,12 @@ class Session:
         if key not in self.record.branches:
             steps = self.plan.steps.count(StepKind.FULL)
             self.stats.record_bytes += steps * sum(tensor.nbytes for tensor in tensors.values())
-        self.record.add(key, turn.step, inputs, tensors)
+
+        def begin() -> RecordedCalls:
+            conditions = tuple(tensor.detach().to("cpu", copy=True) for tensor in call.conditions)
+            return RecordedCalls(inputs(), conditions)
+
+        self.record.add(key, turn.step, begin, tensors)
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step is about to overwrite the cache: an error must not leave half of one."""
@@ -338,7 +361,7 @@ class Session:
     def finish(self, turn: Turn, call: Call, watch: Stopwatch, compile_seconds: float) -> None:
         """The call was made."""
         branch, track = turn.branch, turn._track
-        if turn.kind is StepKind.FULL or turn.memory is not None:
+        if turn.kind is StepKind.FULL or turn.recalls:
             branch.owner, branch.weights = call.owner, turn.weights
         branch.step = turn._reading.last_step
         if track.name is None:
@@ -349,7 +372,7 @@ class Session:
         stats.kinds.append(turn.kind)
         stats.watches.append(watch)
         stats.compile_seconds += compile_seconds
-        stats.recalled += turn.memory is not None
+        stats.recalled += turn.recalls
         if not turn._reading.fits:
             stats.unplanned += 1
 
@@ -481,7 +504,8 @@ def session(
         record: keep the cache after each FULL step, on the host, for later edits of the same clip: `session.record`.
             `stats.record_bytes` says from the first step on how much memory that takes.
         memory_of: what an earlier edit of the clip left. Steps that were recorded read their own cache and compute the
-            active tokens only, so that no step is FULL (docs/second-edit.md).
+            active tokens only, so that no step is FULL, but for the first one of a branch that has another text
+            (docs/second-edit.md).
 
     Raises:
         RecordError: the plan cannot be followed from the record. What only the calls show, such as another clip, other
