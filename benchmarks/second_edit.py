@@ -1,21 +1,21 @@
 """The second edit of a clip: what it costs where it reads the record of the first, and how close it is.
 
     python benchmarks/second_edit.py                  # into results/second_edit.json
-    python benchmarks/second_edit.py --clips 3 --steps 8
+    python benchmarks/second_edit.py --clips 0 1 2 --steps 8
 
 The second edit has the same mask, text and noise; another text; other noise inside the mask; or a mask that is moved by
 1, 2 or 4 tokens, planned for both masks together. Each is compared, inside its mask, with its own uncached result. Two
 records are read: of an uncached first edit, after which every step is PARTIAL, and of one that followed a searched
 plan, whose steps the second edit follows too. Cost is counted in FLOPs: no times are taken.
 
-Clips are kept in out/second_edit as they are done, and a run that was cut short goes on there.
+Edits are kept in out/second_edit as they are done, and a run that was cut short goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -129,10 +129,12 @@ class Edits:
             row["uncached_to_truth_db"] = psnr(uncached, self.clip.truth, request.mask) or IDENTICAL_DB
         return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
-    def measured(self) -> dict[str, Any]:
-        """All edits of the clip."""
+    def measure(self, result: dict[str, Any], save: Callable[[], None]) -> None:
+        """Put the edits of the clip that a result lacks into it."""
+        missing = [second for second in self.seconds() if second.name not in result["second"]]
+        if not missing:
+            return
         records: dict[str, tuple[Plan, Record]] = {}
-        result: dict[str, Any] = {"first": {}, "second": {}}
         truth: Frames | None = None
         for name, schedule in (("uncached", "full"), (SCHEDULE, SCHEDULE)):
             plan = self.plan(self.first, schedule)
@@ -140,19 +142,17 @@ class Edits:
             frames, opened = self.run(self.first, plan, record=True)
             truth = frames if truth is None else truth
             records[name] = plan, opened.record
-            result["first"][name] = {
-                **self.row(plan, opened, frames, truth, self.first),
-                "record_bytes": opened.record.num_bytes,
-            }
-        for second in self.seconds():
+            row = self.row(plan, opened, frames, truth, self.first)
+            result["first"][name] = {**row, "record_bytes": opened.record.num_bytes}
+        for second in missing:
             uncached = truth if second.request is self.first else self.run(second.request, None)[0]
-            rows = result["second"][second.name] = {}
+            rows = {}
             for name, (own, record) in records.items():
                 plan = self.plan(second.planned, list(own.steps))
                 frames, opened = self.run(second.request, plan, memory_of=record)
                 rows[name] = self.row(plan, opened, frames, uncached, second.request)
-            print(self.clip.name, self.steps, second.name, rows, flush=True)
-        return result
+            result["second"][second.name] = rows
+            save()
 
 
 def ignore(*_: Any) -> None:
@@ -193,26 +193,31 @@ def points(result: dict[str, Any], steps: str) -> dict[str, dict[str, dict[str, 
     }
 
 
+def save_json(path: Path, value: dict[str, Any]) -> None:
+    atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=6, help="held-out clips")
+    parser.add_argument("--clips", type=int, nargs="+", default=range(6), help="held-out clips, by number")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 20], help="numbers of denoising steps")
     parser.add_argument("--cells", type=Path, default=Path("out/second_edit"), help="where clips are kept")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     pipe, calibration = reference.load(), Calibration.load(reference.CALIBRATION)
     found: dict[str, dict[str, Any]] = {str(steps): {} for steps in options.steps}
-    for clip in reference.held_out(options.clips):
+    for number in options.clips:
+        clip = reference.procedural_clip(number)
         for steps in options.steps:
             cell = options.cells / f"{steps}-{clip.name}.json"
-            if not cell.exists():
-                edits = Edits(pipe, clip, steps, calibration)
-                with compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}):
-                    measured = edits.measured()
-                atomically(cell, lambda temporary, cell=measured: Path(temporary).write_text(json.dumps(cell)))
-            found[str(steps)][clip.name] = json.loads(cell.read_text())
+            measured = json.loads(cell.read_text()) if cell.exists() else {"first": {}, "second": {}}
+            save = partial(save_json, cell, measured)
+            edits = Edits(pipe, clip, steps, calibration)
+            with compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}):
+                edits.measure(measured, save)
+            found[str(steps)][clip.name] = measured
     result = {**provenance("cpu"), "schedule": SCHEDULE, "clips": found}
-    atomically(options.out, lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n"))
+    save_json(options.out, result)
 
 
 if __name__ == "__main__":

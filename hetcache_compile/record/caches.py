@@ -133,7 +133,8 @@ class Correction:
         """Correct buffers that hold what was recorded of another step."""
         for stored, difference in zip(self.stored, self.differences, strict=True):
             value = _read(stored, by_name) + difference
-            for entry, corrected in zip(stored, encode(_call, value, stored), strict=True):
+            encoded: Any = encode(_call, value, stored)  # type: ignore[arg-type]
+            for entry, corrected in zip(stored, encoded, strict=True):
                 by_name[entry.input_name].copy_(corrected)
 
 
@@ -151,8 +152,9 @@ def _stored(entry: CacheEntry) -> tuple[CacheEntry, ...]:
 
 
 def _read(stored: Sequence[CacheEntry], values: Tensors) -> torch.Tensor:
-    found: torch.Tensor = decode(_call, tuple(values[entry.input_name] for entry in stored), torch.float32)
-    return found
+    given: Any = tuple(values[entry.input_name] for entry in stored)
+    found: Any = decode(_call, given, torch.float32)
+    return torch.as_tensor(found)
 
 
 def recorded_of(

@@ -206,7 +206,7 @@ class Record:
 
     def _tensors(self) -> Tensors:
         """Every recorded tensor, by its name in a file."""
-        found = {}
+        found: Tensors = {}
         for number, calls in enumerate(self.branches.values()):
             found |= {f"{number}.inputs.{name}": tensor for name, tensor in calls.inputs.items()}
             found |= {f"{number}.conditions.{place}": tensor for place, tensor in enumerate(calls.conditions)}

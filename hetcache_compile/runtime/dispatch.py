@@ -252,7 +252,7 @@ class CompiledGraph:
         session.finish(turn, call, watch.stop(), compile_seconds)
         if turn.recorded is not None and turn.corrects:
             settle(turn.branch)
-            with normal_mode():
+            with normal_mode(), told_of_memory("another text needs a second cache beside that of the branch"):
                 turn.branch.correction = Correction(form.reads, buffers[0], turn.recorded.tensors)
         if session.records(turn):
             self._keep(session, turn, call, route, form, inputs, buffers[0])
@@ -302,16 +302,9 @@ class CompiledGraph:
             NotEnoughMemoryError: the host has no room for it.
         """
         branch = turn.branch
-        try:
-            with normal_mode():
-                tensors = recorded_of(form.reads, buffers, lambda entry: branch.hosted and is_hosted(entry))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise NotEnoughMemoryError(
-                f"the host has no memory left for the {session.stats.record_bytes / 2**30:.2g} GiB of the record: make "
-                "the plan with cache_dtype='int8', fewer FULL steps, or without context_extrapolation"
-            ) from error
+        needed = f"the record takes {session.stats.record_bytes / 2**30:.2g} GiB of the host's memory"
+        with normal_mode(), told_of_memory(needed):
+            tensors = recorded_of(form.reads, buffers, lambda entry: branch.hosted and is_hosted(entry))
         held = branch.num_bytes
         branch.lend({(0, name): tensor for name, tensor in tensors.items() if any(tensor is own for own in buffers)})
         session.allocated(branch.num_bytes - held)
@@ -486,6 +479,20 @@ def empty_buffer(entry: CacheEntry, device: torch.device, hosted: bool) -> torch
     if hosted and is_hosted(entry):
         return host_buffer(entry)
     return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+
+
+@contextmanager
+def told_of_memory(needed: str) -> Iterator[None]:
+    """Where memory runs out, raise `NotEnoughMemoryError` that says for what."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"there is not enough memory: {needed}. Make the plan with cache_dtype='int8', with fewer FULL steps, or "
+            "without context_extrapolation"
+        ) from error
 
 
 def signature_at(route: Route, inputs: Sequence[Any]) -> str:
