@@ -378,6 +378,34 @@ def rounding_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def second_edit_table(result: dict) -> str:
+    """What a second edit costs and how close it is: medians over the clips of a mask size, by number of steps."""
+    from second_edit import points
+
+    schedule = result["schedule"]
+    rows = [
+        f"| steps, mask | edit | active | after an uncached first edit | after `{schedule}` |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for steps in result["clips"]:
+        for size, edits in sorted(points(result, steps).items(), key=lambda item: int(item[0])):
+            for edit in dict.fromkeys(name.split("|")[0] for name in edits):
+                cells = [edits[f"{edit}|{name}"] for name in ("uncached", schedule)]
+                shown = [f"{cell['flops']:.2f} of the FLOPs, {likeness_of(cell['to_uncached_db'])}" for cell in cells]
+                rows.append(f"| {steps}, {size} % | {edit} | {cells[0]['active']:.2f} | {' | '.join(shown)} |")
+    counts = ", ".join(f"{len(clips)} at {steps} steps" for steps, clips in result["clips"].items())
+    rows += [
+        "",
+        f"Reference model, held-out clips ({counts}), guidance in two calls, {result['processor']}, torch "
+        f'{result["versions"]["torch"]}: `{result["command"]}`. The row "first" is the first edit itself.',
+    ]
+    return "\n".join(rows)
+
+
+def likeness_of(decibels: float) -> str:
+    return "identical" if decibels >= 99 else f"{decibels:.1f} dB"
+
+
 def estimate_gpus_table(result: dict) -> str:
     """The rates, and where they are from."""
     rows = [
@@ -405,6 +433,7 @@ TABLES = (
     ("gpu_caches", "gpu_caches", gpu_caches_table, MEMORY),
     ("cache_bytes", "cache_bytes", cache_bytes_table, MEMORY),
     ("rounding", "cache_bytes", rounding_table, MEMORY),
+    ("second_edit", "second_edit", second_edit_table, "docs/second-edit.md"),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
     ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),

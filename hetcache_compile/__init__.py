@@ -23,6 +23,8 @@ from .errors import (
     OutputFileError,
     PlanError,
     PlanFileError,
+    RecordError,
+    RecordFileError,
     Refusal,
     SessionError,
     UnsupportedGraphError,
@@ -34,6 +36,7 @@ from .plan.partition import TokenKind
 from .plan.plan import Plan
 from .plan.schedule import PRESETS, StepKind
 from .provenance import __version__ as __version__
+from .record.record import Record
 from .runtime.backend import hetcache_backend
 from .runtime.session import Session, session
 
@@ -53,6 +56,9 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanFileError",
+    "Record",
+    "RecordError",
+    "RecordFileError",
     "Refusal",
     "Session",
     "SessionError",

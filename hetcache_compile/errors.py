@@ -21,6 +21,8 @@ __all__ = [
     "OutputFileError",
     "PlanError",
     "PlanFileError",
+    "RecordError",
+    "RecordFileError",
     "Refusal",
     "SessionError",
     "UnsupportedGraphError",
@@ -49,6 +51,14 @@ class CompiledError(HetCacheError, RuntimeError):
 
 class SessionError(HetCacheError, RuntimeError):
     """The calls inside a session do not fit its plan."""
+
+
+class RecordError(SessionError):
+    """What was recorded of one edit cannot be used for another one: something differs that would make it wrong."""
+
+
+class RecordFileError(HetCacheError, ValueError):
+    """The file is no record, is cut short, or was written by another version."""
 
 
 class NonFiniteError(HetCacheError, ArithmeticError):

@@ -88,11 +88,23 @@ class ArrayFile:
     def save(self, path: PathLike, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> None:
         """Write the file, atomically."""
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        self.save_tensors(path, tensors, header)
+
+    def save_tensors(self, path: PathLike, tensors: dict[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+        """Write a file of tensors, of types that numpy may not know."""
         metadata = {"format": self.format, "schema_version": str(self.version), self.noun: json.dumps(header)}
         atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def load(self, path: PathLike, decode: Callable[[dict[str, Any], Arrays], T]) -> T:
         """What `decode(header, arrays)` makes of the file. Whatever goes wrong is the format's error, with the path."""
+
+        def from_tensors(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> T:
+            return decode(header, {name: tensor.numpy() for name, tensor in tensors.items()})
+
+        return self.load_tensors(path, from_tensors)
+
+    def load_tensors(self, path: PathLike, decode: Callable[[dict[str, Any], dict[str, torch.Tensor]], T]) -> T:
+        """The same of a file whose types numpy may not know: `decode(header, tensors)`."""
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -103,8 +115,8 @@ class ArrayFile:
                         f"{path} has {self.noun} schema {metadata.get('schema_version')}, this version reads "
                         f"{self.version}: {self.remedy}"
                     )
-                arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-            return decode(json.loads(metadata[self.noun]), arrays)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return decode(json.loads(metadata[self.noun]), tensors)
         except FileNotFoundError as error:
             raise self.error(f"no {self.noun} at {path}") from error
         except self.error as error:

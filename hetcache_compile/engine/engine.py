@@ -144,6 +144,8 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         session.tried_calls += 1
         if len(session.plans) > 1:
             raise SessionError("an engine has one mask for all samples of a batch: open a session with one plan")
+        if session.record is not None or session.memory is not None:
+            raise SessionError("an engine keeps no record of an edit: use the model compiled with hetcache_backend")
         self.check_plan(session.plan)
         latents = [inputs[name] for name in self.manifest.latents if name in inputs]
         others = [value for name, value in inputs.items() if name not in (*self.manifest.latents, self._time_name)]

@@ -423,11 +423,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file with a JSON header, atomically."""
-        header: dict[str, Any] = {"grid": list(self.grid), **{name: getattr(self, name) for name in HEADER}}
-        if self.cache_size is not None:
-            header[COUNTED] = {name: getattr(self.cache_size, name) for name in SIZES}
-        steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
-        FILE.save(path, {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header)
+        FILE.save(path, *self.packed())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -437,14 +433,23 @@ class Plan:
             PlanFileError: the file is missing, cut short, no plan, or of another schema version.
         """
 
-        def decode(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Plan:
-            fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
-            fields |= {name: header[name] for name in HEADER if name in header}
-            fields["token_inputs"] = {name: tuple(where) for name, where in fields.get("token_inputs", {}).items()}
-            plan = cls(
-                grid=tuple(header["grid"]), steps=tuple(StepKind(int(step)) for step in arrays["steps"]), **fields
-            )
-            sizes = header.get(COUNTED)
-            return plan if sizes is None else replace(plan, counted=CacheSize(plan.form_options, **sizes))
+        return FILE.load(path, lambda header, arrays: cls.unpacked(arrays, header))
 
-        return FILE.load(path, decode)
+    def packed(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """The plan as arrays and a header, for a file."""
+        header: dict[str, Any] = {"grid": list(self.grid), **{name: getattr(self, name) for name in HEADER}}
+        if self.cache_size is not None:
+            header[COUNTED] = {name: getattr(self.cache_size, name) for name in SIZES}
+        steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
+        return {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header
+
+    @classmethod
+    def unpacked(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> Plan:
+        """The plan of what `packed` gave."""
+        fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
+        fields |= {name: header[name] for name in HEADER if name in header}
+        fields["token_inputs"] = {name: tuple(where) for name, where in fields.get("token_inputs", {}).items()}
+        steps = tuple(StepKind(int(step)) for step in arrays["steps"])
+        plan = cls(grid=tuple(header["grid"]), steps=steps, **fields)
+        sizes = header.get(COUNTED)
+        return plan if sizes is None else replace(plan, counted=CacheSize(plan.form_options, **sizes))

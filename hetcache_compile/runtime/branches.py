@@ -8,11 +8,12 @@ left comes first, but it is not the branch that came first.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from ..record.caches import Correction
 from .clock import Clock, Group, Reading
 
 Remembered = tuple[torch.Tensor, int]
@@ -54,6 +55,10 @@ class Branch:
         weights: what the model's weights were when the cache was filled.
         conditions: of the last call.
         hosted: whether keys and values of its cache are in the host's memory.
+        place: among the calls at one time, by which it was known first.
+        agrees: whether the edit was seen to be one of the clip that is read from memory.
+        has_other_text: whether its conditions are not those of the recorded edit.
+        correction: of what is read from memory, for another text.
     """
 
     owner: Hashable | None = None
@@ -61,6 +66,11 @@ class Branch:
     weights: int | None = None
     conditions: tuple[Remembered, ...] = ()
     hosted: bool = False
+    place: int = 0
+    agrees: bool = False
+    has_other_text: bool = False
+    correction: Correction | None = None
+    _lent: set[Hashable] = field(default_factory=set)
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)
@@ -74,7 +84,19 @@ class Branch:
         """The tensors of the cache by name, for one graph and shape: those of another one are given back."""
         if self._memory_of != owner:
             self._memory, self._memory_of, self.hosted = {}, owner, False
+            self._lent.clear()
         return self._memory
+
+    def lend(self, tensors: Mapping[Hashable, torch.Tensor]) -> None:
+        """Let tensors of a record be a part of its memory, by name: steps read them, and none may write them."""
+        self._memory |= tensors
+        self._lent |= tensors.keys()
+
+    def give_back(self) -> dict[Hashable, torch.Tensor]:
+        """Take what belongs to a record out of its memory, for a step that writes. Returns what it was."""
+        lent = {name: self._memory.pop(name) for name in self._lent if name in self._memory}
+        self._lent.clear()
+        return lent
 
     def invalidate(self) -> None:
         """The cache is valid no more. Its memory stays, and so does what tells its calls from others."""
@@ -83,6 +105,8 @@ class Branch:
     def forget(self) -> None:
         """The cache is valid no more, and nothing is known of its calls; its memory stays."""
         self.invalidate()
+        self.agrees = self.has_other_text = False
+        self.correction = None
         self.conditions = ()
         self._changed.clear()
         self._unsteady.clear()
@@ -91,6 +115,7 @@ class Branch:
         """The cache is valid no more, and its memory is given back."""
         self.forget()
         self._memory, self.hosted = {}, False
+        self._lent.clear()
 
     def knows(self, conditions: Sequence[torch.Tensor]) -> bool:
         """Whether these are the conditions of this branch's last call, and it holds a cache."""
@@ -114,8 +139,8 @@ class Branch:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the memory it holds."""
-        return sum(tensor.nbytes for tensor in self._memory.values())
+        """Bytes of the memory it holds, without what belongs to a record."""
+        return sum(tensor.nbytes for name, tensor in self._memory.items() if name not in self._lent)
 
 
 class Track:
@@ -182,7 +207,7 @@ class Track:
 
     def branch_of(self, reading: Reading, conditions: Sequence[torch.Tensor]) -> tuple[Branch, set[int]]:
         """The branch of a call, and which of its conditions are not those of that branch."""
-        branch = self.branches.setdefault(reading.place, Branch())
+        branch = self.branches.setdefault(reading.place, Branch(place=reading.place))
         if self.name is not None or branch.owner is None:
             return branch, set()
         changed = branch.changes(conditions)

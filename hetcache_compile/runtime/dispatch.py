@@ -10,7 +10,7 @@ import re
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,15 +21,27 @@ from torch.fx import GraphModule
 from ..capture.capture import first_line
 from ..capture.subclasses import Unwrapping
 from ..compilation.options import BackendOptions, Compiled
-from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
+from ..errors import (
+    GridMismatchError,
+    NonFiniteError,
+    NotEnoughMemoryError,
+    SessionError,
+    UnsupportedGraphError,
+    is_out_of_memory,
+)
+from ..passes.analysis.analyse import Analysis
 from ..passes.ir.axis import AxisState
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
+from ..record.alike import check_alike, inputs_of
+from ..record.caches import Correction, recorded_of
+from ..record.record import RecordedStep
+from ..record.signature import model_signature
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
-from .session import Call, Session, current_session
+from .session import Call, Session, Turn, current_session
 from .streaming import can_stream, free_bytes, host_buffers
 from .timing import Stopwatch
 from .weights import Weights
@@ -74,6 +86,7 @@ class Route:
         key: tells caches of this graph and these shapes from others.
         weights: among the inputs.
         device: where the graph runs.
+        analysis: of the part.
         forms: compiled ones, by kind.
     """
 
@@ -83,6 +96,7 @@ class Route:
     key: Hashable
     weights: Weights
     device: torch.device
+    analysis: Analysis
     forms: dict[StepKind, CompiledForm] = field(default_factory=dict)
 
 
@@ -163,7 +177,7 @@ class CompiledGraph:
                 names = prepared.program.inputs
                 latents = {names[number]: inputs[number] for number in roles.latents}
                 part = self.preparer.part(prepared, latents, len(session.plans))
-                self.preparer.analyse(part, plan)
+                analysis = self.preparer.analyse(part, plan)
             except GridMismatchError as error:
                 if self._is_whole(shapes) and session.stats.kinds:
                     return refused_by(error)  # some pipelines go on with fewer frames
@@ -176,7 +190,7 @@ class CompiledGraph:
                 if self._is_whole(shapes):
                     return refused_by(error)
                 return Refused(part_of_a_model(reason_of(error)), PART, error)
-        return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs))
+        return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs), analysis)
 
     def _is_whole(self, shapes: Hashable) -> bool:
         """Whether the graph is known to be given a time and to attend: a part of a model does not, nor an encoder."""
@@ -201,27 +215,101 @@ class CompiledGraph:
             latents=[inputs[number] for number in roles.latents],
             conditions=[inputs[number] for number in roles.conditions],
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
+            signature=lambda: model_signature(
+                route.prepared.program.module.graph,
+                [*route.prepared.program.state.values(), *route.weights.of(watched)],
+            ),
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
         if turn.kind is StepKind.FULL and session.check_finite:
             check_finite(call.latents, turn.step, len(session.stats.kinds))
+        if turn.recorded is not None:
+            self._agree(session, turn.branch, turn.recorded, route, form, inputs)
+        history = turn.branch.give_back() if turn.kind is StepKind.FULL else {}
         buffers = self._buffers(session, form, turn.branch, route)
         compile_seconds = time.perf_counter() - start
         if turn.kind is StepKind.FULL:
             session.begun_full(turn)
-            if turn.fresh:
-                for own in buffers:
-                    forget(form, own)
+            if session.plan.context_extrapolation and not turn.fresh:
+                settle(turn.branch)
+                go_on_from(history, turn.branch.memory(route.key))
+        if turn.fresh and (turn.kind is StepKind.FULL or turn.recalls):
+            for own in buffers:
+                forget(form, own)
+        if turn.recorded is not None and turn.recalls:
+            settle(turn.branch)
+            session.restorer.restore(form.reads, buffers[0], turn.recorded.tensors, turn.branch.correction)
         run = form.streamed if turn.branch.hosted and form.streamed else form.run
         watch = Stopwatch(route.device)
         results = []
         for p, own in enumerate(buffers):
             picked = form.pick((*inputs, *route.part.samples[p]) if route.part.samples[p] else inputs)
-            indices = [session.index(name, route.device, p, kind=turn.kind, step=turn.step) for name in form.indices]
+            indices = [
+                session.index(name, route.device, p, kind=turn.weighed_as, step=turn.step) for name in form.indices
+            ]
             results.append(own_outputs(run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
+        if turn.recorded is not None and turn.corrects:
+            settle(turn.branch)
+            with normal_mode(), told_of_memory("another text needs a second cache beside that of the branch"):
+                turn.branch.correction = Correction(form.reads, buffers[0], turn.recorded.tensors)
+        if session.records(turn):
+            self._keep(session, turn, call, route, form, inputs, buffers[0])
         return join(results, route.part.outputs)
+
+    def _agree(
+        self,
+        session: Session,
+        branch: Branch,
+        recorded: RecordedStep,
+        route: Route,
+        form: CompiledForm,
+        inputs: Sequence[Any],
+    ) -> None:
+        """See that the edit is one of the recorded clip, and let streamed steps read the record's own memory.
+
+        Raises:
+            RecordError: it is another one.
+        """
+        assert session.memory is not None
+        if not branch.agrees:
+            session.memory.check_entries(form.reads, session.plan)
+            inactive = session.restorer.inactive
+            with normal_mode():
+                check_alike(route.part.program, route.analysis, inputs, recorded.calls.inputs, inactive)
+            branch.agrees = True
+        if can_stream(route.device) and not branch.has_other_text:
+            branch.memory(route.key)
+            branch.hosted = True
+            held, names = branch.num_bytes, [entry.input_name for entry in form.reads if entry.is_context]
+            branch.lend({(0, name): recorded.tensors[name] for name in names})
+            session.allocated(branch.num_bytes - held)
+
+    def _keep(
+        self,
+        session: Session,
+        turn: Turn,
+        call: Call,
+        route: Route,
+        form: CompiledForm,
+        inputs: Sequence[Any],
+        buffers: Sequence[torch.Tensor],
+    ) -> None:
+        """Record what a FULL step left. Keys and values that are on the host change hands: later steps read them there.
+
+        Raises:
+            NotEnoughMemoryError: the host has no room for it.
+        """
+        branch = turn.branch
+        needed = f"the record takes {session.stats.record_bytes / 2**30:.2g} GiB of the host's memory"
+        with normal_mode(), told_of_memory(needed):
+            tensors = recorded_of(form.reads, buffers, lambda entry: branch.hosted and entry.is_context)
+        held = branch.num_bytes
+        branch.lend({(0, name): tensor for name, tensor in tensors.items() if any(tensor is own for own in buffers)})
+        session.allocated(branch.num_bytes - held)
+        program, time = route.part.program, route.roles.time
+        session.recorded(turn, call, lambda: inputs_of(program, route.analysis, inputs, time), tensors)
 
     def _buffers(self, session: Session, form: CompiledForm, branch: Branch, route: Route) -> list[list[torch.Tensor]]:
         """The buffers of each plan's samples.
@@ -365,6 +453,8 @@ def buffers_for(
 
 def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: torch.device) -> bool:
     """Whether keys and values of a branch go into the host's memory: as the plan says, or where they do not fit."""
+    if session.record is not None:
+        return can_stream(device)  # the record is there
     where = session.plan.cache_device
     needed = sum(entry.num_bytes for entry in entries if entry.is_context)
     if where != "auto" or not needed or not can_stream(device):
@@ -387,6 +477,38 @@ def empty_buffers(entries: Sequence[CacheEntry], device: torch.device, hosted: b
         next(there) if hosted and entry.is_context else torch.empty(entry.shape, dtype=entry.dtype, device=device)
         for entry in entries
     ]
+
+
+@contextmanager
+def told_of_memory(needed: str) -> Iterator[None]:
+    """Where memory runs out, raise `NotEnoughMemoryError` that says for what."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"there is not enough memory: {needed}. Make the plan with cache_dtype='int8', with fewer FULL steps, or "
+            "without context_extrapolation"
+        ) from error
+
+
+def signature_at(route: Route, inputs: Sequence[Any]) -> str:
+    """What a record knows a model by, of a call's inputs."""
+    program = route.prepared.program
+    return model_signature(program.module.graph, [*program.state.values(), *route.weights.of(inputs)])
+
+
+def settle(branch: Branch) -> None:
+    """Wait for copies to and from the host, before the host itself reads or writes what is there."""
+    if branch.hosted and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def go_on_from(history: Mapping[Hashable, torch.Tensor], memory: Mapping[Hashable, torch.Tensor]) -> None:
+    """Copy what a FULL step reads of the cache before it (see `passes.prediction.predict`) out of a record's memory."""
+    for name, tensor in history.items():
+        memory[name].copy_(tensor)
 
 
 def forget(form: CompiledForm, buffers: Sequence[torch.Tensor]) -> None:

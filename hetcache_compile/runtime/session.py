@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import SessionError
+from ..errors import RecordError, SessionError
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
+from ..record.caches import Restorer
+from ..record.record import BranchKey, Record, RecordedCalls, RecordedStep, check_recordable
 from .branches import Branch, Track
 from .clock import Clock, Reading, Timeline
 from .context import BRANCH, LOCK, OPEN, SESSION, observe_diffusers, own_session, reset
@@ -62,6 +64,7 @@ class Call:
         latents: the tensors that hold tokens.
         conditions: other tensors that tell branches of guidance apart.
         weights: a number that changes with the weights; given True, every weight is looked at.
+        signature: tells the graph and its weights from others, in any process.
     """
 
     model: Any
@@ -70,6 +73,7 @@ class Call:
     latents: Sequence[torch.Tensor]
     conditions: Sequence[torch.Tensor]
     weights: Callable[[bool], int] = lambda thorough: 0
+    signature: Callable[[], str] = lambda: ""
 
 
 @dataclass(slots=True)
@@ -82,6 +86,8 @@ class Turn:
         branch: whose buffers it uses.
         fresh: whether the branch holds nothing that the call could go on from.
         weights: the number of the weights that it runs on.
+        recorded: the step as it was recorded; None if it was not, or in a session without memory.
+        weighed_as: the kind of step whose weights its outputs have: one from memory stands for the planned one.
     """
 
     kind: StepKind
@@ -89,10 +95,22 @@ class Turn:
     branch: Branch
     fresh: bool
     weights: int
+    recorded: RecordedStep | None
+    weighed_as: StepKind
     _reading: Reading
     _model: Model
     _track: Track
     _changed: set[int]
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it reads the cache that was recorded of this step."""
+        return self.recorded is not None and self.kind is StepKind.PARTIAL
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it shows how another text changes what was recorded."""
+        return self.recorded is not None and self.kind is StepKind.FULL
 
 
 class Model:
@@ -103,11 +121,18 @@ class Model:
         self.calls = 0
         self.step: int | None = None
         self.calls_of_others: dict[Model, int] = {}
+        self._signed: tuple[Hashable, int, str] | None = None
 
     def branches(self) -> Iterator[Branch]:
         """Every branch."""
         for track in self.tracks.values():
             yield from track.branches.values()
+
+    def key(self, call: Call, weights: int, track: Track, branch: Branch) -> BranchKey:
+        """What a branch is known by in a record."""
+        if self._signed is None or self._signed[:2] != (call.owner, weights):
+            self._signed = call.owner, weights, call.signature()
+        return BranchKey(self._signed[2], track.name, branch.place)
 
     def restart(self) -> None:
         """Its next call begins an edit."""
@@ -127,8 +152,21 @@ class Model:
 class Session:
     """Use it as a context manager; see `session`."""
 
-    def __init__(self, plans: Plan | Sequence[Plan], *, strict: bool = False, check_finite: bool = True) -> None:
+    def __init__(
+        self,
+        plans: Plan | Sequence[Plan],
+        *,
+        strict: bool = False,
+        check_finite: bool = True,
+        record: bool = False,
+        memory_of: Record | None = None,
+    ) -> None:
         self.plans = checked_plans(plans)
+        self.memory = memory_of
+        self.record = self._new_record() if record else None
+        self.restorer = Restorer(~self.plan.active_mask)
+        if memory_of is not None:
+            self._check_memory(memory_of)
         self.strict, self.check_finite = strict, check_finite
         self.stats = Stats()
         self.is_open = False
@@ -143,6 +181,19 @@ class Session:
         )  # fmt: skip
         times = self.plan.timesteps
         self._timeline = Timeline(times, self.plan.sigmas) if times.size else None
+
+    def _new_record(self) -> Record:
+        if len(self.plans) > 1:
+            raise SessionError("a record is of one mask: open a session with one plan")
+        check_recordable(self.plan)
+        return Record(self.plan)
+
+    def _check_memory(self, memory: Record) -> None:
+        if self.record is not None:
+            raise SessionError("an edit from memory has no FULL steps to record: give record or memory_of")
+        if len(self.plans) > 1:
+            raise SessionError("a record is of one mask: open a session with one plan")
+        memory.check_plan(self.plan)
 
     @property
     def plan(self) -> Plan:
@@ -221,6 +272,7 @@ class Session:
 
         Raises:
             SessionError: the call fits nothing in the plan, and the session is strict.
+            RecordError: the call needs what was not recorded.
         """
         model = self._models.get(call.model)
         if model is None:
@@ -246,9 +298,61 @@ class Session:
         continues = branch.owner == call.owner and branch.weights == weights and not changed
         follows = continues and reading.fits and (branch.step is None or step is None or step - branch.step <= 1)
         kind = planned if follows else StepKind.FULL
+        recorded = None
+        if self.memory is not None and step is not None and reading.fits and kind is not StepKind.REUSE:
+            recorded = self._recalled(self.memory, model.key(call, weights, track, branch), track, branch, step)
+        weighed_as = kind
+        if recorded is not None:
+            if not branch.agrees:
+                branch.has_other_text = self.corrects and recorded.calls.has_other_conditions(call.conditions)
+            kind = StepKind.FULL if branch.has_other_text and branch.correction is None else StepKind.PARTIAL
+            weighed_as = planned
         self._free_idle_models(model, step)
         model.calls += 1
-        return Turn(kind, step, branch, not continues, weights, reading, model, track, changed)
+        return Turn(kind, step, branch, not continues, weights, recorded, weighed_as, reading, model, track, changed)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what is read from memory can be corrected: centroids that each step draws anew cannot."""
+        options = self.plan.form_options
+        return not (options.merges and options.merging == "kmeans")
+
+    def _recalled(self, memory: Record, key: BranchKey, track: Track, branch: Branch, step: int) -> RecordedStep | None:
+        """The step as it was recorded of a branch, if it was."""
+        calls = memory.calls_of(key)
+        if key.name is None and not key.place and track.calls == 1 and len(track.last_branches) < memory.places(key):
+            raise RecordError(
+                f"{memory.places(key)} calls at each time were recorded, and this edit makes "
+                f"{len(track.last_branches)}: edit with the guidance of the recorded edit"
+            )
+        if step not in calls.steps:
+            if self.plan.steps[step] is StepKind.FULL:
+                raise RecordError(f"step {step} is FULL in the plan, and was not recorded of all calls: record it anew")
+            return None
+        if not branch.agrees and step != calls.first:
+            raise RecordError(f"the recorded calls begin at step {calls.first}, and those of this edit at step {step}")
+        return RecordedStep(calls, step)
+
+    def records(self, turn: Turn) -> bool:
+        """Whether the cache that a step left is recorded."""
+        return self.record is not None and turn.kind is StepKind.FULL and turn._reading.fits and turn.step is not None
+
+    def recorded(
+        self, turn: Turn, call: Call, inputs: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """A FULL step left its cache for the record."""
+        assert self.record is not None
+        assert turn.step is not None
+        key = turn._model.key(call, turn.weights, turn._track, turn.branch)
+        if key not in self.record.branches:
+            steps = self.plan.steps.count(StepKind.FULL)
+            self.stats.record_bytes += steps * sum(tensor.nbytes for tensor in tensors.values())
+
+        def begin() -> RecordedCalls:
+            conditions = tuple(tensor.detach().to("cpu", copy=True) for tensor in call.conditions)
+            return RecordedCalls(inputs(), conditions)
+
+        self.record.add(key, turn.step, begin, tensors)
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step is about to overwrite the cache: an error must not leave half of one."""
@@ -257,7 +361,7 @@ class Session:
     def finish(self, turn: Turn, call: Call, watch: Stopwatch, compile_seconds: float) -> None:
         """The call was made."""
         branch, track = turn.branch, turn._track
-        if turn.kind is StepKind.FULL:
+        if turn.kind is StepKind.FULL or turn.recalls:
             branch.owner, branch.weights = call.owner, turn.weights
         branch.step = turn._reading.last_step
         if track.name is None:
@@ -268,6 +372,7 @@ class Session:
         stats.kinds.append(turn.kind)
         stats.watches.append(watch)
         stats.compile_seconds += compile_seconds
+        stats.recalled += turn.recalls
         if not turn._reading.fits:
             stats.unplanned += 1
 
@@ -374,7 +479,14 @@ def _range(times: Any) -> str:
     return f"{len(times)} from {times.max():g} to {times.min():g}"
 
 
-def session(plan: Plan | Sequence[Plan], *, strict: bool = False, check_finite: bool = True) -> Session:
+def session(
+    plan: Plan | Sequence[Plan],
+    *,
+    strict: bool = False,
+    check_finite: bool = True,
+    record: bool = False,
+    memory_of: Record | None = None,
+) -> Session:
     """Open a session: inside it, models compiled with `hetcache_backend` follow the plan.
 
     A call's step is the one that has its time. A call at a time that the plan does not know, or out of order, is FULL,
@@ -389,6 +501,15 @@ def session(plan: Plan | Sequence[Plan], *, strict: bool = False, check_finite: 
             cannot be cached, and where no model followed the plan at all.
         check_finite: raise `NonFiniteError` when a FULL step gets latents with NaN or infinity (one small
             reduction and one wait for the device in each FULL step).
+        record: keep the cache after each FULL step, on the host, for later edits of the same clip: `session.record`.
+            `stats.record_bytes` says from the first step on how much memory that takes.
+        memory_of: what an earlier edit of the clip left. Steps that were recorded read their own cache and compute the
+            active tokens only, so that no step is FULL, but for the first one of a branch that has another text
+            (docs/second-edit.md).
+
+    Raises:
+        RecordError: the plan cannot be followed from the record. What only the calls show, such as another clip, other
+            weights or other noise outside the mask, raises it there.
 
     Example:
         >>> with hetcache.session(plan) as session:  # doctest: +SKIP
@@ -396,7 +517,7 @@ def session(plan: Plan | Sequence[Plan], *, strict: bool = False, check_finite: 
         >>> session.stats.steps  # doctest: +SKIP
         {'FULL': 6, 'PARTIAL': 4, 'REUSE': 10}
     """
-    return Session(plan, strict=strict, check_finite=check_finite)
+    return Session(plan, strict=strict, check_finite=check_finite, record=record, memory_of=memory_of)
 
 
 ALIKE = ("steps", "token_inputs", "cache_device")

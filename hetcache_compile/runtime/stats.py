@@ -21,6 +21,11 @@ class Stats:
     """Seconds spent capturing, rewriting and compiling."""
     cache_bytes: int = 0
     """Bytes of all caches that the session holds."""
+    record_bytes: int = 0
+    """Bytes on the host that the record takes when every FULL step of the plan is done; known from the first on. Where
+    experts share the steps it takes less."""
+    recalled: int = 0
+    """Calls that read the cache of their step from memory (`memory_of=`). They are PARTIAL."""
     unplanned: int = 0
     """Calls that fit nothing in the plan: at a time that it does not know, or out of order. They are FULL."""
 

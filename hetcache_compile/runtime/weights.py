@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 FEW = 256
@@ -45,6 +46,7 @@ class Weights:
 
     def __init__(self, inputs: Sequence[Any], parts: Collection[int] = ()) -> None:
         numbers = [n for n, value in enumerate(inputs) if n in parts or isinstance(value, torch.nn.Parameter)]
+        self._numbers = numbers
         self._first = numbers[0] if numbers else None
         self._counted = not any(inputs[number].is_inference() for number in numbers)
         count = 1 if 0 < len(numbers) <= FEW else -(-len(numbers) // WINDOW)
@@ -77,6 +79,10 @@ class Weights:
                 seen.states, seen.generation = states, seen.generation + 1
         seen.next = (seen.next + 1) % len(self._windows)
         return int(seen.generation)
+
+    def of(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        """The weights, those that are made of plain tensors by these."""
+        return [inputs[number] for number in self._numbers if not is_traceable_wrapper_subclass(inputs[number])]
 
     def _all(self, inputs: Sequence[Any]) -> list[State]:
         return [self._state(window, inputs) for window in range(len(self._windows))]
