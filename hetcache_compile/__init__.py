@@ -21,6 +21,7 @@ from .errors import (
     MissingExtraError,
     NonFiniteError,
     OutputFileError,
+    ParallelError,
     PlanError,
     PlanFileError,
     Refusal,
@@ -34,6 +35,7 @@ from .plan.partition import TokenKind
 from .plan.plan import Plan
 from .plan.schedule import PRESETS, StepKind
 from .provenance import __version__ as __version__
+from .ranks.parallel import parallel
 from .runtime.backend import hetcache_backend
 from .runtime.session import Session, session
 
@@ -50,6 +52,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputFileError",
+    "ParallelError",
     "Plan",
     "PlanError",
     "PlanFileError",
@@ -61,6 +64,7 @@ __all__ = [
     "UnsupportedGraphError",
     "hetcache_backend",
     "load_compiled",
+    "parallel",
     "plan_for",
     "register_attention",
     "rewrite",

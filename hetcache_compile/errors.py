@@ -19,6 +19,7 @@ __all__ = [
     "NonFiniteError",
     "NotEnoughMemoryError",
     "OutputFileError",
+    "ParallelError",
     "PlanError",
     "PlanFileError",
     "Refusal",
@@ -49,6 +50,10 @@ class CompiledError(HetCacheError, RuntimeError):
 
 class SessionError(HetCacheError, RuntimeError):
     """The calls inside a session do not fit its plan."""
+
+
+class ParallelError(HetCacheError, RuntimeError):
+    """The processes of one edit differ in what they were given, or one of them is gone."""
 
 
 class NonFiniteError(HetCacheError, ArithmeticError):

@@ -16,7 +16,7 @@ FOLDERS = {"passes": ROOT / "passes", "export": ROOT / "export"}
 ORDER = {
     "": (
         "passes", "errors", "files", "provenance", "console", "plan", "calibration", "pipelines", "capture",
-        "compilation", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export", "estimate", "cli",
+        "compilation", "ranks", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export", "estimate", "cli",
         "__init__",
     ),
     "passes": ("ir", "rules", "analysis", "kernels", "writing", "prediction", "forms", "testing", "__init__"),

@@ -54,6 +54,7 @@ class Branch:
         weights: what the model's weights were when the cache was filled.
         conditions: of the last call.
         hosted: whether keys and values of its cache are in the host's memory.
+        number: among the branches of its model, in the order of their first calls.
     """
 
     owner: Hashable | None = None
@@ -61,6 +62,7 @@ class Branch:
     weights: int | None = None
     conditions: tuple[Remembered, ...] = ()
     hosted: bool = False
+    number: int | None = None
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)

@@ -11,22 +11,23 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..capture.capture import first_line
 from ..capture.subclasses import Unwrapping
 from ..compilation.options import BackendOptions, Compiled
-from ..errors import GridMismatchError, NonFiniteError, SessionError, UnsupportedGraphError, is_out_of_memory
+from ..errors import GridMismatchError, NonFiniteError, ParallelError, SessionError, UnsupportedGraphError, is_out_of_memory
 from ..passes.ir.axis import AxisState
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
+from ..ranks.parallel import guarded
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
 from .session import Call, Session, current_session
@@ -119,7 +120,7 @@ class CompiledGraph:
                 self._routes.popitem(last=False)
         if isinstance(route, Route):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), guarded() if session.parallel else nullcontext():
                     return self.run_step(session, route, given, inputs)
             except NotCachedError as error:
                 route = error.refused
@@ -203,9 +204,14 @@ class CompiledGraph:
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
         )
         turn = session.begin(call)
+        session.agree(turn, call, lambda: route.weights.tensors(watched))
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
         if turn.kind is StepKind.FULL and session.check_finite:
             check_finite(call.latents, turn.step, len(session.stats.kinds))
+        number = turn.branch.number or 0
+        if session.parallel is not None and not session.parallel.computes(number):
+            session.finish(turn, call, Stopwatch(route.device).stop(), time.perf_counter() - start)
+            return session.parallel.receive(number, output_values(route.prepared.program.module), route.device)
         buffers = self._buffers(session, form, turn.branch, route)
         compile_seconds = time.perf_counter() - start
         if turn.kind is StepKind.FULL:
@@ -221,7 +227,8 @@ class CompiledGraph:
             indices = [session.index(name, route.device, p, kind=turn.kind, step=turn.step) for name in form.indices]
             results.append(own_outputs(run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
-        return join(results, route.part.outputs)
+        outputs = join(results, route.part.outputs)
+        return outputs if session.parallel is None else session.parallel.send(number, outputs)
 
     def _buffers(self, session: Session, form: CompiledForm, branch: Branch, route: Route) -> list[list[torch.Tensor]]:
         """The buffers of each plan's samples.
@@ -242,13 +249,15 @@ class CompiledGraph:
                 "cache_dtype='int8', cache_device='cpu', a smaller cached_ratio or merged_ratio, or without "
                 "context_extrapolation"
             )
+            if session.parallel is not None:
+                raise ParallelError(reason) from error  # the others go on: a plain call would leave them waiting
             raise NotCachedError(Refused(reason, cause=error)) from error
 
     def _make_form(self, session: Session, route: Route, kind: StepKind, inputs: Sequence[Any]) -> CompiledForm:
         with LOCK, normal_mode():
             try:
                 given = (*inputs, *route.part.samples[0])
-                form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given)
+                form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given, session.ranks)
             except Exception as error:
                 raise NotCachedError(refused_by(error)) from error
         return form
@@ -408,6 +417,12 @@ def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tupl
         value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in cached else value
         for value in outputs
     )
+
+
+def output_values(module: GraphModule) -> list[Any]:
+    """What a captured graph returns: fake tensors, and anything else as it is."""
+    results: Any = module.graph.output_node().args[0]
+    return [result.meta["val"] if isinstance(result, Node) else result for result in results]
 
 
 def join(results: Sequence[tuple[Any, ...]], states: Sequence[AxisState]) -> tuple[Any, ...]:

@@ -78,6 +78,11 @@ class Weights:
         seen.next = (seen.next + 1) % len(self._windows)
         return int(seen.generation)
 
+    def tensors(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        """Every weight among the inputs."""
+        found = {id(weight): weight for window in self._windows for weight in window(inputs)}
+        return list(found.values())
+
     def _all(self, inputs: Sequence[Any]) -> list[State]:
         return [self._state(window, inputs) for window in range(len(self._windows))]
 

@@ -19,8 +19,10 @@ from ..prediction.predict import PredictContext
 from ..writing.write import WRITERS
 from .all_rows import KeepAllRows
 from .buffers import WriteInPlace
+from .collectives import Ranks
 from .merge import MergeContext
 from .select import SelectActive
+from .shard import write_share
 from .store import StoreCache
 
 KINDS = tuple(WRITERS)
@@ -62,7 +64,9 @@ def in_process_passes(options: FormOptions) -> list[FormPass]:
     return [*([KeepAllRows(options.num_tokens)] if options.caches_all and not has_all_rows else []), WriteInPlace()]
 
 
-def write_form(kind: str, source: GraphModule, analysis: Analysis, options: FormOptions) -> Form:
+def write_form(
+    kind: str, source: GraphModule, analysis: Analysis, options: FormOptions, ranks: Ranks | None = None
+) -> Form:
     """One functional form of a graph.
 
     Args:
@@ -70,11 +74,15 @@ def write_form(kind: str, source: GraphModule, analysis: Analysis, options: Form
         source: normalised graph.
         analysis: of it.
         options: what the form knows of a plan.
+        ranks: the processes that share its rows, if there are several.
 
     Raises:
         UnsupportedGraphError: the graph has not what a pass needs.
     """
-    form = WRITERS[kind](source, analysis, options.budgets)
+    if ranks is None or ranks.size == 1:
+        form = WRITERS[kind](source, analysis, options.budgets)
+    else:
+        form = write_share(kind, source, analysis, options, ranks)
     # A reuse form may not embed the time any more, by which it is found where its name says nothing.
     time = time_input(list(source.graph.find_nodes(op="placeholder")))
     passes = functional_passes(options, None if time is None else time.name)
