@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from backend_checks import compiled, run, tiny_calls
+from backend_checks import compiled, expected, plan_of, run, tiny_calls
 from models import TinyDiT
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -30,3 +32,118 @@ def edit(
         with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
             outputs = run(model, tiny_calls(steps))
     return outputs, session.stats.steps, session.stats.cache_bytes
+
+
+class Counts:
+    """An inner compiler that runs graphs as they are and counts the runs."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return graph(*args)
+
+        return run
+
+
+def guided_calls(steps: str) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """For each step the call with the prompt and that without one."""
+    pairs = zip(tiny_calls(steps), tiny_calls(steps, first=100), strict=True)
+    return [(call, {**call, "text": other["text"]}) for call, other in pairs]
+
+
+def guided_edit(
+    rank: int, plan: Any, steps: str, shape: tuple[int, ...], names: tuple[str, ...], named: bool
+) -> tuple[list[torch.Tensor], int, int]:
+    """An edit with guidance: its outputs, how many calls this rank computed, and the bytes of its cache."""
+    counts = Counts()
+    model, outputs = compiled(TinyDiT(), counts), []
+    with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
+        for call, other in guided_calls(steps):
+            if named:
+                with session.branch("cond"):
+                    cond = model(**call)
+                with session.branch("uncond"):
+                    uncond = model(**other)
+            else:
+                cond, uncond = model(**call), model(**other)
+            outputs.append(uncond + 3 * (cond - uncond))
+    return outputs, counts.runs, session.stats.cache_bytes
+
+
+def differ(rank: int, what: str, plans: list[Any], names: tuple[str, ...] = ("rows",)) -> str:
+    """An edit in which the last rank has something otherwise: the error."""
+    odd = rank == dist.get_world_size() - 1
+    model = compiled(TinyDiT(seed=int(odd and what == "weights")))
+    calls = tiny_calls("FP", first=50 * (odd and what == "latents"))
+    shape = (dist.get_world_size(),)
+    try:
+        with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plans[odd and what == "plan"]):
+            run(model, calls)
+    except hetcache.ParallelError as error:
+        return str(error)
+    return "no error"
+
+
+def lose(rank: int, plan: Any, how: str, names: tuple[str, ...]) -> tuple[str, float]:
+    """An edit during which the last rank is gone, or does not answer: the error of the others, and after how long."""
+    model = compiled(TinyDiT())
+    calls = tiny_calls("FPPP")
+    shape = (dist.get_world_size(),)
+    start = time.perf_counter()
+    try:
+        with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
+            for number, call in enumerate(calls):
+                start = time.perf_counter()
+                if number == 2 and rank == dist.get_world_size() - 1:
+                    if how == "dies":
+                        os._exit(1)
+                    time.sleep(30)
+                outputs = []
+                for name in ("cond", "uncond"):
+                    with session.branch(name):
+                        outputs.append(model(**call))
+                sum(outputs).sum().item()
+    except hetcache.ParallelError as error:
+        return str(error), time.perf_counter() - start
+    return "no error", time.perf_counter() - start
+
+
+def guided_truth(plan: Any, steps: str) -> tuple[list[torch.Tensor], int]:
+    """What one process gives for `guided_edit`, and the bytes of one branch's cache."""
+    calls = guided_calls(steps)
+    forms = hetcache.rewrite(TinyDiT().eval(), plan, (), calls[0][0])
+    cond, uncond = (expected(forms, steps, [pair[n] for pair in calls]) for n in range(2))
+    return [b + 3 * (a - b) for a, b in zip(cond, uncond, strict=True)], forms.buffer_bytes
+
+
+def plan_with(
+    steps: str, *, cached: int | None = None, merging: str | None = None, selection: str | None = None, **options: Any
+) -> Any:
+    """A plan with 35 active tokens and an option."""
+    plan = plan_of(steps, 35, cached)
+    if merging is not None:
+        options |= {"merging": merging, "context_cluster": np.arange(plan.num_context) // 2}
+    if selection is not None:
+        options |= {"selection": selection}
+    return replace(plan, **options)
+
+
+def refused(rank: int, plan: Any) -> str:
+    """What is said of an edit that runs plainly."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with hetcache.parallel(mesh_of((2,), None)), hetcache.session(plan):
+            run(compiled(TinyDiT()), tiny_calls("FP"))
+    return " ".join(str(one.message) for one in caught)
+
+
+def refused_mesh(rank: int) -> str:
+    """What is said of a mesh with another dim."""
+    try:
+        with hetcache.parallel(mesh_of((2,), ("tensor",))):
+            return "no error"
+    except ValueError as error:
+        return str(error)

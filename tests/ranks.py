@@ -33,7 +33,8 @@ class Ranks:
 
     def __init__(self, size: int, preload: str, seconds: float = SECONDS) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", preload])
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server knows no other way to find what it preloads
+        context.set_forkserver_preload([preload])
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
@@ -56,6 +57,10 @@ class Ranks:
         """What the processes returned, an error for those that raised one, and None for those that are gone."""
         return [_received(pipe) for pipe in self.pipes]
 
+    def first(self) -> Any:
+        """What the first process returned."""
+        return _received(self.pipes[0])
+
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `function(rank, *arguments)` returns in every process."""
         self.start(function, *arguments)
@@ -70,7 +75,7 @@ class Ranks:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            process.join(10)
+            process.join(2)
             if process.is_alive():
                 process.kill()
 

@@ -1,22 +1,38 @@
-"""Several processes at one edit give what one process gives."""
+"""Several processes at one edit give what one process gives, or end with one error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import rank_jobs
 import torch
-from backend_checks import check, expected, plan_of, tiny_calls
+from backend_checks import TOLERANCE, check, expected, max_error, plan_of, tiny_calls
 from models import TinyDiT
 from ranks import Ranks
 
 import hetcache_compile as hetcache
+from hetcache_compile.passes.forms.collectives import Ranks as Group
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
     ranks = Ranks(2, "rank_jobs")
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def short_lived() -> Iterator[Ranks]:
+    """Ranks that wait for one another no longer than 3 seconds, for one test."""
+    ranks = Ranks(2, "rank_jobs", seconds=3)
     yield ranks
     ranks.close()
 
@@ -27,10 +43,175 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def test_ranks_share_the_rows_of_a_session(two: Ranks) -> None:
+def truth_of(plan: hetcache.Plan, steps: str) -> tuple[list[torch.Tensor], hetcache.Forms]:
+    calls = tiny_calls(steps)
+    forms = hetcache.rewrite(TinyDiT().eval(), plan, (), calls[0])
+    return expected(forms, steps, calls), forms
+
+
+# Rows
+
+
+@pytest.mark.parametrize("rows", range(1, 12))
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shares_cover_all_rows_and_each_row_is_owned_once(rows: int, size: int) -> None:
+    covered, owned = set(), []
+    for rank in range(size):
+        group = Group(rank, size, "")
+        share = range(group.start(rows), group.start(rows) + group.share(rows))
+        covered |= set(share)
+        owned += share[len(share) - group.owned(rows) :]
+    assert covered == set(range(rows))
+    assert sorted(owned) == list(range(rows))
+
+
+@pytest.mark.parametrize("num_active", [35, 36, 1])
+def test_ranks_share_the_rows_of_a_session(two: Ranks, num_active: int) -> None:
+    """105 tokens and 35 active ones divide by no two ranks; one active token leaves a rank without one."""
     steps = "FPRPF"
-    plan, calls = plan_of(steps), tiny_calls(steps)
-    truth = expected(hetcache.rewrite(TinyDiT().eval(), plan, (), calls[0]), steps, calls)
+    plan = plan_of(steps, num_active)
+    truth, _ = truth_of(plan, steps)
     for outputs, kinds, _ in two(rank_jobs.edit, plan, steps, (2,)):
         check(outputs, truth)
         assert kinds == {"FULL": 2, "PARTIAL": 2, "REUSE": 1}
+
+
+def test_outputs_are_the_same_on_every_rank(two: Ranks) -> None:
+    (first, _, _), (second, _, _) = two(rank_jobs.edit, plan_of("FPF"), "FPF", (2,))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "predicted outputs": {"extrapolation": 1},
+    "int8": {"cache_dtype": "int8"},
+    "half of the context": {"cached": 30},
+    "merged in boxes": {"merging": "boxes"},
+    "merged by K-means": {"merging": "kmeans"},
+}
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_a_plan(two: Ranks, option: str) -> None:
+    plan = rank_jobs.plan_with("FPFPR", **OPTIONS[option])
+    truth, _ = truth_of(plan, "FPFPR")
+    for outputs, _, _ in two(rank_jobs.edit, plan, "FPFPR", (2,)):
+        check(outputs, truth)
+
+
+@pytest.mark.wide
+def test_inductor_compiles_collectives(two: Ranks) -> None:
+    truth, _ = truth_of(plan_of("FP"), "FP")
+    for outputs, _, _ in two(rank_jobs.edit, plan_of("FP"), "FP", (2,), None, "inductor"):
+        check(outputs, truth)
+
+
+def test_what_ranks_cannot_share_runs_plainly_and_says_why(two: Ranks) -> None:
+    plan = rank_jobs.plan_with("FP", selection="hetcache")
+    for said in two(rank_jobs.refused, plan):
+        assert "needs the queries of all ranks" in said
+        assert "selection='uniform'" in said
+
+
+# Models
+
+
+BAR = 1e-6  # relative to the largest value of an output
+
+
+def compared(sizes: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, HERE / "sharded_zoo.py", sizes, *names], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check_model(found: dict[str, Any]) -> None:
+    errors = {name: found[name] for name in ("full", "frozen", "reuse", "partial")}
+    assert max(errors.values()) <= BAR, (found["name"], found["ranks"], errors)
+    assert found["counted"] == found["sent"]
+    assert found["sent"]["full"] > found["sent"]["partial"] > found["sent"]["reuse"] == 0
+
+
+def test_heads_joint_attention_and_sums() -> None:
+    """One with heads of its own on each rank, and one with a sum over tokens."""
+    names = ["WanTransformer3DModel", "SanaTransformer2DModel"]
+    found = compared("2", names)
+    assert sorted(one["name"] for one in found) == sorted(names)
+    for one in found:
+        check_model(one)
+    by_name = {one["name"]: one for one in found}
+    own, all_heads = by_name["WanTransformer3DModel"]["cache"]
+    assert own < 0.7 * all_heads  # keys and values of half of the heads, and the whole output
+
+
+ZOO = (
+    "WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel", "LTXVideoTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+)  # fmt: skip
+
+
+@pytest.mark.wide
+def test_models_of_the_zoo_on_two_and_four_ranks() -> None:
+    found = compared("2,4", ZOO)
+    assert {(one["name"], one["ranks"]) for one in found} == {(name, size) for name in ZOO for size in (2, 4)}
+    for one in found:
+        check_model(one)
+
+
+# Guidance
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_branches_of_guidance_on_ranks_of_their_own(two: Ranks, named: bool) -> None:
+    steps = "FPRF"
+    plan = plan_of(steps)
+    truth, cache_bytes = rank_jobs.guided_truth(plan, steps)
+    for outputs, runs, own_bytes in two(rank_jobs.guided_edit, plan, steps, (2,), ("guidance",), named):
+        check(outputs, truth)
+        assert runs == len(steps)  # of twice as many calls
+        assert own_bytes == cache_bytes  # of one branch
+
+
+@pytest.mark.wide
+def test_guidance_and_rows_at_once() -> None:
+    steps = "FPRF"
+    plan = plan_of(steps)
+    truth, _ = rank_jobs.guided_truth(plan, steps)
+    ranks = Ranks(4, "rank_jobs")
+    try:
+        for outputs, runs, _ in ranks(rank_jobs.guided_edit, plan, steps, (2, 2), ("guidance", "rows"), False):
+            check(outputs, truth)
+            assert runs == len(steps)
+    finally:
+        ranks.close()
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("plan", "active_index of the plan"), ("weights", "weights"), ("latents", "latents")],
+)
+def test_ranks_that_differ_are_found_at_the_start(two: Ranks, what: str, said: str) -> None:
+    plans = [plan_of("FP"), plan_of("FP", seed=1)]
+    for error in two(rank_jobs.differ, what, plans):
+        assert error.startswith("ranks differ from rank 0 in: ")
+        assert said in error
+        assert "on rank 1" in error
+
+
+@pytest.mark.parametrize("names", [("rows",), ("guidance",)])
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_rank_that_is_gone_ends_the_others_with_one_error(short_lived: Ranks, how: str, names: tuple[str]) -> None:
+    short_lived.start(rank_jobs.lose, plan_of("FPPP"), how, names)
+    error, seconds = short_lived.first()
+    assert error.startswith("rank 0 waited in vain for another rank")
+    assert seconds < 3 + 2
+
+
+def test_a_mesh_has_known_dims(two: Ranks) -> None:
+    for said in two(rank_jobs.refused_mesh):
+        assert "'rows', 'guidance' or both" in said
