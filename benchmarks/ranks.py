@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     result = {
-        **provenance(), "gpu": find_gpu(GPU).describe(), "links": LINKS, "active": ACTIVE, "schedule": SCHEDULE,
+        **provenance("cpu"), "gpu": find_gpu(GPU).describe(), "links": LINKS, "active": ACTIVE, "schedule": SCHEDULE,
         "models": [scaled(name, size) for name, size in RUNS],
     }  # fmt: skip
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Models of the zoo on several ranks against one process: `python sharded_zoo.py 2,4 MODEL ...`; a line of JSON for each.
+"""Models of the zoo on several ranks against one process: `python sharded_zoo.py 2,4 MODEL ...` prints JSON.
 
 Models are captured once, and each rank is a fork: captures take longer than everything else.
 """
@@ -97,7 +97,9 @@ def main(sizes: list[int], names: list[str]) -> int:
     failed = 0
     for size in sizes:
         ranks = [Ranks(rank, size, GROUP) for rank in range(size)]
-        jobs = [(e, p, one, [write_forms(p, analysis, plan, r) for r in ranks]) for e, p, analysis, plan, one in captured]
+        jobs = [
+            (e, p, one, [write_forms(p, analysis, plan, r) for r in ranks]) for e, p, analysis, plan, one in captured
+        ]
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -112,8 +114,8 @@ def main(sizes: list[int], names: list[str]) -> int:
                     os._exit(1)
                 os._exit(0)
             children.append(child)
-        failed |= any([os.waitpid(child, 0)[1] for child in children])
-    return int(failed)
+        failed |= max(os.waitpid(child, 0)[1] for child in children)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

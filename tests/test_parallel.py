@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import rank_jobs
 import torch
-from backend_checks import TOLERANCE, check, expected, max_error, plan_of, tiny_calls
-from models import TinyDiT
+from backend_checks import check, expected, plan_of, tiny_calls
+from conftest import Captured
+from models import Case, TinyDiT
 from ranks import Ranks
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture.rewrite import write_forms
 from hetcache_compile.passes.forms.collectives import Ranks as Group
+from hetcache_compile.passes.forms.collectives import sent_bytes
 
 HERE = Path(__file__).parent
 
@@ -146,9 +149,30 @@ def test_heads_joint_attention_and_sums() -> None:
     assert own < 0.7 * all_heads  # keys and values of half of the heads, and the whole output
 
 
+@pytest.mark.parametrize(("size", "by_heads"), [(2, True), (3, False), (5, False)])
+def test_bytes_sent_are_those_of_the_formula(captured: Callable[[Case], Captured], size: int, by_heads: bool) -> None:
+    """Of docs/parallel.md, for a model of 2 heads, 2 blocks and 20 outputs for each token, in float32."""
+    model = captured(Case("wan"))
+    plan = plan_of("FP", 35)
+    forms = write_forms(model.program, model.analysis, plan, Group(0, size, "0"))
+    width, outputs, blocks = 24, 20, 2
+    for kind, rows in (("full", 105), ("partial", 35)):
+        share = -(-rows // size)
+        each = 4 * share * width * (size - 1) // size if by_heads else 2 * share * width * (size - 1)
+        expected_bytes = 4 * (blocks * each + share * outputs * (size - 1))
+        assert sent_bytes(forms.by_kind[kind].module, size) == expected_bytes
+    assert sent_bytes(forms.by_kind["reuse"].module, size) == 0
+
+
 ZOO = (
     "WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel", "LTXVideoTransformer3DModel",
-    "HunyuanVideoTransformer3DModel",
+    "HunyuanVideoTransformer3DModel", "HunyuanImageTransformer2DModel", "CogVideoXTransformer3DModel",
+    "MochiTransformer3DModel", "AllegroTransformer3DModel", "EasyAnimateTransformer3DModel",
+    "Kandinsky5Transformer3DModel", "CosmosTransformer3DModel", "FluxTransformer2DModel", "ChromaTransformer2DModel",
+    "ChromaTransformer2DModel (masked)", "BriaTransformer2DModel", "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel", "ZImageTransformer2DModel", "SanaVideoTransformer3DModel", "PixArtTransformer2DModel",
+    "DiTTransformer2DModel", "Lumina2Transformer2DModel", "AuraFlowTransformer2DModel", "CogView4Transformer2DModel",
+    "HunyuanDiT2DModel", "PRXTransformer2DModel", "StableAudioDiTModel",
 )  # fmt: skip
 
 
@@ -203,8 +227,15 @@ def test_ranks_that_differ_are_found_at_the_start(two: Ranks, what: str, said: s
         assert "on rank 1" in error
 
 
-@pytest.mark.parametrize("names", [("rows",), ("guidance",)])
-@pytest.mark.parametrize("how", ["dies", "sleeps"])
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        ("dies", ("rows",)),
+        ("sleeps", ("guidance",)),
+        pytest.param("dies", ("guidance",), marks=pytest.mark.wide),
+        pytest.param("sleeps", ("rows",), marks=pytest.mark.wide),
+    ],
+)
 def test_a_rank_that_is_gone_ends_the_others_with_one_error(short_lived: Ranks, how: str, names: tuple[str]) -> None:
     short_lived.start(rank_jobs.lose, plan_of("FPPP"), how, names)
     error, seconds = short_lived.first()

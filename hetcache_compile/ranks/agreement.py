@@ -19,7 +19,9 @@ Facts = Mapping[str, Any]
 def facts_of_plans(plans: Sequence[Plan]) -> Facts:
     """Every field of every plan, arrays as their hashes."""
     return {
-        f"{one.name} of the plan" if len(plans) == 1 else f"{one.name} of plan {number}": _digest(getattr(plan, one.name))
+        f"{one.name} of the plan" if len(plans) == 1 else f"{one.name} of plan {number}": _digest(
+            getattr(plan, one.name)
+        )
         for number, plan in enumerate(plans)
         for one in fields(plan)
     }

@@ -134,7 +134,7 @@ class Awaited(AsyncCollectiveTensor):
     def trigger_wait(self) -> torch.Tensor:
         """The tensor, when it is here."""
         with guarded():
-            value: torch.Tensor = super().trigger_wait()
+            value: torch.Tensor = super().trigger_wait()  # type: ignore[no-untyped-call]
         return value
 
 

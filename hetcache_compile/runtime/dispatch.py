@@ -21,7 +21,14 @@ from torch.fx import GraphModule, Node
 from ..capture.capture import first_line
 from ..capture.subclasses import Unwrapping
 from ..compilation.options import BackendOptions, Compiled
-from ..errors import GridMismatchError, NonFiniteError, ParallelError, SessionError, UnsupportedGraphError, is_out_of_memory
+from ..errors import (
+    GridMismatchError,
+    NonFiniteError,
+    ParallelError,
+    SessionError,
+    UnsupportedGraphError,
+    is_out_of_memory,
+)
 from ..passes.ir.axis import AxisState
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of

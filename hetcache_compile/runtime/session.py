@@ -17,8 +17,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import SessionError
-from ..passes.ir.contract import STEP_WEIGHTS
 from ..passes.forms.collectives import Ranks
+from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..ranks.agreement import checksum, facts_of_plans

@@ -93,11 +93,13 @@ class Share:
             operands: of one type.
         """
         size, rank = self.ranks.size, self.ranks.rank
-        by_rank = [x.unflatten(-3, (size, -1)).movedim(-4, 0) for x in operands]  # [P, ..., own heads, rows, features]
+        by_rank = [
+            torch.unflatten(x, -3, (size, -1)).movedim(-4, 0) for x in operands
+        ]  # [P, ..., own heads, rows, features]
         own = [x[rank] for x in by_rank]
         moving = [number for number, tokens in enumerate(layouts) if tokens is not None]
         parts = [_Rows.of(by_rank[n], layouts[n].at(by_rank[n].ndim - 2), self.size) for n in moving]  # type: ignore[union-attr]
-        sent = [part.runs.unflatten(0, (size, -1)) for part in parts]
+        sent = [torch.unflatten(part.runs, 0, (size, -1)) for part in parts]
         found = self._split(self._all_to_all(_packed(sent, 1)), [x.shape[1:] for x in sent]) if parts else []
         for n, x, part in zip(moving, found, parts, strict=True):
             own[n] = part.mine(rank, size).joined(self._in_order(x))
@@ -113,15 +115,15 @@ class Share:
         if tokens is None:
             return self._all_heads(operand)
         part = _Rows.of(operand, tokens.at(operand.ndim - 2), self.rows)
-        sent = self._by_rank(part.runs, 2).unflatten(2, (self.ranks.size, -1)).movedim(2, 0)
+        sent = torch.unflatten(self._by_rank(part.runs, 2), 2, (self.ranks.size, -1)).movedim(2, 0)
         found = self._all_to_all(sent.contiguous())  # [P, before, runs, share, features]
         lead = operand.shape[:-3]
-        runs = found.unflatten(1, (prod(lead), -1)).transpose(0, 1).flatten(0, 2)
+        runs = torch.unflatten(found, 1, (prod(lead), -1)).transpose(0, 1).flatten(0, 2)
         shape = (*lead, self.ranks.size * operand.shape[-3], *operand.shape[-2:])
         others = part.others
         if others:
-            rows = self._all_heads(torch.cat(others, 1).unflatten(0, operand.shape[:-2]))
-            others = list(rows.flatten(0, -3).split([other.shape[1] for other in others], 1))
+            rows = self._all_heads(torch.unflatten(torch.cat(others, 1), 0, operand.shape[:-2]))
+            others = list(rows.flatten(0, -3).split_with_sizes([other.shape[1] for other in others], 1))
         return _Rows(runs, others, tokens.at(operand.ndim - 2), shape).joined(runs)
 
     def add_up(self, operand: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class Share:
     def _all_gather(self, operand: Tensor) -> Tensor:
         """`[P, ...]`."""
         found = _done(c10d.all_gather_into_tensor(operand.contiguous(), self.ranks.size, self.ranks.group))
-        return found.unflatten(0, (self.ranks.size, -1))
+        return torch.unflatten(found, 0, (self.ranks.size, -1))
 
     def _all_to_all(self, operand: Tensor) -> Tensor:
         """Dim 0 counts the ranks that rows go to, and then those that they come from."""
@@ -162,11 +164,11 @@ class Share:
 
     def _split(self, packed: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """What `_packed` put together, for each rank it comes from: `[P, *shape]`."""
-        parts = packed.split([prod(shape) for shape in shapes], 1)
+        parts = packed.split_with_sizes([prod(shape) for shape in shapes], 1)
         return [part.reshape(self.ranks.size, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _in_order(self, found: Tensor) -> Tensor:
-        """`[before, runs, R, after]`: every row once, of what came from each rank: `[P, before, runs, share, after]`."""
+        """`[before, runs, R, after]`: every row once, of what came from each: `[P, before, runs, share, after]`."""
         rows = found.permute(1, 2, 0, 3, 4).flatten(2, 3)
         full, rest = divmod(self.rows, self.size)
         if full == self.ranks.size:
@@ -203,13 +205,13 @@ class _Rows:
         lengths = [tokens.whole[0]]
         for length in tokens.whole[1:]:
             lengths += [count, length]
-        parts = rows.split(lengths, 1) if tokens.whole != (0, 0) else (rows,)
+        parts = rows.split_with_sizes(lengths, 1) if tokens.whole != (0, 0) else (rows,)
         runs = parts[1::2] if tokens.whole != (0, 0) else parts
         return cls(torch.stack(runs, 1), list(parts[::2]) if tokens.whole != (0, 0) else [], tokens, shape)
 
     def mine(self, rank: int, size: int) -> _Rows:
         """What is for one rank, of rows whose first dim counts ranks."""
-        others = [other.unflatten(0, (size, -1))[rank] for other in self.others]
+        others = [torch.unflatten(other, 0, (size, -1))[rank] for other in self.others]
         return _Rows(self.runs, others, self.tokens.at(self.tokens.dim - 1), self.shape[1:])
 
     def joined(self, runs: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Let several ranks share the rows of a form.
 
-A rank's form is a partial form whose active tokens are the rank's share: of the N tokens in a full step, of the M active
-ones in a partial step. So every operator that computes tokens one by one has the rows of this rank alone. This pass
-edits the places where a partial form meets what it does not compute:
+A rank's form is a partial form whose active tokens are the rank's share: of the N tokens in a full step, of the M
+active ones in a partial step. So every operator that computes tokens one by one has the rows of this rank alone. This
+pass edits the places where a partial form meets what it does not compute:
 
 ============  ==============================================  ==============================================
 place         full                                            partial
@@ -98,6 +98,7 @@ class ShardRows(FormPass):
             by_heads = self._shares_heads(pair)
             for read, rows in zip(pair, self._attend(form, pair, by_heads, active), strict=True):
                 if form.kind == "full":
+                    assert context is not None
                     entry, index = read.entry, runs_of(read.entry.tokens, context, self.num_tokens, form.at_end())
                     runs = len(entry.tokens.whole) - 1
                     entry = replace(entry, shape=with_rows(entry.shape, entry.dim, runs * self.num_context))
@@ -137,8 +138,10 @@ class ShardRows(FormPass):
     def _shares_heads(self, pair: tuple[ContextRead, ContextRead]) -> bool:
         """Whether each rank computes some heads of the attention that reads these keys and values."""
         (attention,) = pair[0].rows.users
-        sizes = [shape_of(operand)[-3] for operand in attention.args[:3] if self.by_heads and pair[0].queries is not None]
-        return bool(sizes) and all(size % self.ranks.size == 0 for size in sizes)
+        if not self.by_heads or pair[0].queries is None:
+            return False
+        operands = [operand for operand in attention.args[:3] if isinstance(operand, Node)]
+        return all(shape_of(operand)[-3] % self.ranks.size == 0 for operand in operands)
 
     def _of_own_heads(self, entry: CacheEntry) -> CacheEntry:
         dim = len(entry.shape) - 3
@@ -154,24 +157,26 @@ class ShardRows(FormPass):
         fresh = [read.rows.args[0][1] for read in pair]  # type: ignore[index]
         if by_heads:
             layouts = (layout, tokens, tokens)
-            query, *rows = form.inline(pair[0].rows, partial(self.share.rows_to_heads, layouts), attention.args[0], *fresh)
+            query, *rows = form.inline(
+                pair[0].rows, partial(self.share.rows_to_heads, layouts), attention.args[0], *fresh
+            )
             attention.update_arg(0, query)
         else:
             rows = form.inline(pair[0].rows, partial(self.share.gather_rows, (tokens, tokens)), *fresh)
-        changed = []
+        changed = [attention]
         for read, found in zip(pair, rows, strict=True):
             if form.kind == "full":
                 read.rows.replace_all_uses_with(found)
             else:
                 read.rows.args = ([form.reads[read.entry], found], read.entry.dim)
-                changed.append(read.rows)
+                changed.insert(-1, read.rows)
         self._see_columns(form, attention, tokens, active)
         if by_heads:
             strides = attention.meta["val"].stride()
             with form.mode:
-                for node in (*changed, attention):
+                for node in changed:
                     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-                    node.meta["val"] = node.target(*args, **kwargs)
+                    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
             readers = list(attention.users)
             (own,) = form.inline(
                 attention.next, lambda x: _laid_out(self.share.heads_to_rows(layout, x), strides), attention
@@ -188,7 +193,7 @@ class ShardRows(FormPass):
                 continue
             index = mask.args[2]
             assert isinstance(index, Node)
-            (context, _) = index.args[0]  # type: ignore[misc]
+            context, _ = index.args[0]  # type: ignore[misc, str-unpack]
             call = form.before(index)
             index = rows_of(tokens, active, self.num_tokens, form.device, call)
             mask.update_arg(2, call(aten.cat.default, [context, index]))
@@ -228,9 +233,7 @@ class ShardRows(FormPass):
         """The whole token tensor, of the rows of all ranks."""
         whole = form.writes[entry]
         _, dim, _, rows = whole.args
-        (found,) = form.inline(
-            whole, lambda x: self.share.gather_rows((entry.tokens,), x)[0].contiguous(), rows
-        )
+        (found,) = form.inline(whole, lambda x: self.share.gather_rows((entry.tokens,), x)[0].contiguous(), rows)
         if active is None:
             whole.replace_all_uses_with(found)
             return found

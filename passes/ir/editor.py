@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .cache import CacheEntry
-from .form import ContextRead, Form, Trait
+from .form import Form, Trait
 from .graphs import AddNode, device_of, fake_mode, has_side_effect, inline, verify_shapes
 
 TRACES = ("stack_trace", "nn_module_stack")
