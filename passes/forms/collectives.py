@@ -93,9 +93,7 @@ class Share:
             operands: of one type.
         """
         size, rank = self.ranks.size, self.ranks.rank
-        by_rank = [
-            torch.unflatten(x, -3, (size, -1)).movedim(-4, 0) for x in operands
-        ]  # [P, ..., own heads, rows, features]
+        by_rank = [torch.unflatten(x, -3, (size, -1)).movedim(-4, 0) for x in operands]  # [P, ..., heads of one, ...]
         own = [x[rank] for x in by_rank]
         moving = [number for number, tokens in enumerate(layouts) if tokens is not None]
         parts = [_Rows.of(by_rank[n], layouts[n].at(by_rank[n].ndim - 2), self.size) for n in moving]  # type: ignore[union-attr]
@@ -121,7 +119,7 @@ class Share:
         runs = torch.unflatten(found, 1, (prod(lead), -1)).transpose(0, 1).flatten(0, 2)
         shape = (*lead, self.ranks.size * operand.shape[-3], *operand.shape[-2:])
         others = part.others
-        if others:
+        if sum(tokens.whole):
             rows = self._all_heads(torch.unflatten(torch.cat(others, 1), 0, operand.shape[:-2]))
             others = list(rows.flatten(0, -3).split_with_sizes([other.shape[1] for other in others], 1))
         return _Rows(runs, others, tokens.at(operand.ndim - 2), shape).joined(runs)
