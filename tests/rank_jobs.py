@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 import warnings
@@ -16,6 +17,8 @@ from models import TinyDiT
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import hetcache_compile as hetcache
+from hetcache_compile.passes.forms.collectives import Ranks, Share
+from hetcache_compile.passes.ir.axis import Tokens
 
 
 class Timed(TinyDiT):
@@ -42,6 +45,40 @@ def edit(
     with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
         outputs = run(model, timed_calls(steps))
     return outputs, session.stats.steps, session.stats.cache_bytes
+
+
+LAYOUTS = (Tokens(2), Tokens(2, (3, 0)), Tokens(2, (0, 2, 1)), Tokens(2, (0, 0, 0)))
+"""Tokens alone, behind text, twice with text between and behind, and twice."""
+
+
+def move_rows(rank: int, rows: int) -> None:
+    """What `Share` moves, of a tensor `[batch, heads, rows, features]` that every rank can see whole."""
+    size = dist.get_world_size()
+    group = Ranks(rank, size, dist.group.WORLD.group_name)
+    share, generator = Share(group, rows), torch.Generator().manual_seed(0)
+    for tokens in LAYOUTS:
+        everything = torch.randn(2, 2 * size, tokens.rows(rows), 3, generator=generator)
+        mine = own_rows(everything, tokens, group.start(rows), share.size, rows)
+        (gathered,) = share.gather_rows((tokens,), mine)
+        assert torch.equal(gathered, everything)
+        heads = everything[:, 2 * rank : 2 * (rank + 1)]
+        found = share.rows_to_heads((tokens, None, tokens), mine, everything, mine + 1)
+        for one, expected_heads in zip(found, (heads, heads, heads + 1), strict=True):
+            assert torch.equal(one, expected_heads)
+        assert torch.equal(share.heads_to_rows(tokens, heads), mine)
+        assert torch.equal(share.heads_to_rows(None, heads), everything)
+        total = share.add_up((mine * share.weights(tokens, mine)).sum(2))
+        torch.testing.assert_close(total, everything.sum(2))
+
+
+def own_rows(everything: torch.Tensor, tokens: Tokens, start: int, count: int, rows: int) -> torch.Tensor:
+    """One rank's rows of dim 2."""
+    parts, place = [everything[:, :, : tokens.whole[0]]], tokens.whole[0]
+    for length in tokens.whole[1:]:
+        parts.append(everything[:, :, place + start : place + start + count])
+        parts.append(everything[:, :, place + rows : place + rows + length])
+        place += rows + length
+    return torch.cat(parts, 2)
 
 
 class Counts:
@@ -97,20 +134,27 @@ def differ(rank: int, what: str, plans: list[Any], names: tuple[str, ...] = ("ro
     return "no error"
 
 
+SHORT = 5
+"""Seconds that the ranks of `lose` wait for each other."""
+
+
 def lose(rank: int, plan: Any, how: str, names: tuple[str, ...]) -> tuple[str, float]:
     """An edit during which the last rank is gone, or does not answer: the error of the others, and after how long."""
     model = compiled(TinyDiT())
     calls = tiny_calls("FPPP")
-    shape = (dist.get_world_size(),)
+    run(model, calls[:1])  # compiles, which ranks do not do in the same time
+    dist.barrier()
+    group = dist.new_group(timeout=datetime.timedelta(seconds=SHORT))
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=names)
     start = time.perf_counter()
     try:
-        with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
+        with hetcache.parallel(mesh), hetcache.session(plan, strict=True) as session:
             for number, call in enumerate(calls):
                 start = time.perf_counter()
                 if number == 2 and rank == dist.get_world_size() - 1:
                     if how == "dies":
                         os._exit(1)
-                    time.sleep(30)
+                    time.sleep(6 * SHORT)
                 outputs = []
                 for name in ("cond", "uncond"):
                     with session.branch(name):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 20
+SECONDS = 120
 """After which a rank that waits for another one gives up."""
 
 
@@ -28,10 +28,9 @@ class Ranks:
     Args:
         size: P.
         preload: the module whose functions they run.
-        seconds: after which one that waits for another gives up.
     """
 
-    def __init__(self, size: int, preload: str, seconds: float = SECONDS) -> None:
+    def __init__(self, size: int, preload: str) -> None:
         context = multiprocessing.get_context("forkserver")
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server knows no other way to find what it preloads
         context.set_forkserver_preload([preload])
@@ -42,7 +41,7 @@ class Ranks:
         self.processes = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, seconds, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, there), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -87,11 +86,11 @@ def _received(pipe: Connection) -> Any:
         return None
 
 
-def _serve(rank: int, size: int, port: int, seconds: float, pipe: Connection) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=seconds))
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=SECONDS))
     while True:
         try:
             function, arguments = pipe.recv()

@@ -33,9 +33,9 @@ def two() -> Iterator[Ranks]:
 
 
 @pytest.fixture
-def short_lived() -> Iterator[Ranks]:
-    """Ranks that wait for one another no longer than 3 seconds, for one test."""
-    ranks = Ranks(2, "rank_jobs", seconds=3)
+def mortal() -> Iterator[Ranks]:
+    """Ranks for one test, which ends some of them."""
+    ranks = Ranks(2, "rank_jobs")
     yield ranks
     ranks.close()
 
@@ -66,6 +66,11 @@ def test_shares_cover_all_rows_and_each_row_is_owned_once(rows: int, size: int) 
         owned += share[len(share) - group.owned(rows) :]
     assert covered == set(range(rows))
     assert sorted(owned) == list(range(rows))
+
+
+@pytest.mark.parametrize("rows", [8, 7, 1])
+def test_rows_and_heads_move(two: Ranks, rows: int) -> None:
+    two(rank_jobs.move_rows, rows)
 
 
 @pytest.mark.parametrize("num_active", [35, 36, 1])
@@ -241,11 +246,11 @@ def test_ranks_that_differ_are_found_at_the_start(two: Ranks, what: str, said: s
         pytest.param("sleeps", ("rows",), marks=pytest.mark.wide),
     ],
 )
-def test_a_rank_that_is_gone_ends_the_others_with_one_error(short_lived: Ranks, how: str, names: tuple[str]) -> None:
-    short_lived.start(rank_jobs.lose, plan_of("FPPP"), how, names)
-    error, seconds = short_lived.first()
+def test_a_rank_that_is_gone_ends_the_others_with_one_error(mortal: Ranks, how: str, names: tuple[str]) -> None:
+    mortal.start(rank_jobs.lose, plan_of("FPPP"), how, names)
+    error, seconds = mortal.first()
     assert error.startswith("rank 0 waited in vain for another rank")
-    assert seconds < 3 + 2
+    assert seconds < 2 * rank_jobs.SHORT
 
 
 def test_a_mesh_has_known_dims(two: Ranks) -> None:

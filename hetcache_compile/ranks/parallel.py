@@ -183,4 +183,4 @@ def guarded() -> Iterator[None]:
 
 
 def _is_of_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))

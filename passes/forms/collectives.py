@@ -175,7 +175,7 @@ class Share:
         if rest:
             end = (full + 1) * self.size
             parts.append(rows[:, :, end - rest : end])
-        return torch.cat(parts, 2)
+        return _one(parts, 2)
 
     def _by_rank(self, operand: Tensor, dim: int) -> Tensor:
         """The shares of all ranks one after the other, of all rows."""
@@ -203,9 +203,9 @@ class _Rows:
         lengths = [tokens.whole[0]]
         for length in tokens.whole[1:]:
             lengths += [count, length]
-        parts = rows.split_with_sizes(lengths, 1) if tokens.whole != (0, 0) else (rows,)
-        runs = parts[1::2] if tokens.whole != (0, 0) else parts
-        return cls(torch.stack(runs, 1), list(parts[::2]) if tokens.whole != (0, 0) else [], tokens, shape)
+        parts = rows.split_with_sizes(lengths, 1)
+        runs = [part.unsqueeze(1) for part in parts[1::2]]
+        return cls(_one(runs, 1), list(parts[::2]), tokens, shape)
 
     def mine(self, rank: int, size: int) -> _Rows:
         """What is for one rank, of rows whose first dim counts ranks."""
@@ -214,19 +214,23 @@ class _Rows:
 
     def joined(self, runs: Tensor) -> Tensor:
         """The operand with other runs of tokens, `[before, runs, tokens of a run, after]`."""
-        rows = [runs[:, number] for number in range(runs.shape[1])]
-        if self.others:
-            first, *others = self.others
-            rows = [first, *(part for pair in zip(rows, others, strict=True) for part in pair)]
+        first, *others = self.others
+        rows = [first, *(part for pair in zip(runs.unbind(1), others, strict=True) for part in pair)]
         dim = self.tokens.dim
         size = self.tokens.size(runs.shape[2])
-        return torch.cat(rows, 1).reshape(*self.shape[:dim], size, *self.shape[dim + 1 :])
+        return _one([part for part in rows if part.shape[1]], 1).reshape(
+            *self.shape[:dim], size, *self.shape[dim + 1 :]
+        )
 
 
 def _packed(operands: Sequence[Tensor], dims: int) -> Tensor:
     """Several operands as one, side by side; the first `dims` dims are their own."""
-    flat = [x.reshape(*x.shape[:dims], -1) for x in operands]
-    return flat[0].contiguous() if len(flat) == 1 else torch.cat(flat, -1)
+    return _one([x.reshape(*x.shape[:dims], -1) for x in operands], -1).contiguous()
+
+
+def _one(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts put together; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _done(started: Tensor) -> Tensor:
