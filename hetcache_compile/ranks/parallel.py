@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import ParallelError
+from ..errors import HetCacheError, ParallelError
 from ..passes.forms.collectives import Ranks
 from .agreement import Facts, differences
 
@@ -164,8 +164,11 @@ def parallel(mesh: DeviceMesh) -> Iterator[Parallel]:
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
+def guarded(*, computes: bool = False) -> Iterator[None]:
     """Say of errors of collectives what they mean.
+
+    Args:
+        computes: whether what is inside may fail otherwise too; then errors of collectives are known by their words.
 
     Raises:
         ParallelError: another process ended, or did not answer within the time-out of the process group.
@@ -173,7 +176,7 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, ParallelError) or not _is_of_collective(error):
+        if isinstance(error, HetCacheError) or (computes and not _is_of_collective(error)):
             raise
         reason = str(error).strip().splitlines()[0]
         raise ParallelError(
@@ -183,4 +186,8 @@ def guarded() -> Iterator[None]:
 
 
 def _is_of_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
+    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in OF_COLLECTIVES)
+
+
+OF_COLLECTIVES = ("gloo", "nccl", "connection closed", "pair closure")
+"""What torch's errors of collectives say, in lower case; they have no type of their own."""

@@ -127,7 +127,7 @@ class CompiledGraph:
                 self._routes.popitem(last=False)
         if isinstance(route, Route):
             try:
-                with torch.no_grad(), guarded() if session.parallel else nullcontext():
+                with torch.no_grad(), guarded(computes=True) if session.parallel else nullcontext():
                     return self.run_step(session, route, given, inputs)
             except NotCachedError as error:
                 route = error.refused
