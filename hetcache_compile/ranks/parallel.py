@@ -117,9 +117,10 @@ class Parallel:
 
     def settle(self) -> None:
         """Wait until what was sent has arrived."""
-        for one in self._sent:
-            torch.ops._c10d_functional.wait_tensor(one)
-        self._sent = []
+        sent, self._sent = self._sent, []
+        with guarded():
+            for one in sent:
+                torch.ops._c10d_functional.wait_tensor(one)
 
     def _broadcast(self, branch: int, value: torch.Tensor) -> torch.Tensor:
         assert self.guidance is not None
