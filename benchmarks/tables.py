@@ -417,6 +417,44 @@ def estimate_gpus_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def ranks_table(result: dict) -> str:
+    """What edits take on several GPUs, by a model."""
+    links = list(result["links"])
+    rows = []
+    for model in result["models"]:
+        height, width, frames = model["size"]
+        letters = ", ".join(f"{count} {kind.upper()}" for kind, count in model["steps"].items())
+        rows += [
+            f"**{model['model']}**, {height} x {width}, {frames} frames, {model['tokens']:,} tokens; {letters}:", "",
+            f"| GPUs | FULL | PARTIAL | sent in FULL | in PARTIAL | cache | edit, {' | edit, '.join(links)} |",
+            f"| --- {'| --- ' * (5 + len(links))}|",
+        ]  # fmt: skip
+        by_size = {row["ranks"]: row for row in model["rows"]}
+        shapes = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)]
+        for guidance, size in shapes:
+            row, calls = by_size[size], 2 // guidance
+            name = f"{guidance * size}" if guidance * size == 1 else f"{guidance * size}: {guidance} x {size}"
+            edits = [f"{row[link]['edit'] / guidance:.1f} s" for link in links]
+            one, other = row[links[0]]["full"], row[links[0]]["partial"]
+            rows.append(
+                f"| {name} | {one:.3f} s | {other:.3f} s | {row['full_bytes'] / 2**30:.2f} GiB | "
+                f"{row['partial_bytes'] / 2**30:.2f} GiB | {calls * row['cache_bytes'] / 2**30:.1f} GiB | "
+                f"{' | '.join(edits)} |"
+            )
+        rows.append("")
+    sources = "; ".join(
+        f"{link}: {rate['bytes_per_second'] / 1e9:.0f} GB/s ({rate['source']})"
+        for link, rate in result["links"].items()
+    )
+    rows.append(
+        f"GPUs as `guidance x rows`. Seconds of a call, with {links[0]}, and bytes that a GPU sends in it; an edit is "
+        f"50 steps of two calls, M/N {result['active']}. Seconds of compute: the roofline of [estimates](estimate.md) "
+        f"({result['gpu']}) on the graphs of one rank; bytes are counted in them. {sources}; taken to be reached. "
+        f"`{result['command']}`."
+    )
+    return "\n".join(rows)
+
+
 TABLES = (
     ("estimate_errors", "estimate", estimate_errors_table, ESTIMATE),
     ("estimate_models", "estimate", estimate_models_table, ESTIMATE),
@@ -435,6 +473,7 @@ TABLES = (
     ("rounding", "cache_bytes", rounding_table, MEMORY),
     ("second_edit", "second_edit", second_edit_table, "docs/second-edit.md"),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
+    ("ranks", "ranks", ranks_table, "docs/parallel.md"),
     ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),
     ("soak", "soak", soak_text, BENCHMARKS),

@@ -21,6 +21,7 @@ from .errors import (
     MissingExtraError,
     NonFiniteError,
     OutputFileError,
+    ParallelError,
     PlanError,
     PlanFileError,
     RecordError,
@@ -36,6 +37,7 @@ from .plan.partition import TokenKind
 from .plan.plan import Plan
 from .plan.schedule import PRESETS, StepKind
 from .provenance import __version__ as __version__
+from .ranks.parallel import parallel
 from .record.record import Record
 from .runtime.backend import hetcache_backend
 from .runtime.session import Session, session
@@ -53,6 +55,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputFileError",
+    "ParallelError",
     "Plan",
     "PlanError",
     "PlanFileError",
@@ -67,6 +70,7 @@ __all__ = [
     "UnsupportedGraphError",
     "hetcache_backend",
     "load_compiled",
+    "parallel",
     "plan_for",
     "register_attention",
     "rewrite",

@@ -19,6 +19,7 @@ __all__ = [
     "NonFiniteError",
     "NotEnoughMemoryError",
     "OutputFileError",
+    "ParallelError",
     "PlanError",
     "PlanFileError",
     "RecordError",
@@ -59,6 +60,10 @@ class RecordError(SessionError):
 
 class RecordFileError(HetCacheError, ValueError):
     """The file is no record, is cut short, or was written by another version."""
+
+
+class ParallelError(HetCacheError, RuntimeError):
+    """The processes of one edit differ in what they were given, or one of them is gone."""
 
 
 class NonFiniteError(HetCacheError, ArithmeticError):

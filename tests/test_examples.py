@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,30 @@ def test_the_functional_forms() -> None:
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("guidance", [1, 2])
+def test_ranks(guidance: int) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(EXAMPLES / "ranks.py"), "--guidance", str(guidance)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "{'FULL': 6, 'PARTIAL': 4, 'REUSE': 6}" in done.stdout
+    assert float(done.stdout.rsplit(" ", 1)[1]) < 1e-5
+
+
+@pytest.mark.wide
+def test_replicas() -> None:
+    command = [sys.executable, str(EXAMPLES / "replicas.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert [line.partition("edits ")[2].partition("]")[0] for line in lines] == ["[0, 1", "[4, 5", "[2, 3"]
+    assert len({line.partition(":")[0] for line in lines}) == 2  # both replicas worked
+    assert max(float(line.rsplit(" ", 1)[1]) for line in lines) < 1e-5
+
+
+@pytest.mark.wide
 def test_an_engine(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra ort")
     pytest.importorskip("onnxruntime", reason="needs the extra ort")
@@ -65,4 +92,4 @@ def test_an_engine(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_each_script_is_tested() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"pipeline", "loop", "batch", "functional", "engine"}
+    assert scripts == {"pipeline", "loop", "batch", "functional", "engine", "ranks", "replicas"}

@@ -17,7 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 import hetcache_compile as hetcache
-from hetcache_compile.capture.rewrite import Forms
+from hetcache_compile.capture.rewrite import Forms, write_form
 from hetcache_compile.passes.analysis.normalise import (
     PASSES,
     drop_asserts,
@@ -27,6 +27,7 @@ from hetcache_compile.passes.analysis.normalise import (
     normalise,
     share_subexpressions,
 )
+from hetcache_compile.passes.forms.collectives import Ranks
 from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.passes.ir.refusal import module_path, shape_of, source_line
 
@@ -81,7 +82,8 @@ def compact(module: GraphModule) -> str:
         elif node.op == "output":
             line = f"return {args}"
         else:
-            line = f"{node.name}: {node.target._opname}({args}){shape}"
+            name = getattr(node.target, "_opname", "getitem")
+            line = f"{node.name}: {name}({args}){shape}"
         if not line.startswith("p_"):
             lines.append(line.replace("_default", "").replace("scaled_dot_product_attention", "sdpa"))
     return "\n".join(lines)
@@ -227,6 +229,49 @@ def test_partial_in_place(forms: Forms) -> None:
 + copy__2: copy_(past_key_values_0_value, index_copy_2)
 - return (_unsafe_view, index_copy)
 + return (_unsafe_view,)""",
+    )
+
+
+MOVES = {
+    "view", "reshape", "permute", "transpose", "clone", "_unsafe_view", "unsqueeze", "squeeze", "getitem", "unbind",
+    "select", "split_with_sizes", "cat", "unflatten", "stack", "wait_tensor",
+}  # fmt: skip
+"""Operators that copy or look at numbers otherwise. Versions of torch trace collectives with others of them."""
+
+
+def test_partial_of_the_second_of_two_ranks(forms: Forms) -> None:
+    """4 of the 8 active tokens, and of the attention one of the two heads."""
+    form = write_form("partial", forms.program, forms.analysis, forms.plan, ranks=Ranks(1, 2, "0"))
+    lines = [line.partition(": ")[2] for line in compact(form.module).splitlines()]
+    steps = [line for line in lines if line and line.partition("(")[0] not in MOVES]
+    shown = [f"{line.partition('(')[0]} ->{line.rpartition('->')[2]}" for line in steps if "input" not in line]
+    reads = [line for line in compact(form.module).splitlines() if "input" in line]
+    assert_expected_inline(
+        "\n".join([*reads, *shown]),
+        """\
+b_table: input -> (30, 7)
+x: input -> (1, 3, 2, 6, 10)
+active_index: input -> (8,)
+past_key_values_0_key: input -> (1, 1, 22, 7)
+past_key_values_0_value: input -> (1, 1, 22, 7)
+past_output_0: input -> (1, 30, 12)
+slice -> (4,)
+conv3d -> (1, 14, 2, 3, 5)
+index_select -> (1, 14, 4)
+linear -> (1, 4, 14)
+linear -> (1, 4, 14)
+linear -> (1, 4, 14)
+index_select -> (4, 7)
+mul -> (1, 2, 4, 7)
+mul -> (1, 2, 4, 7)
+all_to_all_single -> (2, 84)
+sdpa -> (1, 1, 8, 7)
+all_to_all_single -> (2, 1, 1, 4, 7)
+linear -> (1, 4, 14)
+add -> (1, 4, 14)
+linear -> (1, 4, 12)
+all_gather_into_tensor -> (96,)
+index_copy -> (1, 30, 12)""",
     )
 
 

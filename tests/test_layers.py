@@ -16,7 +16,8 @@ FOLDERS = {"passes": ROOT / "passes", "export": ROOT / "export"}
 ORDER = {
     "": (
         "passes", "errors", "files", "provenance", "console", "plan", "calibration", "capture", "pipelines",
-        "compilation", "record", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export", "estimate",
+        "compilation", "ranks", "record", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export",
+        "estimate",
         "cli", "__init__",
     ),
     "passes": ("ir", "rules", "analysis", "kernels", "writing", "prediction", "forms", "testing", "__init__"),

@@ -216,6 +216,18 @@ def test_each_sample_of_a_batch_has_its_own_clusters() -> None:
     torch.testing.assert_close(results[0][:1], results[1], atol=1e-5, rtol=0)
 
 
+def test_keys_are_clustered_and_not_values_that_lie_alike_in_memory(model: torch.nn.Module) -> None:
+    """Tracing tells tensors apart by identity, and nodes that are alike may have one fake value."""
+    cluster = np.arange(N - 20) // 3
+    kwargs = CASE.call(model, 0)
+    _, rows = hetcache.rewrite(model, plan(np.arange(N - 20)), (), kwargs).full(**kwargs)
+    _, merged = hetcache.rewrite(model, replace(plan(cluster), merging="kmeans"), (), kwargs).full(**kwargs)
+    key, value = (rows[f"past_key_values.0.{role}"] for role in ("key", "value"))
+    expected = centroids(key, value, torch.from_numpy(cluster), int(cluster.max()) + 1)
+    for role, tensor in zip(("key", "value", "log_size"), expected, strict=True):
+        torch.testing.assert_close(merged[f"past_key_values.0.{role}"], tensor)
+
+
 class Masked(Attention):
     def forward(self, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         x = self.embed(latents).flatten(2).transpose(1, 2)

@@ -14,6 +14,7 @@ from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
 from ..passes.analysis.inputs import TokenInputs, holds_input
 from ..passes.forms import pipeline
+from ..passes.forms.collectives import Ranks
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.contract import STEP_WEIGHTS, FormOptions
 from ..passes.ir.editor import PassError
@@ -124,13 +125,20 @@ def _tensor(entry: CacheEntry) -> str:
     return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}, rows {entry.rows}"
 
 
-def write_form(kind: str, program: Program, analysis: Analysis, plan: Plan, options: FormOptions | None = None) -> Form:
-    """One functional form of a program for a plan, by default with the plan's own options.
+def write_form(
+    kind: str,
+    program: Program,
+    analysis: Analysis,
+    plan: Plan,
+    options: FormOptions | None = None,
+    ranks: Ranks | None = None,
+) -> Form:
+    """One functional form of a program for a plan, by default with the plan's own options and for one process.
 
     Raises:
         UnsupportedGraphError: the graph has not what the plan asks for.
     """
-    form = pipeline.write_form(kind, program.module, analysis, options or plan.form_options)
+    form = pipeline.write_form(kind, program.module, analysis, options or plan.form_options, ranks)
     check_weights(form.indices, plan)
     return form
 
@@ -186,7 +194,7 @@ def planned_token_inputs(program: Program, plan: Plan) -> TokenInputs | None:
     return {name: where for name, where in plan.token_inputs.items() if fits(name, *where)} or None
 
 
-def write_forms(program: Program, analysis: Analysis, plan: Plan) -> Forms:
-    """Every form of a program that was captured and analysed, for any plan on its grid."""
-    by_kind = {kind: write_form(kind, program, analysis, plan) for kind in pipeline.KINDS}
+def write_forms(program: Program, analysis: Analysis, plan: Plan, ranks: Ranks | None = None) -> Forms:
+    """Every form of a program that was captured and analysed, for any plan on its grid; or one rank's."""
+    by_kind = {kind: write_form(kind, program, analysis, plan, ranks=ranks) for kind in pipeline.KINDS}
     return Forms(program, analysis, plan, by_kind)

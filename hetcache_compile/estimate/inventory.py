@@ -18,7 +18,7 @@ import diffusers
 import torch
 from torch import nn
 
-from ..capture.rewrite import rewrite
+from ..capture.rewrite import Forms, rewrite
 from ..errors import EstimateError
 from ..export.model.sample_call import CallShape, sample_call
 from ..export.model.source import cast_like_diffusers
@@ -120,18 +120,24 @@ def build(model: KnownModel, config: Mapping[str, Any], dtype: torch.dtype) -> n
     return cast_like_diffusers(module, dtype).to_empty(device="cpu").eval().requires_grad_(False)
 
 
-def _take(model: KnownModel, plan: Plan, dtype: torch.dtype, missing: Mapping[str, int]) -> Inventory:
+def forms_of(model: KnownModel, plan: Plan, dtype: torch.dtype, missing: Mapping[str, int]) -> Forms:
+    """The forms of a model with fewer blocks, without data in its weights."""
     module = build(model, shortened(model, missing), dtype)
     kwargs = sample_call(module, CallShape(plan, text_tokens=model.text_tokens), dtype)
     kwargs["timestep"] = kwargs["timestep"].to(dtype)  # some pipelines cast it, and their models rely on that
     if model.time_per_token:
         kwargs["timestep"] = kwargs["timestep"][:, None].expand(-1, plan.num_tokens).contiguous()
     with redirect_stderr(StringIO()):  # torch prints the graph of an attempt that another one follows
-        forms = rewrite(module, plan, kwargs=kwargs)
+        return rewrite(module, plan, kwargs=kwargs)
+
+
+def _take(model: KnownModel, plan: Plan, dtype: torch.dtype, missing: Mapping[str, int]) -> Inventory:
+    forms = forms_of(model, plan, dtype, missing)
     running = {kind: in_process(form, plan.form_options) for kind, form in forms.by_kind.items()}
     work = {PLAIN: work_of(forms.program.module), **{kind: work_of(form.module) for kind, form in running.items()}}
     parameters = Counter[torch.dtype]()
-    for parameter in module.parameters():
+    assert forms.model is not None
+    for parameter in forms.model.parameters():
         parameters[parameter.dtype] += parameter.numel()
     return Inventory(work, Counter(map(_anywhere, running["full"].reads)), parameters)
 

@@ -59,6 +59,7 @@ class Branch:
         agrees: whether the edit was seen to be one of the clip that is read from memory.
         has_other_text: whether its conditions are not those of the recorded edit.
         correction: of what is read from memory, for another text.
+        number: among the branches of its model, in the order of their first calls.
     """
 
     owner: Hashable | None = None
@@ -71,6 +72,7 @@ class Branch:
     has_other_text: bool = False
     correction: Correction | None = None
     _lent: set[Hashable] = field(default_factory=set)
+    number: int | None = None
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)

@@ -11,12 +11,12 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..capture.capture import first_line
 from ..capture.subclasses import Unwrapping
@@ -25,6 +25,7 @@ from ..errors import (
     GridMismatchError,
     NonFiniteError,
     NotEnoughMemoryError,
+    ParallelError,
     SessionError,
     UnsupportedGraphError,
     is_out_of_memory,
@@ -35,6 +36,7 @@ from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
+from ..ranks.parallel import guarded
 from ..record.alike import check_alike, inputs_of
 from ..record.caches import Correction, recorded_of
 from ..record.record import RecordedStep
@@ -133,7 +135,7 @@ class CompiledGraph:
                 self._routes.popitem(last=False)
         if isinstance(route, Route):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), guarded(computes=True) if session.parallel else nullcontext():
                     return self.run_step(session, route, given, inputs)
             except NotCachedError as error:
                 route = error.refused
@@ -221,9 +223,14 @@ class CompiledGraph:
             ),
         )
         turn = session.begin(call)
+        session.agree(turn, call, lambda: route.weights.tensors(watched))
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
         if turn.kind is StepKind.FULL and session.check_finite:
             check_finite(call.latents, turn.step, len(session.stats.kinds))
+        number = turn.branch.number or 0
+        if session.parallel is not None and not session.parallel.computes(number):
+            session.finish(turn, call, Stopwatch(route.device).stop(), time.perf_counter() - start)
+            return session.parallel.receive(number, output_values(route.prepared.program.module), route.device)
         if turn.recorded is not None:
             self._agree(session, turn.branch, turn.recorded, route, form, inputs)
         history = turn.branch.give_back() if turn.kind is StepKind.FULL else {}
@@ -256,7 +263,8 @@ class CompiledGraph:
                 turn.branch.correction = Correction(form.reads, buffers[0], turn.recorded.tensors)
         if session.records(turn):
             self._keep(session, turn, call, route, form, inputs, buffers[0])
-        return join(results, route.part.outputs)
+        outputs = join(results, route.part.outputs)
+        return outputs if session.parallel is None else session.parallel.send(number, outputs)
 
     def _agree(
         self,
@@ -330,13 +338,15 @@ class CompiledGraph:
                 "cache_dtype='int8', cache_device='cpu', a smaller cached_ratio or merged_ratio, or without "
                 "context_extrapolation"
             )
+            if session.parallel is not None:
+                raise ParallelError(reason) from error  # the others go on: a plain call would leave them waiting
             raise NotCachedError(Refused(reason, cause=error)) from error
 
     def _make_form(self, session: Session, route: Route, kind: StepKind, inputs: Sequence[Any]) -> CompiledForm:
         with LOCK, normal_mode():
             try:
                 given = (*inputs, *route.part.samples[0])
-                form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given)
+                form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given, session.ranks)
             except Exception as error:
                 raise NotCachedError(refused_by(error)) from error
         return form
@@ -528,6 +538,12 @@ def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tupl
         value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in cached else value
         for value in outputs
     )
+
+
+def output_values(module: GraphModule) -> list[Any]:
+    """What a captured graph returns: fake tensors, and anything else as it is."""
+    results: Any = module.graph.output_node().args[0]
+    return [result.meta["val"] if isinstance(result, Node) else result for result in results]
 
 
 def join(results: Sequence[tuple[Any, ...]], states: Sequence[AxisState]) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis, analyse
 from ..passes.analysis.inputs import is_state
 from ..passes.analysis.time_input import time_input
+from ..passes.forms.collectives import Ranks
 from ..passes.forms.pipeline import in_process
 from ..passes.ir.axis import AxisState, Enter
 from ..passes.ir.cache import CacheEntry
@@ -185,18 +186,20 @@ class Preparer:
             prepared.parts[num_plans] = Prepared(program, tuple((index,) for index in samples), outputs)
         return prepared.parts[num_plans]
 
-    def form(self, prepared: Prepared, plan: Plan, kind: str, inputs: Sequence[Any]) -> CompiledForm:
-        """The compiled form of a kind for a plan's budgets, on buffers.
+    def form(
+        self, prepared: Prepared, plan: Plan, kind: str, inputs: Sequence[Any], ranks: Ranks | None = None
+    ) -> CompiledForm:
+        """The compiled form of a kind for a plan's budgets, on buffers; or one rank's.
 
         Raises:
             UnsupportedGraphError: the graph has not what the plan asks for.
             Exception: whatever the inner compiler raises.
         """
         options = plan.form_options.for_kind(kind)
-        key = (options, kind, *plan.token_inputs.items())
+        key = (options, kind, ranks, *plan.token_inputs.items())
         if key not in prepared.forms:
             program = prepared.program
-            form = write_form(kind, program, self.analyse(prepared, plan), plan, options)
+            form = write_form(kind, program, self.analyse(prepared, plan), plan, options, ranks)
             form, pick = without_unused_inputs(in_process(form, options), program)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]

@@ -17,9 +17,12 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import RecordError, SessionError
+from ..passes.forms.collectives import Ranks
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
+from ..ranks.agreement import checksum, facts_of_plans
+from ..ranks.parallel import current_parallel
 from ..record.caches import Restorer
 from ..record.record import BranchKey, Record, RecordedCalls, RecordedStep, check_recordable
 from .branches import Branch, Track
@@ -174,10 +177,15 @@ class Session:
         self._warned: set[str] = set()
         self._topics: set[str | None] = set()
         self._models: Any = WeakIdKeyDictionary()
+        self.parallel = current_parallel()
+        if self.parallel is not None and (record or memory_of is not None):
+            raise SessionError("a record is of one process: edit it outside hetcache.parallel")
+        self._agreed: Any = WeakIdKeyDictionary()
         self._indices: dict[tuple[str, torch.device, int], torch.Tensor] = {}
         self.form_options = self.plan.form_options
         self.route_key = (
             self.form_options, self.plan.weights.size > 0, len(self.plans), tuple(self.plan.token_inputs.items()),
+            self.ranks,
         )  # fmt: skip
         times = self.plan.timesteps
         self._timeline = Timeline(times, self.plan.sigmas) if times.size else None
@@ -200,6 +208,11 @@ class Session:
         """The first plan: all agree in their steps, grid and budgets."""
         return self.plans[0]
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that share the rows of each form, if several do."""
+        return None if self.parallel is None else self.parallel.rows
+
     # Opening and closing
 
     def __enter__(self) -> Session:
@@ -207,6 +220,8 @@ class Session:
             raise SessionError("a session is open already: close it before you open another")
         if self.is_open:
             raise SessionError("this session is open in another thread or context: use `with session.joined():` there")
+        if self.parallel is not None:
+            self.parallel.agree(facts_of_plans(self.plans))
         observe_diffusers()
         self.is_open = True
         SESSION.set(weakref.ref(self))
@@ -225,6 +240,8 @@ class Session:
         for model in list(self._models.values()):
             model.release()
         self._models = WeakIdKeyDictionary()
+        if kind is None and self.parallel is not None:
+            self.parallel.settle()
         if kind is None:
             self._say_what_did_not_run()
 
@@ -292,6 +309,8 @@ class Session:
             self._note_unplanned(call, reading)
         track.invalidate_if_doubtful(reading)
         branch, changed = track.branch_of(reading, call.conditions)
+        if branch.number is None:
+            branch.number = sum(other.number is not None for other in model.branches())
         step = reading.step
         planned = StepKind.FULL if step is None else self.plan.steps[step]
         weights = call.weights(planned is not StepKind.REUSE)
@@ -353,6 +372,23 @@ class Session:
             return RecordedCalls(inputs(), conditions)
 
         self.record.add(key, turn.step, begin, tensors)
+
+    def agree(self, turn: Turn, call: Call, weights: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """Compare a FULL step with that of the other processes at this edit; its weights too, where they are new here.
+
+        Raises:
+            ParallelError: they differ.
+        """
+        if self.parallel is None or turn.kind is not StepKind.FULL:
+            return
+        facts = {
+            "the number of a FULL step": turn.step, "latents": checksum(call.latents),
+            "conditions, such as text states": checksum(call.conditions),
+        }  # fmt: skip
+        if self._agreed.get(call.model) != turn.weights:
+            facts["weights"] = checksum(weights())
+            self._agreed[call.model] = turn.weights
+        self.parallel.agree(facts)
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step is about to overwrite the cache: an error must not leave half of one."""

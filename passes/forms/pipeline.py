@@ -21,9 +21,11 @@ from ..writing.cache_layout import cache_layout
 from ..writing.write import WRITERS
 from .all_rows import KeepAllRows
 from .buffers import WriteInPlace
+from .collectives import Ranks
 from .keep_relevant import KeepRelevant
 from .merge import MergeContext
 from .select import SelectActive
+from .shard import write_share
 from .store import StoreCache
 
 KINDS = tuple(WRITERS)
@@ -79,7 +81,9 @@ def cache_of(analysis: Analysis, options: FormOptions) -> tuple[CacheEntry, ...]
     return entries
 
 
-def write_form(kind: str, source: GraphModule, analysis: Analysis, options: FormOptions) -> Form:
+def write_form(
+    kind: str, source: GraphModule, analysis: Analysis, options: FormOptions, ranks: Ranks | None = None
+) -> Form:
     """One functional form of a graph.
 
     Args:
@@ -87,11 +91,15 @@ def write_form(kind: str, source: GraphModule, analysis: Analysis, options: Form
         source: normalised graph.
         analysis: of it.
         options: what the form knows of a plan.
+        ranks: the processes that share its rows, if there are several.
 
     Raises:
         UnsupportedGraphError: the graph has not what a pass needs.
     """
-    form = WRITERS[kind](source, analysis, options.budgets)
+    if ranks is None or ranks.size == 1:
+        form = WRITERS[kind](source, analysis, options.budgets)
+    else:
+        form = write_share(kind, source, analysis, options, ranks)
     # A reuse form may not embed the time any more, by which it is found where its name says nothing.
     time = time_input(list(source.graph.find_nodes(op="placeholder")))
     passes = functional_passes(options, None if time is None else time.name)

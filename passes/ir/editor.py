@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .cache import CacheEntry
-from .form import ContextRead, Form, Trait
+from .form import Form, Trait
 from .graphs import AddNode, device_of, fake_mode, has_side_effect, inline, verify_shapes
 
 TRACES = ("stack_trace", "nn_module_stack")
@@ -55,7 +55,7 @@ class FormEditor:
         self.indices: dict[str, Node] = dict(zip(form.indices, placeholders[given:], strict=False))
         self.reads: dict[CacheEntry, Node] = dict(zip(form.reads, placeholders[given + num_indices :], strict=True))
         self._written = form.writes
-        self.context_reads = [ContextRead(copies[read.rows], read.entry) for read in form.context_reads]
+        self.context_reads = [replace(read, rows=copies[read.rows]) for read in form.context_reads]
         self.mask_columns = [copies[node] for node in form.mask_columns]
 
     @property

@@ -7,6 +7,7 @@ from enum import Enum
 
 from torch.fx import GraphModule, Node
 
+from .axis import Free, Tokens
 from .cache import CacheEntry
 
 
@@ -26,10 +27,17 @@ class ContextRead:
     """Where a partial form reads a cache entry of keys or values: `rows` are cached rows, then fresh ones.
 
     `rows` is `cat([cached, fresh], entry.dim)`; its users are attentions.
+
+    Attributes:
+        rows: see above.
+        entry: that is read.
+        queries: how the rows of the attention's queries lie, `Free` where they are no tokens; None where its heads, dim
+            -3 of queries, keys, values and the result, cannot be computed apart.
     """
 
     rows: Node
     entry: CacheEntry
+    queries: Tokens | Free | None = None
 
 
 @dataclass(frozen=True)

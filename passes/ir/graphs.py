@@ -83,6 +83,8 @@ def inline(graph: Graph, name: str, place: Node, function: Callable[..., Any], *
     mode = detect_fake_mode(values)
     assert mode is not None, "the graph was not captured on fake tensors"
     with mode:
+        # Nodes that are alike may have one fake value, and tracing tells tensors apart by identity.
+        values = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
         traced = make_fx(of_tensors)(*values)
     new: dict[Node, Node] = {}
     given = iter(nodes)

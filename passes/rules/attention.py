@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..ir.axis import FREE, Accumulate, Attend, Edit, Flow, Gather, Never, Tokens
+from ..ir.axis import FREE, Accumulate, Attend, AxisState, Edit, Flow, Free, Gather, Never, Tokens
 from ..ir.refusal import shape_of
 from .rule import Query, Rule, align, move_dims
 
@@ -78,6 +78,25 @@ def attention_along(rows: int) -> Rule:
         return Flow(query if isinstance(query, Tokens) else FREE, tuple(edits))
 
     return rule
+
+
+def queries_of_heads(node: Node, states: Mapping[Node, AxisState]) -> Tokens | Free | None:
+    """How the rows of an attention's queries lie, if its heads (dim -3 of all operands) can be computed apart; or None.
+
+    They can in scaled dot-product attention, if its mask is the same for all heads and queries.
+    """
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return None
+    shapes = [shape_of(operand) for operand in node.args[:3] if isinstance(operand, Node)]
+    query = states[node.all_input_nodes[0]]
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if len(shapes[0]) < 3 or _has_size(mask, 2) or _has_size(mask, 3):
+        return None
+    if len({shape[-3] for shape in shapes}) > 1 and not node.kwargs.get("enable_gqa"):
+        return None
+    if not isinstance(query, Tokens):
+        return FREE
+    return query if query.dim == len(shapes[0]) - 2 and query.folds == 1 else None
 
 
 def _has_size(mask: Any, from_right: int) -> bool:

@@ -35,6 +35,7 @@ from ..ir.form import ContextRead, Form
 from ..ir.graphs import device_of, fake_mode, has_side_effect, verify_shapes
 from ..ir.indices import rows_of, runs_of
 from ..ir.refusal import shape_of
+from ..rules.attention import queries_of_heads
 from .cache_layout import cache_layout
 
 aten = torch.ops.aten
@@ -252,7 +253,8 @@ def _with_context(
             entry = writer.layout[node, role]
             rows = [writer.cache_input(entry), writer.new[fresh]]
             arguments[position] = writer.call(aten.cat.default, (rows, edit.tokens.dim), node)
-            writer.context_reads.append(ContextRead(arguments[position], entry))
+            queries = queries_of_heads(node, writer.analysis.states)
+            writer.context_reads.append(ContextRead(arguments[position], entry, queries))
         if edit.mask is not None:
             assert context_index is not None
             mask = replaced.get(edit.mask) or writer.new[edit.mask]
