@@ -178,7 +178,7 @@ class Distillation:
         """All that are trained on; those without a file are computed."""
         files = [self.file(PATHS, self.seed, number) for number in range(PATHS.steps)]
         parts = [torch.load(file, map_location=self.device, weights_only=True) for file in files]
-        return Paths(**{name: torch.cat([part[name] for part in parts], dim=name == "points") for name in parts[0]})
+        return Paths(**{name: torch.cat([part[name] for part in parts], dim=int(name == "points")) for name in parts[0]})
 
     def file(self, stage: Stage, seed: int, number: int) -> Path:
         """The file of some paths, which is written if it is not there."""

@@ -140,6 +140,7 @@ class Bench:
         took = times_of_another(run, plain_call, num_calls) if another else times(run, plan, plain_call, num_calls)
         if method.surroundings is not None:
             took["full_over_compiled"] = None  # the calls beside are of the whole clip
+            took["num_tokens"] = make_plan(self.pipe, self.request(clip, method), "full").num_tokens
         return {
             **took,
             **more,

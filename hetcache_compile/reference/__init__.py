@@ -23,6 +23,8 @@ FOLDER = Path(__file__).parent / "weights"
 """A diffusers checkpoint: `from_pretrained(FOLDER)` works once this module is imported."""
 CALIBRATION = Path(__file__).parent / "reference.hetcal"
 """What `hetcache calibrate` measured of it: see `calibration.Calibration`."""
+FEW_STEPS_CALIBRATION = Path(__file__).parent / "few_steps.hetcal"
+"""The same of the distilled model, in 8 steps."""
 NUM_FRAMES, SIZE = 17, 128
 """What the model was trained for: 17 frames of 128 x 128 pixels, 2,304 tokens."""
 MAX_TEXT_LENGTH = 16
