@@ -15,16 +15,18 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers
 import torch
 from few_steps_report import save_plot
 from front import as_many_steps, family, our_methods, read, rounded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hetcache_compile import reference
+from hetcache_compile import Plan, reference, rewrite
 from hetcache_compile.bench.methods import FULL, Method
 from hetcache_compile.bench.quality import RESULT, Bench, Settings, bench_quality, file_digest
 from hetcache_compile.calibration.calibration import Calibration
@@ -32,7 +34,7 @@ from hetcache_compile.console import progress_bars
 from hetcache_compile.edit.editing import call_arguments, make_plan
 from hetcache_compile.edit.media import Clip
 from hetcache_compile.files import atomically
-from hetcache_compile.passes.analysis.flops import flop_counter
+from hetcache_compile.passes.analysis.flops import flop_counter, graph_flops
 from hetcache_compile.pipelines.observe import first_call
 from hetcache_compile.provenance import provenance
 
@@ -54,41 +56,52 @@ class Work:
     """What a model call takes, in FLOPs.
 
     Attributes:
+        call: of each call: keys and values of the text.
         token: of each token that is computed.
         pair: of each computed token and one that it attends to.
+        embedding: of each token, computed or not: convolutions over the grid are computed whole.
     """
 
+    call: float
     token: float
     pair: float
+    embedding: float
 
     @classmethod
     def of(cls, pipe: Any, clip: Clip) -> Work:
-        """From torch's count of two calls: of the whole clip, and of a crop of it."""
+        """From torch's counts of a call, of two calls of a part of the picture, and of a PARTIAL call."""
         bench = Bench(pipe, Settings("", max_sequence_length=reference.MAX_TEXT_LENGTH), lambda *_: None)
-        counts = []
-        for method in (Method(FULL), Method("crop", surroundings=0.0)):
-            request = bench.request(clip, method)
-            call = first_call(pipe, call_arguments(pipe, request))
+        request = bench.request(clip, Method(FULL))
+        first, grid = first_call(pipe, call_arguments(pipe, request)), make_plan(pipe, request, "full").grid
+        sizes, counts = [], []
+        for rows, columns in ((1, 1), (2, 1), (2, 2)):
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, flop_counter() as counter:
                 given = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-                         for name, value in call.arguments.items()}  # fmt: skip
-                call.model(**given)
-            counts.append((make_plan(pipe, request, "full").num_tokens, counter.get_total_flops()))
-        (many, whole), (few, part) = counts
-        pair = (whole / many - part / few) / (many - few)
-        return cls(whole / many - pair * many, pair)
+                         for name, value in first.arguments.items()}  # fmt: skip
+                for name, value in given.items():
+                    if isinstance(value, torch.Tensor) and value.ndim == 5:
+                        given[name] = value[..., : value.shape[3] // rows, : value.shape[4] // columns]
+                first.model(**given)
+            sizes.append(prod(grid) // (rows * columns))
+            counts.append(counter.get_total_flops())
+        call, every_token, pair = np.linalg.solve([[1, size, size**2] for size in sizes], counts)
+        half = Plan.from_token_mask(np.arange(sizes[0]) % 2 == 0, grid)
+        partial = graph_flops(rewrite(first.model, half, first.args, first.kwargs).by_kind["partial"].module)
+        active = half.num_active
+        passive = (partial - call - every_token * active - pair * active * sizes[0]) / (sizes[0] - active)
+        return cls(call, every_token - passive, pair, passive)
 
-    def call(self, computed: int, attended: int) -> float:
-        """FLOPs of a call."""
-        return self.token * computed + self.pair * computed * attended
+    def of_call(self, computed: int, tokens: int) -> float:
+        """FLOPs of a call that computes some of the tokens, and attends to all."""
+        return self.call + (self.token + self.pair * tokens) * computed + self.embedding * tokens
 
     def cell(self, cell: dict[str, Any], num_tokens: int) -> float:
         """FLOPs of an edit: counted, or from its calls by kind. REUSE steps have none to speak of."""
         if "flops" in cell:
             return float(cell["flops"])
         tokens, calls = cell["num_tokens"] or num_tokens, cell["calls"]
-        partial = self.call(cell["num_active"] or 0, tokens)
-        return calls.get("FULL", 0) * self.call(tokens, tokens) + calls.get("PARTIAL", 0) * partial
+        partial = self.of_call(cell["num_active"] or 0, tokens)
+        return calls.get("FULL", 0) * self.of_call(tokens, tokens) + calls.get("PARTIAL", 0) * partial
 
 
 def measure(model: str, clips: Sequence[Clip], names: Sequence[str], options: argparse.Namespace) -> Iterator[Any]:
