@@ -1,6 +1,10 @@
-"""Few steps: work by FLOPs, how cells become figures and tables, and a distillation that goes on where it was stopped."""
+"""Few steps: work by FLOPs, figures and tables of cells, and a distillation that goes on where it was stopped."""
 
 from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
 
 import few_steps
 import few_steps_report
@@ -9,7 +13,7 @@ import pytest
 import torch
 
 import hetcache_compile as hetcache
-from hetcache_compile import Plan
+from hetcache_compile import Plan, reference
 from hetcache_compile.bench.methods import FULL, Method
 from hetcache_compile.bench.quality import Bench, Settings
 from hetcache_compile.edit.editing import call_arguments, load_pipeline
@@ -17,6 +21,7 @@ from hetcache_compile.edit.media import Clip
 from hetcache_compile.passes.analysis.flops import graph_flops
 from hetcache_compile.pipelines.observe import first_call
 from hetcache_compile.reference.demo import save_random_checkpoint
+from hetcache_compile.reference.few_steps import add_difference
 
 REGIONS = {
     region: {"psnr_db": 30.0, "ssim": 0.9, "flip": 0.1, "warp_error": 3.0}
@@ -87,3 +92,52 @@ def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
     assert "fastercache" not in table
     few_steps_report.save_plot(tmp_path / "few_steps.png", result)
     assert (tmp_path / "few_steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def distil(monkeypatch, tmp_path):
+    """The script, on clips of 16 x 16 pixels."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "reference")
+    module = importlib.import_module("distil")
+    stage = module.Stage(size=16, batch=2, steps=1, learning_rate=0.0, decay=False)
+    for name, value in {"PATHS": stage, "VALIDATION": stage, "BATCH": 2, "STEPS_IN_WINDOW": 1, "WARM_UP": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    np.savez(tmp_path / "real.npz", clip=np.random.default_rng(0).integers(0, 256, (40, 3, 48, 64), np.uint8))
+    return module
+
+
+def started(distil, folder, tmp_path):
+    folder.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "real.npz", folder)
+    return distil.Distillation(folder, steps=3, seed=0, device=torch.device("cpu"))
+
+
+def trained(distillation):
+    return torch.cat([weight.detach().flatten() for weight in distillation.trained.values()])
+
+
+def test_a_distillation_goes_on_where_it_was_stopped_and_its_difference_gives_the_student(distil, tmp_path):
+    whole = started(distil, tmp_path / "whole", tmp_path)
+    whole.run(60, 60)
+    stopped = started(distil, tmp_path / "stopped", tmp_path)
+    stopped.advance(stopped.paths())
+    stopped.save()
+    resumed = started(distil, tmp_path / "stopped", tmp_path)
+    assert resumed.step == 1
+    resumed.run(60, 60)
+    assert whole.step == resumed.step == 3
+    torch.testing.assert_close(trained(resumed), trained(whole), atol=1e-6, rtol=0)
+    losses = [entry for entry in whole.log if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [1, 2, 3]
+
+    whole.export(tmp_path / "difference.safetensors", tmp_path / "log.json")
+    model = reference.load().transformer
+    paths = whole.paths()
+    inputs = {"timestep": torch.full((2,), 500.0), "encoder_hidden_states": paths.text, "return_dict": False,
+              "control_hidden_states": paths.control}  # fmt: skip
+    with torch.no_grad():
+        before = model(paths.points[0], **inputs)[0]
+        add_difference(model, tmp_path / "difference.safetensors")
+        expected, actual = whole.student(paths.points[0], **inputs)[0], model(paths.points[0], **inputs)[0]
+    moved, missed = (expected - before).norm(), (expected - actual).norm()
+    assert missed < 0.02 * moved

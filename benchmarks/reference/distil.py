@@ -38,6 +38,7 @@ time."""
 BATCH = 4
 """Clips of one training step."""
 RANK, LEARNING_RATE, WARM_UP = 32, 1e-3, 50
+LOG = Path(__file__).parents[1] / "results" / "reference_distillation.json"
 VALIDATION = Stage(size=128, batch=2, steps=1, learning_rate=0.0, decay=False)
 
 
@@ -178,7 +179,9 @@ class Distillation:
         """All that are trained on; those without a file are computed."""
         files = [self.file(PATHS, self.seed, number) for number in range(PATHS.steps)]
         parts = [torch.load(file, map_location=self.device, weights_only=True) for file in files]
-        return Paths(**{name: torch.cat([part[name] for part in parts], dim=int(name == "points")) for name in parts[0]})
+        return Paths(
+            **{name: torch.cat([part[name] for part in parts], dim=int(name == "points")) for name in parts[0]}
+        )
 
     def file(self, stage: Stage, seed: int, number: int) -> Path:
         """The file of some paths, which is written if it is not there."""
@@ -199,18 +202,9 @@ class Distillation:
             self.evaluate(validation)
         losses = list[torch.Tensor]()
         while self.step < self.steps and time.monotonic() - start < minutes * 60:
-            rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP) * (1 - self.step / self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss = self.loss(paths)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-            self.step += 1
+            losses.append(self.advance(paths))
             if self.step % 25 == 0 or self.step < 4:
-                self.report({"step": self.step, "loss": float(torch.stack(losses).mean()), "rate": rate}, start)
+                self.report({"step": self.step, "loss": float(torch.stack(losses).mean())}, start)
                 losses = []
             if time.monotonic() - last > every * 60:
                 self.evaluate(validation)
@@ -218,6 +212,19 @@ class Distillation:
                 last = time.monotonic()
         self.evaluate(validation)
         self.save()
+
+    def advance(self, paths: Paths) -> torch.Tensor:
+        """One step of the training; returns its loss."""
+        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP) * (1 - self.step / self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.loss(paths)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
 
     def loss(self, paths: Paths) -> torch.Tensor:
         """Mask-weighted squared error of the way to the end of the window, over the length of that way.
@@ -271,15 +278,15 @@ class Distillation:
         self.log.append(entry)
         print(json.dumps(entry), flush=True)
 
-    def export(self, file: Path) -> None:
-        """The difference in bf16, by the names that `load_lora_weights` of diffusers knows; and the log beside it."""
+    def export(self, file: Path, log: Path) -> None:
+        """Write the difference in bf16, by the names that `load_lora_weights` of diffusers knows; and the log."""
         parts = {"down": "lora_A", "up": "lora_B"}
         tensors = {}
         for name, weight in self.trained.items():
             module, part, _ = name.rsplit(".", 2)
             tensors[f"transformer.{module}.{parts[part]}.weight"] = weight.detach().to("cpu", torch.bfloat16)
         atomically(file, lambda temporary: save_file(tensors, temporary))
-        file.with_suffix(".json").write_text(json.dumps(self.log) + "\n")
+        log.write_text(json.dumps(self.log) + "\n")
 
 
 def masked_psnr(video: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> float:
@@ -301,7 +308,7 @@ def main() -> None:
     distillation = Distillation(options.state, options.steps, options.seed, torch.device(options.device))
     distillation.run(options.minutes, options.every)
     if options.export:
-        distillation.export(options.export)
+        distillation.export(options.export, LOG)
 
 
 if __name__ == "__main__":
