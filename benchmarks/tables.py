@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from few_steps_report import few_steps_table
 from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
 
 ROOT = Path(__file__).parent.parent
@@ -386,6 +387,7 @@ TABLES = (
     ("engine", "engine", engine_table, BENCHMARKS),
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
+    ("few_steps", "few_steps", few_steps_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),
