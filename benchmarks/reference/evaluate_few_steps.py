@@ -60,6 +60,7 @@ SAMPLERS = {
     },
 }
 """The teacher first: the others are compared with it."""
+CALLS = {name: sampler.steps * (2 if sampler.guidance > 1 else 1) for name, sampler in SAMPLERS.items()}
 
 
 def run(sampler: Sampler, clip: Clip) -> Any:
@@ -97,7 +98,7 @@ def main() -> None:
                 "to_truth": {metric: quality[metric] for metric in METRICS},
                 "to_teacher": None if name == TEACHER else psnr(frames, load_frames(teacher), clip.mask),
             }
-            text = json.dumps({**provenance("cpu"), "clips": clips}, indent=1) + "\n"
+            text = json.dumps({**provenance("cpu"), "calls": CALLS, "clips": clips}, indent=1) + "\n"
             atomically(options.out, lambda temporary, text=text: Path(temporary).write_text(text))
             print(clip.name, name, json.dumps(found[name]), flush=True)
 
