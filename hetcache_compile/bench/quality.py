@@ -129,11 +129,12 @@ class Bench:
             run, plan, plain_call, more = self.run(clip, method)
         except MethodError as error:
             return {"failed": str(error)}
-        assert run.frames is not None
+        frames = run.frames
+        assert frames is not None
         if method.surroundings is not None:
             box = box_of(self.pipe, self.request(clip, Method(FULL)), method.surroundings)
-            run = replace(run, frames=box.paste(run.frames, clip.video))
-        save_frames(frames_file(out, clip.name, method.name), run.frames)
+            frames = box.paste(frames, clip.video)
+        save_frames(frames_file(out, clip.name, method.name), frames)
         uncached = load_frames(frames_file(out, clip.name, FULL)) if full else None
         num_calls = full["calls"]["FULL"] if full else len(run.seconds)
         another = method.runner is not None and method.steps is None
@@ -144,8 +145,8 @@ class Bench:
         return {
             **took,
             **more,
-            "fidelity": figures(run.frames, uncached, clip, self.settings),
-            "quality": figures(run.frames, clip.truth, clip, self.settings),
+            "fidelity": figures(frames, uncached, clip, self.settings),
+            "quality": figures(frames, clip.truth, clip, self.settings),
         }
 
     def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None, float | None, dict[str, Any]]:

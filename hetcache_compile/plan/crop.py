@@ -38,9 +38,8 @@ class Box:
         """
         if not mask.any():
             raise MaskError("the mask is empty: there is nothing to crop around")
-        covered = mask.any(axis=0)
-        rows = _span(covered.any(axis=1), surroundings, multiple[0])
-        return cls(*rows, *_span(covered.any(axis=0), surroundings, multiple[1]))
+        rows = _span(np.any(mask, axis=(0, 2)), surroundings, multiple[0])
+        return cls(*rows, *_span(np.any(mask, axis=(0, 1)), surroundings, multiple[1]))
 
     def cut(self, video: Any) -> Any:
         """This part of an array `[T, H, W, ...]`."""
