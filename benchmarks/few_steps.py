@@ -1,7 +1,7 @@
-"""Few steps: fidelity and quality against work, on the original and the distilled reference model.
+"""Few steps: fidelity and quality against work, on the reference model with guidance and without.
 
     python benchmarks/few_steps.py                     # everything, into results/few_steps.json and few_steps.png
-    python benchmarks/few_steps.py --clips 3 --models distilled:4,distilled:8 --methods optimal:2x,crop:0.5,steps:3
+    python benchmarks/few_steps.py --clips 3 --models unguided:4,unguided:8 --methods optimal:2x,crop:0.5,steps:3
 
 Methods are those of `hetcache bench quality` and of peers.py, by name. Each result is compared with the uncached one of
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
@@ -37,11 +37,13 @@ from hetcache_compile.files import atomically
 from hetcache_compile.passes.analysis.flops import flop_counter, graph_flops
 from hetcache_compile.pipelines.observe import first_call
 from hetcache_compile.provenance import provenance
+from hetcache_compile.reference.few_steps import add_difference
 
 RESULTS = Path(__file__).parent / "results"
-ORIGINAL, DISTILLED = "original", "distilled"
+ORIGINAL, UNGUIDED, DISTILLED = "original", "unguided", "distilled"
+"""As it is edited with; without guidance and with the solver for few steps; the same, distilled (`--difference`)."""
 MODELS = tuple(f"{model}:{steps}" for model, steps in ((ORIGINAL, 4), (ORIGINAL, 8), (ORIGINAL, 20),
-                                                       (DISTILLED, 4), (DISTILLED, 8)))  # fmt: skip
+                                                       (UNGUIDED, 4), (UNGUIDED, 8)))  # fmt: skip
 METHODS = (
     "optimal:1.5x", "optimal:2x", "optimal:3x", "balanced", "paper-fast",
     *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
@@ -105,22 +107,23 @@ class Work:
 
 
 def measure(model: str, clips: Sequence[Clip], names: Sequence[str], options: argparse.Namespace) -> Iterator[Any]:
-    """The missing cells of a model and number of steps, such as `distilled:8`; yields it after each clip."""
+    """The missing cells of a model and number of steps, such as `unguided:8`; yields it after each clip."""
     kind, _, number = model.partition(":")
-    steps, distilled = int(number), kind == DISTILLED
-    pipe = reference.load(device=options.device, few_steps=distilled)
-    calibration = reference.FEW_STEPS_CALIBRATION if distilled else reference.CALIBRATION
+    steps, guided = int(number), kind == ORIGINAL
+    pipe = reference.load(device=options.device, few_steps=not guided)
+    if kind == DISTILLED:
+        add_difference(pipe.transformer, options.difference)
+    calibration = Calibration.load(options.calibration)
     settings = Settings(
         f"reference, {kind}",
         num_inference_steps=steps,
-        guidance_scale=1.0 if distilled else reference.GUIDANCE_SCALE,
+        guidance_scale=reference.GUIDANCE_SCALE if guided else 1.0,
         max_sequence_length=reference.MAX_TEXT_LENGTH,
         inner="inductor" if options.timed else "eager",
         timed=options.timed,
-        calibration=file_digest(calibration),
+        calibration=file_digest(options.calibration),
     )
-    # The distilled model knows its own times only.
-    wanted = [name for name in names if not as_many_steps(name, steps) and not (distilled and "unipc" in name)]
+    wanted = [name for name in names if not as_many_steps(name, steps)]
     ours = our_methods([name for name in wanted if name.partition(":")[0] not in peers.PEERS])
     others = peers.rivals([name for name in wanted if name.partition(":")[0] in peers.PEERS], options.timed, {})
     work, out = Work.of(pipe, clips[0]), options.out / kind / number
@@ -128,7 +131,7 @@ def measure(model: str, clips: Sequence[Clip], names: Sequence[str], options: ar
         print(model, clip.name, flush=True)
         with progress_bars() as progress:
             for methods in (ours, *([Method(FULL), rival] for rival in others)):
-                bench_quality(pipe, [clip], methods, settings, out, progress, Calibration.load(calibration))
+                bench_quality(pipe, [clip], methods, settings, out, progress, calibration)
         yield work
 
 
@@ -156,6 +159,12 @@ def brief(cell: dict[str, Any], fewer_flops: float) -> dict[str, Any]:
     return rounded({**kept, "fewer_flops": fewer_flops, **figures})
 
 
+def in_order(item: tuple[str, Any]) -> tuple[int, int]:
+    """By model, then by steps."""
+    kind, _, steps = item[0].partition(":")
+    return (ORIGINAL, UNGUIDED, DISTILLED).index(kind), int(steps)
+
+
 def write(result: dict[str, Any], path: Path) -> None:
     text = json.dumps(result, separators=(",", ":"), allow_nan=False) + "\n"
     atomically(path, lambda temporary: Path(temporary).write_text(text))
@@ -169,6 +178,8 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--timed", action="store_true", help="take times too, on a machine that does nothing else")
     parser.add_argument("--out", type=Path, default=Path("out/few_steps"), help="where cells are kept")
+    parser.add_argument("--calibration", type=Path, default=reference.CALIBRATION, help="for optimal schedules")
+    parser.add_argument("--difference", type=Path, help="of distil.py, for models such as distilled:8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--result", type=Path, default=RESULTS / "few_steps.json")
     options = parser.parse_args()
@@ -179,8 +190,7 @@ def main() -> None:
     for model in options.models.split(","):
         for work in measure(model, clips, names, options):
             models[model] = collect(read(options.out / model.replace(":", "/") / RESULT), work)
-            ordered = {name: models[name] for name in MODELS if name in models}
-            write({**provenance(options.device), "models": ordered}, options.result)
+            write({**provenance(options.device), "models": dict(sorted(models.items(), key=in_order))}, options.result)
     print(f"wrote {options.result}")
 
 

@@ -92,7 +92,8 @@ def few_steps_table(result: Result) -> str:
         f"{len(clips)} held-out clips at most, medians over clips. By mask size: ratio of FLOPs to the uncached run's"
         f"{', of times in brackets' if timed else ''}; PSNR to the uncached result and to the true video inside the "
         "mask, in dB. On the right, means of the sizes: against the true video, inside the mask or in its band, "
-        "8 pixels on both sides of its edge. The original model with a guidance of 2, the distilled one without. "
+        "8 pixels on both sides of its edge. `original` has a guidance of 2; the others none, and "
+        "evenly spaced steps. "
         f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/few_steps.py`.",
         "",
         "![Fidelity and quality against work](benchmarks/results/few_steps.png)",

@@ -12,12 +12,11 @@ import torch
 
 from hetcache_compile import reference
 from hetcache_compile.calibration.output_weights import step_lengths
-from hetcache_compile.edit.editing import EditRequest, load_pipeline, run_pipeline
+from hetcache_compile.edit.editing import EditRequest, run_pipeline
 from hetcache_compile.edit.metrics import psnr
 from hetcache_compile.errors import InputFileError
 from hetcache_compile.reference.clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, render_batch
 from hetcache_compile.reference.codec import BlockTransformCodec
-from hetcache_compile.reference.few_steps import DIFFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -79,34 +78,6 @@ def test_the_shipped_codec_keeps_what_matters(pipe) -> None:
 def test_the_weights_are_small_enough_and_inpaint(pipe) -> None:
     size = sum(path.stat().st_size for path in reference.FOLDER.rglob("*") if path.is_file())
     assert size < 16e6
-    assert_inpaints(pipe)
-
-
-def test_the_distilled_model_inpaints_and_goes_through_a_folder(pipe, tmp_path) -> None:
-    assert DIFFERENCE.stat().st_size < 4e6
-    distilled = reference.load(few_steps=True)
-    assert_inpaints(distilled)
-    name = "blocks.0.attn1.to_q"
-    moved = distilled.transformer.get_submodule(name).weight - pipe.transformer.get_submodule(name).weight
-    assert torch.linalg.matrix_rank(moved, rtol=1e-3) == 32
-    distilled.save_pretrained(tmp_path)
-    again = load_pipeline(tmp_path, torch.float32, "cpu")
-    assert again.scheduler.config.solver_order == 1
-    torch.testing.assert_close(again.transformer.state_dict(), distilled.transformer.state_dict(), rtol=0, atol=0)
-
-
-def test_the_times_of_eight_few_steps_contain_those_of_four_and_each_is_eulers() -> None:
-    scheduler = reference.few_steps_scheduler()
-    timesteps = {}
-    for steps in (4, 8):
-        scheduler.set_timesteps(steps)
-        timesteps[steps], sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.double().numpy()
-        np.testing.assert_allclose(step_lengths(scheduler, steps), sigmas[:-1] - sigmas[1:], rtol=1e-3)
-    assert set(timesteps[4]) < set(timesteps[8])
-
-
-def assert_inpaints(pipe) -> None:
-    """In 4 steps without guidance, far better than a fill."""
     clip = reference.procedural_clip(3)
     request = EditRequest(
         video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=4, guidance_scale=1.0,
@@ -118,6 +89,16 @@ def assert_inpaints(pipe) -> None:
     mean = psnr(np.where(clip.mask[..., None], colour, clip.video), clip.truth, clip.mask)
     assert psnr(frames, clip.truth, clip.mask) > max(grey, mean) + 3
     assert psnr(frames, clip.truth, ~clip.mask) > 30
+
+
+def test_the_times_of_eight_few_steps_contain_those_of_four_and_each_is_eulers() -> None:
+    scheduler = reference.load(few_steps=True).scheduler
+    timesteps = {}
+    for steps in (4, 8):
+        scheduler.set_timesteps(steps)
+        timesteps[steps], sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.double().numpy()
+        np.testing.assert_allclose(step_lengths(scheduler, steps), sigmas[:-1] - sigmas[1:], rtol=1e-3)
+    assert set(timesteps[4]) < set(timesteps[8])
 
 
 def test_an_unknown_demo_edit_is_refused() -> None:

@@ -1,6 +1,6 @@
 """Distil the reference editor to 4 or 8 steps without guidance: a low-rank difference to its weights.
 
-    python benchmarks/reference/distil.py --state out/distil --export hetcache_compile/reference/few_steps
+    python benchmarks/reference/distil.py --state out/distil --export out/distil/difference.safetensors
 
 Piecewise rectified flow (Yan et al., arXiv 2405.07510). The teacher's path from noise to clip, with guidance, is cut
 into four windows of time. In each the student learns to go straight from where the path enters it to where it leaves:

@@ -1,4 +1,4 @@
-"""How well the distilled reference model does in 4 and 8 steps: the second table of its model card.
+"""How well the reference model does in 4 and 8 steps, distilled and as it is: the second table of its model card.
 
     python benchmarks/reference/evaluate_few_steps.py     # writes benchmarks/results/reference_few_steps.json
     python benchmarks/tables.py                           # puts the figures into the model card
@@ -25,6 +25,7 @@ from hetcache_compile.edit.media import Clip
 from hetcache_compile.edit.metrics import compare, psnr
 from hetcache_compile.files import atomically
 from hetcache_compile.provenance import provenance
+from hetcache_compile.reference.few_steps import add_difference
 
 RESULT = Path(__file__).parents[1] / "results" / "reference_few_steps.json"
 METRICS = ("psnr_db", "ssim", "flip")
@@ -63,11 +64,11 @@ SAMPLERS = {
 CALLS = {name: sampler.steps * (2 if sampler.guidance > 1 else 1) for name, sampler in SAMPLERS.items()}
 
 
-def run(sampler: Sampler, clip: Clip) -> Any:
+def run(sampler: Sampler, clip: Clip, difference: Path) -> Any:
     """The result, uint8 `[T, H, W, 3]`."""
-    pipe = reference.load(few_steps=sampler.distilled)
-    if sampler.own_times:
-        pipe.scheduler = reference.few_steps_scheduler()
+    pipe = reference.load(few_steps=sampler.own_times)
+    if sampler.distilled:
+        add_difference(pipe.transformer, difference)
     request = EditRequest(
         video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=sampler.steps,
         guidance_scale=sampler.guidance, max_sequence_length=reference.MAX_TEXT_LENGTH,
@@ -79,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=12, help="held-out procedural clips, beside the real one")
     parser.add_argument("--samplers", default=";".join(SAMPLERS), help="those to run now, with semicolons between")
+    parser.add_argument("--difference", type=Path, default=Path("out/distil/difference.safetensors"))
     parser.add_argument("--frames", type=Path, default=Path("out/few_steps_evaluation"), help="where results are kept")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -90,7 +92,7 @@ def main() -> None:
         for name in [*(name for name in SAMPLERS if name in chosen), *BASELINES]:
             if name in found:
                 continue
-            frames = run(SAMPLERS[name], clip) if name in SAMPLERS else BASELINES[name](clip)
+            frames = run(SAMPLERS[name], clip, options.difference) if name in SAMPLERS else BASELINES[name](clip)
             if name == TEACHER:
                 save_frames(teacher, frames)
             quality = compare(frames, clip.truth, clip.mask)["generative"]

@@ -17,14 +17,12 @@ from ..edit.media import GREY, Clip, read_video
 from ..errors import InputFileError
 from .clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, Batch, render_batch
 from .codec import BlockTransformCodec  # noqa: F401  diffusers loads it only where it was imported before
-from .few_steps import add_difference, few_steps_scheduler
+from .few_steps import few_steps_scheduler
 
 FOLDER = Path(__file__).parent / "weights"
 """A diffusers checkpoint: `from_pretrained(FOLDER)` works once this module is imported."""
 CALIBRATION = Path(__file__).parent / "reference.hetcal"
 """What `hetcache calibrate` measured of it: see `calibration.Calibration`."""
-FEW_STEPS_CALIBRATION = Path(__file__).parent / "few_steps.hetcal"
-"""The same of the distilled model, in 8 steps."""
 NUM_FRAMES, SIZE = 17, 128
 """What the model was trained for: 17 frames of 128 x 128 pixels, 2,304 tokens."""
 MAX_TEXT_LENGTH = 16
@@ -38,13 +36,12 @@ MASK_SHARES = (0.05, 0.2, 0.5)
 def load(dtype: torch.dtype = torch.float32, device: str = "cpu", *, few_steps: bool = False) -> Any:
     """The reference model in diffusers' `WanVACEPipeline`.
 
-    With `few_steps` it is distilled, and its solver made, for 4 or 8 steps with a guidance scale of 1.
+    With `few_steps` its solver is better for 4 to 8 steps; see `few_steps_scheduler`.
     """
     from ..edit.editing import load_pipeline
 
     pipe = load_pipeline(FOLDER, dtype, device)
     if few_steps:
-        add_difference(pipe.transformer)
         pipe.scheduler = few_steps_scheduler()
     return pipe
 

@@ -1,4 +1,4 @@
-"""The reference model distilled to 4 or 8 steps without guidance: a low-rank difference of weights, and a solver."""
+"""The reference model in few steps: a solver that spends none of them near the end, and low-rank differences."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-DIFFERENCE = Path(__file__).parent / "few_steps.safetensors"
-"""Written by benchmarks/reference/distil.py, by the names that `load_lora_weights` of diffusers knows."""
 SHIFT = 3.0
 
 
 def few_steps_scheduler() -> Any:
     """Euler's steps, evenly spaced in time: DPM-Solver++ of order 1.
 
-    The times of 8 steps contain those of 4. (`FlowMatchEulerDiscreteScheduler` would spend one of four steps on the
-    last hundredth of the way.)
+    `FlowMatchEulerDiscreteScheduler` spends its last step on the last hundredth of the way. The times of 8 steps
+    contain those of 4.
     """
     from diffusers import DPMSolverMultistepScheduler
 
@@ -27,8 +25,8 @@ def few_steps_scheduler() -> Any:
 
 
 @torch.no_grad()
-def add_difference(model: torch.nn.Module, file: Path = DIFFERENCE) -> None:
-    """Add a low-rank difference to the weights of linear layers."""
+def add_difference(model: torch.nn.Module, file: Path) -> None:
+    """Add what benchmarks/reference/distil.py wrote, a low-rank difference, to the weights of linear layers."""
     tensors = load_file(file)
     for name, down in tensors.items():
         if name.endswith(".lora_A.weight"):
