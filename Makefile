@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-wide test-torch check docs bench bench-size front drift clean
+.PHONY: demo test test-wide test-torch check docs bench bench-size front few-steps drift clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -52,6 +52,10 @@ bench: .venv/ready   ## measure the forms into benchmarks/results, and put the f
 
 bench-size: .venv/ready   ## export the real 1.3B architecture (4 minutes, 5 GiB), and put the figures into docs/benchmarks.md
 	$(BIN)/python benchmarks/export_size.py --out out/export_size
+	$(BIN)/python benchmarks/tables.py
+
+few-steps: .venv/ready   ## fidelity and quality against work in 4, 8 and 20 steps, into docs/benchmarks.md (hours; goes on)
+	$(BIN)/python benchmarks/few_steps.py
 	$(BIN)/python benchmarks/tables.py
 
 front: .venv/ready   ## fidelity against time, also of other caches, into docs/benchmarks.md (hours; goes on where it was cut short)

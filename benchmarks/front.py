@@ -22,7 +22,7 @@ from typing import Any
 import peers
 import torch
 from diffusers import UniPCMultistepScheduler
-from front_report import ADDED, FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, mask_size, save_plot
+from front_report import ADDED, CROPPED, FEWER_STEPS, OURS, RIVALS_TIMED_ON, THE_PAPER, mask_size, save_plot
 
 from hetcache_compile import reference
 from hetcache_compile.bench.methods import FULL, Method, parse_methods
@@ -43,6 +43,7 @@ MAIN = (
     "optimal:1%", "optimal:2x", "optimal:3x", "optimal:4x", "optimal:6x", "optimal:8x", "optimal:9x",
     "balanced", "paper-slow", "paper-fast",
     *(f"{solver}:{number}" for solver in ("steps", "unipc") for number in (20, 12, 8, 6)),
+    "crop:0.25", "crop:0.5", "crop:1", "crop:0.5+optimal:3x",
 )  # fmt: skip
 """The fronts. Fewer steps with the reference model's own solver, Euler's, and with that of Wan's pipelines."""
 ADDITIONS = (
@@ -69,6 +70,8 @@ def family(name: str) -> str:
         return peers.PEERS[kind].label
     if kind in FEWER:
         return FEWER_STEPS
+    if kind == "crop":
+        return CROPPED
     if kind.startswith("paper-"):
         return ADDED if "+" in name else THE_PAPER
     return OURS

@@ -11,7 +11,8 @@ from hetcache_compile.files import atomically
 
 OURS, THE_PAPER, FEWER_STEPS = "hetcache_compile", "the paper's method", "fewer steps"
 ADDED = "additions to the paper's method"
-JOINED = (OURS, THE_PAPER, ADDED, FEWER_STEPS)
+CROPPED = "crop and stitch"
+JOINED = (OURS, THE_PAPER, ADDED, FEWER_STEPS, CROPPED)
 LIBRARIES = ("diffusers", "cache-dit")
 SPEEDS = {50: (2.5, 4.0, 6.0), 20: (1.6, 2.5, 3.5)}
 """The table's rows: number of steps -> the least speed-up."""

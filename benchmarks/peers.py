@@ -25,6 +25,7 @@ from hetcache_compile import reference
 from hetcache_compile.bench.methods import Method
 from hetcache_compile.edit.editing import EditRequest, Progress, Run, run_pipeline
 from hetcache_compile.errors import MethodError
+from hetcache_compile.passes.analysis.flops import flop_counter
 
 FROZEN_STEPS = 14
 """Enough for every setting below to reuse something: MagCache first computes a fifth of 50 steps."""
@@ -47,8 +48,8 @@ class Peer:
 class Rival:
     """One peer at one setting, as a `methods.RunEdit`.
 
-    Without `timed` it runs eagerly, once. With it, `ways` says which ways are tried on the first clip; the fastest is
-    kept in `best` by peer, where other settings find it.
+    Without `timed` it runs eagerly, once, and its FLOPs are counted. With it, `ways` says which ways are tried on the
+    first clip; the fastest is kept in `best` by peer, where other settings find it.
     """
 
     peer: Peer
@@ -58,6 +59,7 @@ class Rival:
     ways: tuple[str, ...] = WAYS
     _ready: dict[str, Any] = field(default_factory=dict)
     _frozen: float | None = None
+    _flops: int = 0
 
     def __call__(self, pipe: Any, request: EditRequest, progress: Progress) -> tuple[Run, dict[str, Any]]:
         if find_spec(self.peer.package) is None:
@@ -76,7 +78,10 @@ class Rival:
         way = min(runs, key=lambda name: sum(runs[name].seconds))
         if self.timed:
             self.best[self.peer.label] = way
-        return runs[way], {"way": way, "frozen_input_error": self._frozen, **({"broken": broken} if broken else {})}
+        found = {"way": way, "frozen_input_error": self._frozen}
+        return runs[way], found | ({"broken": broken} if broken else {}) | (
+            {} if self.timed else {"flops": self._flops}
+        )
 
     def try_ways(
         self, pipe: Any, plain: Any, request: EditRequest, progress: Progress
@@ -103,7 +108,12 @@ class Rival:
             if self.timed:
                 run_pipeline(pipe, request, f"warming up, {way}", progress, decode=False)
         pipe.transformer = self._ready[way]
-        return run_pipeline(pipe, request, "denoising", progress)
+        if self.timed:
+            return run_pipeline(pipe, request, "denoising", progress)
+        with flop_counter() as counter:
+            run = run_pipeline(pipe, request, "denoising", progress)
+        self._flops = counter.get_total_flops()
+        return run
 
     def enabled(self, pipe: Any, plain: Any, request: EditRequest) -> Any:
         """A copy of the model with the cache."""

@@ -10,8 +10,9 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
+from few_steps_report import few_steps_table
 from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,38 @@ def reference_table(result: dict) -> str:
         f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/reference/evaluate.py`."
     )
     return "\n".join(rows)
+
+
+def few_steps_reference_table(result: dict) -> str:
+    """Means over clips. Only clips that every sampler has, so that lines can be compared."""
+    samplers = list(dict.fromkeys(name for clip in result["clips"].values() for name in clip))
+    clips = {name: clip for name, clip in result["clips"].items() if set(samplers) <= set(clip)}
+    groups = list(dict.fromkeys(size_of(name) for name in clips))
+    heads = ["", "model calls", "to the teacher's 50 steps", *(f"to the truth, {group}" for group in groups)]
+    rows = [f"| {' | '.join([*heads, 'SSIM', 'FLIP'])} |", "| --- |" + " --- |" * (len(heads) + 1)]
+    for sampler in samplers:
+        cells = {name: clip[sampler] for name, clip in clips.items()}
+        near = [cell["to_teacher"] for cell in cells.values() if cell["to_teacher"] is not None]
+        truth = {name: cell["to_truth"] for name, cell in cells.items()}
+        by_group = [[cell["psnr_db"] for name, cell in truth.items() if size_of(name) == group] for group in groups]
+        figures = [
+            str(result["calls"].get(sampler, "-")), f"{mean(near):.1f}" if near else "-",
+            *(f"{mean(of_group):.1f}" for of_group in by_group),
+            *(f"{mean(cell[metric] for cell in truth.values()):.3f}" for metric in ("ssim", "flip")),
+        ]  # fmt: skip
+        rows.append(f"| {sampler} | {' | '.join(figures)} |")
+    rows.append("")
+    rows.append(
+        f"PSNR in dB inside the mask, means over {len(clips)} clips that were never trained on; SSIM and FLIP against "
+        f"the truth, inside the mask. {result['processor']}, torch {result['versions']['torch']}: "
+        "`python benchmarks/reference/evaluate_few_steps.py`."
+    )
+    return "\n".join(rows)
+
+
+def size_of(clip: str) -> str:
+    """The group of a held-out clip."""
+    return f"masks of {mask_size(clip)} %" if clip[0].isdigit() else f"real clip ({clip})"
 
 
 def engine_table(result: dict) -> str:
@@ -134,6 +167,7 @@ def picture_caption(result: dict) -> str:
 
 
 BENCHMARKS = "docs/benchmarks.md"
+MODEL_CARD = "hetcache_compile/reference/MODEL_CARD.md"
 MEMORY = "docs/memory.md"
 
 
@@ -464,6 +498,7 @@ TABLES = (
     ("engine", "engine", engine_table, BENCHMARKS),
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
+    ("few_steps", "few_steps", few_steps_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),
@@ -477,7 +512,8 @@ TABLES = (
     ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),
     ("soak", "soak", soak_text, BENCHMARKS),
-    ("reference", "reference", reference_table, "hetcache_compile/reference/MODEL_CARD.md"),
+    ("reference", "reference", reference_table, MODEL_CARD),
+    ("few_steps_reference", "reference_few_steps", few_steps_reference_table, MODEL_CARD),
 )
 """Marker, result, what makes text of it, page. Links in the text start at the root of the repository."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hetcache_compile import reference
+from hetcache_compile.calibration.output_weights import step_lengths
 from hetcache_compile.edit.editing import EditRequest, run_pipeline
 from hetcache_compile.edit.metrics import psnr
 from hetcache_compile.errors import InputFileError
@@ -88,6 +89,16 @@ def test_the_weights_are_small_enough_and_inpaint(pipe) -> None:
     mean = psnr(np.where(clip.mask[..., None], colour, clip.video), clip.truth, clip.mask)
     assert psnr(frames, clip.truth, clip.mask) > max(grey, mean) + 3
     assert psnr(frames, clip.truth, ~clip.mask) > 30
+
+
+def test_the_times_of_eight_few_steps_contain_those_of_four_and_each_is_eulers() -> None:
+    scheduler = reference.load(few_steps=True).scheduler
+    timesteps = {}
+    for steps in (4, 8):
+        scheduler.set_timesteps(steps)
+        timesteps[steps], sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.double().numpy()
+        np.testing.assert_allclose(step_lengths(scheduler, steps), sigmas[:-1] - sigmas[1:], rtol=1e-3)
+    assert set(timesteps[4]) < set(timesteps[8])
 
 
 def test_an_unknown_demo_edit_is_refused() -> None:

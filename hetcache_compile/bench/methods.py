@@ -4,13 +4,15 @@ full                       the plain compiled model: the uncached result
 steps:20                   the plain model with fewer steps
 balanced                   any schedule: a preset, FRRP, teacache:0.1, optimal:3x
 balanced+o0+margin=1       a schedule with options of `plan_for`; +o0 is short for +extrapolation=0
+crop:0.25                  the plain model on the mask's surroundings, put back: see `Box.around` of `plan.crop`
+crop:0.25+balanced         the same, with a plan
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ class Method:
         options: of `plan_for`.
         steps: how many steps the plain model takes; None: as many as the rest.
         runner: in place of a plan. With `steps` it runs the plain model, so that its calls are plain ones.
+        surroundings: how far around the mask the video is cropped before the edit; None: not at all.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
     runner: RunEdit | None = None
+    surroundings: float | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -73,6 +77,14 @@ def parse_method(name: str) -> Method:
         if not re.fullmatch("[1-9][0-9]*", argument):
             raise PlanError(f"steps needs a number of steps, as in steps:20, got {name!r}")
         return Method(name, steps=int(argument))
+    if kind == "crop":
+        surroundings, _, schedule = argument.partition("+")
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", surroundings):
+            raise PlanError(f"crop needs a share of the mask's size, as in crop:0.25, got {name!r}")
+        method = parse_method(schedule or FULL)
+        if method.surroundings is not None:
+            raise PlanError(f"what is cropped cannot be cropped again, got {name!r}")
+        return replace(method, name=name, surroundings=float(surroundings))
     schedule, *parts = name.split("+")
     make_schedule(schedule, 2, np.zeros(2), _no_search)
     try:

@@ -27,9 +27,12 @@ from ..plan.plan import Plan
 from ..plan.schedule import preset_options
 from ..provenance import provenance
 from ..runtime.backend import hetcache_backend
+from .crop import box_of, cropped
 from .methods import FULL, Method
 
 RESULT = "quality.json"
+MOST_SIZES = 64
+"""Crops may have so many sizes: Dynamo compiles the plain model for each."""
 BESIDE = 3
 """Steps of the plain model that are timed beside each cell: machines do not stay as fast as they were."""
 
@@ -92,7 +95,8 @@ def bench_quality(
     bench = Bench(pipe, settings, progress, calibration)
     bench.check(clips[0], methods)
     # Outside a session hetcache_backend's model is the plain one, so both can take turns on each clip.
-    with compiled(pipe, backend=hetcache_backend, options={"inner": settings.inner}):
+    static = {"backend": hetcache_backend, "options": {"inner": settings.inner}, "dynamic": False}
+    with compiled(pipe, **static), torch._dynamo.config.patch(recompile_limit=MOST_SIZES):
         for number, (clip, method) in enumerate(missing):
             progress("cells", number, len(missing))
             cells = result["cells"].setdefault(clip.name, {})
@@ -125,16 +129,24 @@ class Bench:
             run, plan, plain_call, more = self.run(clip, method)
         except MethodError as error:
             return {"failed": str(error)}
-        assert run.frames is not None
-        save_frames(frames_file(out, clip.name, method.name), run.frames)
+        frames = run.frames
+        assert frames is not None
+        if method.surroundings is not None:
+            box = box_of(self.pipe, self.request(clip, Method(FULL)), method.surroundings)
+            frames = box.paste(frames, clip.video)
+        save_frames(frames_file(out, clip.name, method.name), frames)
         uncached = load_frames(frames_file(out, clip.name, FULL)) if full else None
         num_calls = full["calls"]["FULL"] if full else len(run.seconds)
         another = method.runner is not None and method.steps is None
+        took = times_of_another(run, plain_call, num_calls) if another else times(run, plan, plain_call, num_calls)
+        if method.surroundings is not None:
+            took["full_over_compiled"] = None  # the calls beside are of the whole clip
+            took["num_tokens"] = make_plan(self.pipe, self.request(clip, method), "full").num_tokens
         return {
-            **(times_of_another(run, plain_call, num_calls) if another else times(run, plan, plain_call, num_calls)),
+            **took,
             **more,
-            "fidelity": figures(run.frames, uncached, clip, self.settings),
-            "quality": figures(run.frames, clip.truth, clip, self.settings),
+            "fidelity": figures(frames, uncached, clip, self.settings),
+            "quality": figures(frames, clip.truth, clip, self.settings),
         }
 
     def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None, float | None, dict[str, Any]]:
@@ -143,11 +155,12 @@ class Bench:
         plan = self.plan(request, method) if method.schedule else None
         beside = None
         if timed:
-            self.warm_up(request, None)
-            if plan is not None:
+            whole = self.request(clip, Method(FULL))
+            self.warm_up(whole, None)
+            if plan is not None or method.surroundings is not None:
                 self.warm_up(request, plan)
             if method.name != FULL:
-                short = replace(request, num_inference_steps=BESIDE)
+                short = replace(whole, num_inference_steps=BESIDE)
                 plain = run_pipeline(self.pipe, short, "timing the plain model", self.progress, decode=False)
                 beside = plain.median_seconds["FULL"]
         if method.runner is not None:
@@ -159,8 +172,8 @@ class Bench:
         return run, None, run.median_seconds["FULL"] if timed and method.name == FULL else beside, {}
 
     def request(self, clip: Clip, method: Method) -> EditRequest:
-        """The edit of one cell."""
-        return EditRequest(
+        """The edit of one cell: of the clip, or of what is cropped of it."""
+        whole = EditRequest(
             video=clip.video,
             mask=clip.mask,
             prompt=clip.prompt,
@@ -169,10 +182,13 @@ class Bench:
             max_sequence_length=self.settings.max_sequence_length,
             seed=self.settings.seed,
         )
+        if method.surroundings is None:
+            return whole
+        return cropped(self.pipe, whole, box_of(self.pipe, whole, method.surroundings))
 
     def warm_up(self, request: EditRequest, plan: Plan | None) -> None:
         """Compile what is not compiled yet."""
-        needs = {(plan.form_options, kind) for kind in plan.steps} if plan else {None}
+        needs = {(plan.form_options, kind) for kind in plan.steps} if plan else {request.mask.shape}
         if not needs <= self._warm:
             warm_up(self.pipe, request, plan, self.progress)
             self._warm |= needs

@@ -111,7 +111,7 @@ def mask_options(threshold: float | None, invert: bool, labels: str | None) -> d
 
 def check_size(height: int, width: int, num_frames: int, pipe: Any = None) -> None:
     """Raise `PlanError` for a video that the VAE and the patches cannot cut up: the pipeline's own, or else Wan's."""
-    frames, rows, columns = WAN_FACTORS if pipe is None else size_factors(pipe)
+    frames, rows, columns = size_factors(pipe)
     for name, value, factor in (("height", height, rows), ("width", width, columns)):
         if value % factor:
             raise PlanError(f"{name} must be a multiple of {factor}, got {value}")
@@ -119,14 +119,16 @@ def check_size(height: int, width: int, num_frames: int, pipe: Any = None) -> No
         raise PlanError(f"the number of frames must be one more than a multiple of {frames}, got {num_frames}")
 
 
-def size_factors(pipe: Any) -> tuple[int, int, int]:
-    """Frames to a latent frame, and the pixels of a token: its height and its width.
+def size_factors(pipe: Any = None) -> tuple[int, int, int]:
+    """Frames to a latent frame, and the pixels of a token: its height and its width. Wan's without a pipeline.
 
     Raises:
         PlanError: the pipeline lacks a part that says so.
     """
+    if pipe is None:
+        return WAN_FACTORS
     factors = Factors.of(pipe, models_of(pipe)[0])
-    return factors.temporal, factors.spatial * factors.patch[1], factors.spatial * factors.patch[2]
+    return factors.temporal, *factors.token_pixels
 
 
 def torch_dtype(name: str) -> Any:

@@ -49,6 +49,7 @@ from .common import (
     check_size,
     mask_options,
     options_of,
+    size_factors,
     torch_dtype,
 )
 
@@ -104,6 +105,7 @@ def make_plan(
     from ..edit.media import GREY, read_mask, read_source
     from ..pipelines.memory import ANY
     from ..pipelines.planning import choices, plans_for
+    from ..plan.crop import crop_advice
     from ..plan.plan import Plan
     from ..plan.preview import save_preview
     from ..plan.schedule import OPTIMAL, default_schedule
@@ -181,4 +183,6 @@ def make_plan(
         print(expectation(known.like(options | dict(considered[0].options)), made))
         print(comparison(considered) + not_counted(known, schedule, options), end="")
         warn(measured_elsewhere(known, pipe) if pipe is not None else ())
+    if (inputs is None or inputs.makes_video) and (advice := crop_advice(made, pixels, size_factors(pipe)[1:])):
+        print(advice)
     print(f"wrote {out}" + (f" and {preview}" if preview else ""))

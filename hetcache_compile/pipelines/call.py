@@ -91,20 +91,13 @@ def _computed(pipe: Any, pixels: NDArray[np.bool_], arguments: Mapping[str, Any]
     factors = Factors.of(pipe, model)
     height, width = _size(arguments) or pixels.shape[1:]
     frames = factors.frames(_default(pipe, arguments, "num_frames", len(pixels)))
-    _, patch_h, patch_w = factors.patch
-    if height % (factors.spatial * patch_h) or width % (factors.spatial * patch_w):
-        raise PlanError(
-            f"height and width must be multiples of {factors.spatial * patch_h} and {factors.spatial * patch_w}, "
-            f"got {height} and {width}"
-        )
+    rows, columns = factors.token_pixels
+    if height % rows or width % columns:
+        raise PlanError(f"height and width must be multiples of {rows} and {columns}, got {height} and {width}")
     latent_frames = references + factors.latent_frames(frames)
     if latent_frames % factors.patch[0]:
         raise PlanError(f"{latent_frames} latent frames are no multiple of the patch size {factors.patch[0]}")
-    grid = (
-        latent_frames // factors.patch[0],
-        height // (factors.spatial * patch_h),
-        width // (factors.spatial * patch_w),
-    )
+    grid = latent_frames // factors.patch[0], height // rows, width // columns
     if pixels.shape not in (grid, (frames, height, width), (1, height, width)):
         shapes = f"{(frames, height, width)} pixels, or one still, or {grid} tokens"
         raise MaskError(f"the mask has shape {pixels.shape}, this call needs {shapes}")

@@ -52,6 +52,11 @@ class Factors:
         temporal = next((getattr(pipe, name) for name in TEMPORAL if isinstance(getattr(pipe, name, None), int)), 1)
         return cls(temporal, spatial, patch_of(model.config))
 
+    @property
+    def token_pixels(self) -> tuple[int, int]:
+        """Height and width of a token, in pixels."""
+        return self.spatial * self.patch[1], self.spatial * self.patch[2]
+
     def latent_frames(self, num_frames: int) -> int:
         """How many latent frames a video has."""
         return (num_frames - 1) // self.temporal + 1

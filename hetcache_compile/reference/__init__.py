@@ -17,6 +17,7 @@ from ..edit.media import GREY, Clip, read_video
 from ..errors import InputFileError
 from .clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, Batch, render_batch
 from .codec import BlockTransformCodec  # noqa: F401  diffusers loads it only where it was imported before
+from .few_steps import few_steps_scheduler
 
 FOLDER = Path(__file__).parent / "weights"
 """A diffusers checkpoint: `from_pretrained(FOLDER)` works once this module is imported."""
@@ -32,11 +33,17 @@ REAL_START = 142
 MASK_SHARES = (0.05, 0.2, 0.5)
 
 
-def load(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """The reference model in diffusers' `WanVACEPipeline`."""
+def load(dtype: torch.dtype = torch.float32, device: str = "cpu", *, few_steps: bool = False) -> Any:
+    """The reference model in diffusers' `WanVACEPipeline`.
+
+    With `few_steps` its solver is better for 4 to 8 steps; see `few_steps_scheduler`.
+    """
     from ..edit.editing import load_pipeline
 
-    return load_pipeline(FOLDER, dtype, device)
+    pipe = load_pipeline(FOLDER, dtype, device)
+    if few_steps:
+        pipe.scheduler = few_steps_scheduler()
+    return pipe
 
 
 def held_out(count: int) -> list[Clip]:

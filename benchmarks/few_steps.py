@@ -1,0 +1,198 @@
+"""Few steps: fidelity and quality against work, on the reference model with guidance and without.
+
+    python benchmarks/few_steps.py                     # everything, into results/few_steps.json and few_steps.png
+    python benchmarks/few_steps.py --clips 3 --models unguided:4,unguided:8 --methods optimal:2x,crop:0.5,steps:3
+
+Methods are those of `hetcache bench quality` and of peers.py, by name. Each result is compared with the uncached one of
+the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
+machine does not change; with `--timed` times are taken too. Cells are kept in out/few_steps, and a run that was cut
+short goes on there; the result is written after each clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+from few_steps_report import save_plot
+from front import as_many_steps, family, our_methods, read, rounded
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hetcache_compile import Plan, reference, rewrite
+from hetcache_compile.bench.methods import FULL, Method
+from hetcache_compile.bench.quality import RESULT, Bench, Settings, bench_quality, file_digest
+from hetcache_compile.calibration.calibration import Calibration
+from hetcache_compile.console import progress_bars
+from hetcache_compile.edit.editing import call_arguments, make_plan
+from hetcache_compile.edit.media import Clip
+from hetcache_compile.files import atomically
+from hetcache_compile.passes.analysis.flops import flop_counter, graph_flops
+from hetcache_compile.pipelines.observe import first_call
+from hetcache_compile.provenance import provenance
+from hetcache_compile.reference.few_steps import add_difference
+
+RESULTS = Path(__file__).parent / "results"
+ORIGINAL, UNGUIDED, DISTILLED = "original", "unguided", "distilled"
+"""As it is edited with; without guidance and with the solver for few steps; the same, distilled (`--difference`)."""
+MODELS = tuple(f"{model}:{steps}" for model, steps in ((ORIGINAL, 4), (ORIGINAL, 8), (ORIGINAL, 20),
+                                                       (UNGUIDED, 4), (UNGUIDED, 8)))  # fmt: skip
+METHODS = (
+    "optimal:1.5x", "optimal:2x", "optimal:3x", "balanced", "paper-fast",
+    *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
+    "crop:0.25", "crop:0.5", "crop:1", "crop:0.5+optimal:2x", *peers.NAMES,
+)  # fmt: skip
+OF_FIDELITY, OF_QUALITY = ("psnr_db",), ("psnr_db", "ssim", "flip", "warp_error")
+REGIONS = ("generative", "band")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model call takes, in FLOPs.
+
+    Attributes:
+        call: of each call: keys and values of the text.
+        token: of each token that is computed.
+        pair: of each computed token and one that it attends to.
+        embedding: of each token, computed or not: convolutions over the grid are computed whole.
+    """
+
+    call: float
+    token: float
+    pair: float
+    embedding: float
+
+    @classmethod
+    def of(cls, pipe: Any, clip: Clip) -> Work:
+        """From torch's counts of a call, of two calls of a part of the picture, and of a PARTIAL call."""
+        bench = Bench(pipe, Settings("", max_sequence_length=reference.MAX_TEXT_LENGTH), lambda *_: None)
+        request = bench.request(clip, Method(FULL))
+        first, grid = first_call(pipe, call_arguments(pipe, request)), make_plan(pipe, request, "full").grid
+        sizes, counts = [], []
+        for rows, columns in ((1, 1), (2, 1), (2, 2)):
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, flop_counter() as counter:
+                given = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                         for name, value in first.arguments.items()}  # fmt: skip
+                for name, value in given.items():
+                    if isinstance(value, torch.Tensor) and value.ndim == 5:
+                        given[name] = value[..., : value.shape[3] // rows, : value.shape[4] // columns]
+                first.model(**given)
+            sizes.append(prod(grid) // (rows * columns))
+            counts.append(counter.get_total_flops())
+        call, every_token, pair = np.linalg.solve([[1, size, size**2] for size in sizes], counts)
+        half = Plan.from_token_mask(np.arange(sizes[0]) % 2 == 0, grid)
+        partial = graph_flops(rewrite(first.model, half, first.args, first.kwargs).by_kind["partial"].module)
+        active = half.num_active
+        passive = (partial - call - every_token * active - pair * active * sizes[0]) / (sizes[0] - active)
+        return cls(call, every_token - passive, pair, passive)
+
+    def of_call(self, computed: int, tokens: int) -> float:
+        """FLOPs of a call that computes some of the tokens, and attends to all."""
+        return self.call + (self.token + self.pair * tokens) * computed + self.embedding * tokens
+
+    def cell(self, cell: dict[str, Any], num_tokens: int) -> float:
+        """FLOPs of an edit: counted, or from its calls by kind. REUSE steps have none to speak of."""
+        if "flops" in cell:
+            return float(cell["flops"])
+        tokens, calls = cell["num_tokens"] or num_tokens, cell["calls"]
+        partial = self.of_call(cell["num_active"] or 0, tokens)
+        return calls.get("FULL", 0) * self.of_call(tokens, tokens) + calls.get("PARTIAL", 0) * partial
+
+
+def measure(model: str, clips: Sequence[Clip], names: Sequence[str], options: argparse.Namespace) -> Iterator[Any]:
+    """The missing cells of a model and number of steps, such as `unguided:8`; yields it after each clip."""
+    kind, _, number = model.partition(":")
+    steps, guided = int(number), kind == ORIGINAL
+    pipe = reference.load(device=options.device, few_steps=not guided)
+    if kind == DISTILLED:
+        add_difference(pipe.transformer, options.difference)
+    calibration = Calibration.load(options.calibration)
+    settings = Settings(
+        f"reference, {kind}",
+        num_inference_steps=steps,
+        guidance_scale=reference.GUIDANCE_SCALE if guided else 1.0,
+        max_sequence_length=reference.MAX_TEXT_LENGTH,
+        inner="inductor" if options.timed else "eager",
+        timed=options.timed,
+        calibration=file_digest(options.calibration),
+    )
+    wanted = [name for name in names if not as_many_steps(name, steps)]
+    ours = our_methods([name for name in wanted if name.partition(":")[0] not in peers.PEERS])
+    others = peers.rivals([name for name in wanted if name.partition(":")[0] in peers.PEERS], options.timed, {})
+    work, out = Work.of(pipe, clips[0]), options.out / kind / number
+    for clip in clips:
+        print(model, clip.name, flush=True)
+        with progress_bars() as progress:
+            for methods in (ours, *([Method(FULL), rival] for rival in others)):
+                bench_quality(pipe, [clip], methods, settings, out, progress, calibration)
+        yield work
+
+
+def collect(result: dict[str, Any], work: Work) -> dict[str, Any]:
+    """The figures that few_steps.json keeps of a `quality.json`."""
+    methods: dict[str, dict[str, Any]] = {}
+    for clip, cells in result["cells"].items():
+        num_tokens = max(cell["num_tokens"] or 0 for cell in cells.values() if "failed" not in cell)
+        full = work.cell(cells[FULL], num_tokens)
+        for name, cell in cells.items():
+            whose = "uncached" if name == FULL else family(name)
+            method = methods.setdefault(name, {"family": whose, "cells": {}})
+            method["cells"][clip] = cell if "failed" in cell else brief(cell, full / work.cell(cell, num_tokens))
+    return {"masked": {name: clip["masked"] for name, clip in result["clips"].items()}, "methods": methods}
+
+
+def brief(cell: dict[str, Any], fewer_flops: float) -> dict[str, Any]:
+    """A cell in few figures."""
+    kept = {name: cell[name] for name in ("calls", "num_active", "num_tokens", "speedup") if cell.get(name) is not None}
+    figures = {
+        name: {region: {metric: cell[name][region][metric] for metric in metrics} for region in REGIONS}
+        for name, metrics in (("fidelity", OF_FIDELITY), ("quality", OF_QUALITY))
+        if cell[name] is not None
+    }
+    return rounded({**kept, "fewer_flops": fewer_flops, **figures})
+
+
+def in_order(item: tuple[str, Any]) -> tuple[int, int]:
+    """By model, then by steps."""
+    kind, _, steps = item[0].partition(":")
+    return (ORIGINAL, UNGUIDED, DISTILLED).index(kind), int(steps)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    text = json.dumps(result, separators=(",", ":"), allow_nan=False) + "\n"
+    atomically(path, lambda temporary: Path(temporary).write_text(text))
+    save_plot(path.with_suffix(".png"), result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=8, help="how many held-out clips; mask sizes take turns")
+    parser.add_argument("--models", default=",".join(MODELS), help="with their numbers of steps")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    parser.add_argument("--timed", action="store_true", help="take times too, on a machine that does nothing else")
+    parser.add_argument("--out", type=Path, default=Path("out/few_steps"), help="where cells are kept")
+    parser.add_argument("--calibration", type=Path, default=reference.CALIBRATION, help="for optimal schedules")
+    parser.add_argument("--difference", type=Path, help="of distil.py, for models such as distilled:8")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--result", type=Path, default=RESULTS / "few_steps.json")
+    options = parser.parse_args()
+    clips = reference.held_out(options.clips)
+    names = [name for name in options.methods.split(",") if name]
+    # What other runs measured stays.
+    models = read(options.result).get("models", {})
+    for model in options.models.split(","):
+        for work in measure(model, clips, names, options):
+            models[model] = collect(read(options.out / model.replace(":", "/") / RESULT), work)
+            write({**provenance(options.device), "models": dict(sorted(models.items(), key=in_order))}, options.result)
+    print(f"wrote {options.result}")
+
+
+if __name__ == "__main__":
+    main()

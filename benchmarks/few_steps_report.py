@@ -1,0 +1,141 @@
+"""What `few_steps.py` shows: the plot, and the tables of docs/benchmarks.md. Needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from front_report import JOINED, OURS, mask_size, upper_front
+
+from hetcache_compile.files import atomically
+
+Result = dict[str, Any]
+
+
+def sizes(result: Result) -> list[str]:
+    """The mask sizes measured, smallest first."""
+    return sorted({mask_size(clip) for part in result["models"].values() for clip in part["masked"]}, key=int)
+
+
+def cells_of(method: dict[str, Any], size: str | None = None) -> list[dict[str, Any]]:
+    """Those that ran, of one mask size or of all."""
+    return [
+        cell
+        for clip, cell in method["cells"].items()
+        if "failed" not in cell and (size is None or mask_size(clip) == size)
+    ]
+
+
+def figure(cells: list[dict[str, Any]], what: str, region: str, metric: str) -> float | None:
+    """The median over cells; None where there is none, or where all are identical to what they are compared with."""
+    values = [cell[what][region][metric] for cell in cells if what in cell]
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def points(part: dict[str, Any], size: str, what: str) -> Iterator[dict[str, Any]]:
+    """A point for each method: PSNR inside the mask, to the uncached result or to the truth."""
+    for name, method in part["methods"].items():
+        cells = cells_of(method, size)
+        psnr_db = figure(cells, what, "generative", "psnr_db")
+        if psnr_db is not None:
+            fewer = median(cell["fewer_flops"] for cell in cells)
+            yield {"method": name, "family": method["family"], "speedup": fewer, "psnr_db": psnr_db}
+
+
+def save_plot(path: Path, result: Result) -> None:
+    """For each model and number of steps a row of panels: fidelity, then quality, by mask size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = list(result["models"])
+    columns = [(what, size) for what in ("fidelity", "quality") for size in sizes(result)]
+    panels = plt.subplots(
+        len(rows), len(columns), figsize=(3.4 * len(columns), 3.2 * len(rows)), squeeze=False, layout="constrained"
+    )
+    figure_of_all, axes = panels
+    found = {method["family"] for part in result["models"].values() for method in part["methods"].values()}
+    families = [name for name in JOINED if name in found] + sorted(found - set(JOINED))
+    for row, model in enumerate(rows):
+        for column, (what, size) in enumerate(columns):
+            axis, shown = axes[row][column], list(points(result["models"][model], size, what))
+            for number, label in enumerate(families):
+                of_family = [point for point in shown if point["family"] == label]
+                joined = upper_front(of_family) if label in JOINED else []
+                style = {"color": f"C{number % 10}", "zorder": 3 if label == OURS else 2}
+                axis.plot([p["speedup"] for p in joined], [p["psnr_db"] for p in joined], **style)
+                place = [p["speedup"] for p in of_family], [p["psnr_db"] for p in of_family]
+                axis.scatter(*place, s=24, marker="oXs^vD<>Pph*"[number % 12], label=label, **style)
+            to = "the uncached result" if what == "fidelity" else "the true video"
+            name, _, steps = model.partition(":")
+            axis.set_title(f"{name}, {steps} steps, masks of {size} %", fontsize=9)
+            axis.set(xlabel="FLOPs of the uncached run / its own", ylabel=f"PSNR to {to} (dB)")
+            axis.grid(alpha=0.2)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure_of_all.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
+    atomically(path, lambda temporary: figure_of_all.savefig(temporary, dpi=100, format="png"))
+    plt.close(figure_of_all)
+
+
+def few_steps_table(result: Result) -> str:
+    """For each model and number of steps: work and fidelity by mask size, then quality over all sizes."""
+    lines = []
+    for model, part in result["models"].items():
+        lines += [*model_table(model, part, sizes(result)), ""]
+    clips = {clip for part in result["models"].values() for clip in part["masked"]}
+    timed = any("speedup" in cell for part in result["models"].values() for cell in _all_cells(part))
+    lines += [
+        f"{len(clips)} held-out clips at most, medians over clips. By mask size: ratio of FLOPs to the uncached run's"
+        f"{', of times in brackets' if timed else ''}; PSNR to the uncached result and to the true video inside the "
+        "mask, in dB. On the right, means of the sizes: against the true video, inside the mask or in its band, "
+        "8 pixels on both sides of its edge. `original` has a guidance of 2; the others none, and "
+        "evenly spaced steps. "
+        f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/few_steps.py`.",
+        "",
+        "![Fidelity and quality against work](benchmarks/results/few_steps.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _all_cells(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for method in part["methods"].values():
+        yield from cells_of(method)
+
+
+def model_table(model: str, part: dict[str, Any], columns: list[str]) -> list[str]:
+    """A line for each method, the slowest first."""
+    name, _, steps = model.partition(":")
+    heads = [f"{name}, {steps} steps", *(f"masks of {size} %" for size in columns)]
+    heads += ["PSNR in the band", "SSIM", "FLIP", "warping error"]
+    found = {name: method for name, method in part["methods"].items() if cells_of(method)}
+    order = sorted(found, key=lambda name: (median(cell["fewer_flops"] for cell in cells_of(found[name])), name))
+    rows = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
+    for name in order:
+        by_size = [cells_of(found[name], size) for size in columns]
+        quality = [
+            over_sizes(by_size, "band", "psnr_db", 1), over_sizes(by_size, "generative", "ssim", 3),
+            over_sizes(by_size, "generative", "flip", 3), over_sizes(by_size, "generative", "warp_error", 1),
+        ]  # fmt: skip
+        rows.append(f"| `{name}` | " + " | ".join([*(of_size(cells) for cells in by_size), *quality]) + " |")
+    return rows
+
+
+def of_size(cells: list[dict[str, Any]]) -> str:
+    """Work, fidelity, quality."""
+    if not cells:
+        return "-"
+    fidelity, quality = (figure(cells, what, "generative", "psnr_db") for what in ("fidelity", "quality"))
+    speeds = [cell["speedup"] for cell in cells if "speedup" in cell]
+    took = f"{median(cell['fewer_flops'] for cell in cells):.2f}x" + (f" ({median(speeds):.2f}x)" if speeds else "")
+    shown = [f"{value:.1f}" if value is not None else "-" for value in (fidelity, quality)]
+    return f"{took}; {shown[0]}; {shown[1]}"
+
+
+def over_sizes(by_size: list[list[dict[str, Any]]], region: str, metric: str, digits: int) -> str:
+    """The mean over mask sizes of the medians."""
+    values = [value for cells in by_size if (value := figure(cells, "quality", region, metric)) is not None]
+    return f"{mean(values):.{digits}f}" if values else "-"
