@@ -278,6 +278,7 @@ def test_the_exported_package_has_no_hidden_state(folder):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.wide
 def test_engines_read_merged_and_predicted_context(tmp_path):
     """Parity of every form is checked by `verify_with_ort`; then the engine in a session against the forms."""
     whole = exported.plan_of(schedule=list("FFPRFP" + "R" * 14), extrapolation=1, context_extrapolation=1)

@@ -54,6 +54,7 @@ def test_every_form_gives_the_values_of_torch(folder):
     check_chain(folder, exported.plan_of(), 1e-5)
 
 
+@pytest.mark.wide
 def test_half_precision_is_close_to_torch():
     check_chain(exported.export("fp16", 20), exported.plan_of(), 5e-3, dtype="fp16")
 

@@ -227,6 +227,7 @@ def test_a_deep_model_in_a_session(fresh: None) -> None:
     assert counts[True] <= 2 * 6 + 1
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("compile_form", [compile_by_regions, compile_whole])
 def test_torchs_caches_hit(compile_form: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process compiles nothing; here, a second time with Inductor's memory of the first on disk only."""
