@@ -325,7 +325,7 @@ class Session:
             if not branch.agrees:
                 branch.has_other_text = self.corrects and recorded.calls.has_other_conditions(call.conditions)
             kind = StepKind.FULL if branch.has_other_text and branch.correction is None else StepKind.PARTIAL
-            weighed_as = planned
+            weighed_as = kind if planned is StepKind.REUSE else planned
         self._free_idle_models(model, step)
         model.calls += 1
         return Turn(kind, step, branch, not continues, weights, recorded, weighed_as, reading, model, track, changed)
