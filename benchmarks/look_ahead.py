@@ -1,6 +1,6 @@
 """Is one more call, for a later time, worth it in few steps? Fidelity against FLOPs, on the reference model.
 
-    python benchmarks/look_ahead.py                    # writes benchmarks/results/look_ahead.json, after each edit
+    python benchmarks/look_ahead.py                    # writes benchmarks/results/look_ahead.json, after each clip
 
 Each method edits clips with masks of 20 %. Fidelity is PSNR inside the mask to the uncached result of as many steps,
 quality is PSNR there to the true video. The speed-up is in FLOPs of the model, by torch's counter on the forms of each
@@ -72,9 +72,9 @@ def main() -> None:
             cell["quality_db"] = psnr(frames, clip.truth, clip.mask)
             cells[clip.name][method.name] = cell
             print(clip.name, method.name, json.dumps(cell), file=sys.stderr)
-            result = {**provenance("cpu"), "steps": args.steps, "at": args.at, "cells": cells}
-            text = json.dumps({**result, "medians": medians(cells, methods)}, indent=2) + "\n"
-            atomically(args.out, lambda temporary, text=text: Path(temporary).write_text(text))
+        result = {**provenance("cpu"), "steps": args.steps, "at": args.at, "cells": cells}
+        text = json.dumps({**result, "medians": medians(cells, methods)}, indent=2) + "\n"
+        atomically(args.out, lambda temporary, text=text: Path(temporary).write_text(text))
 
 
 def edit(pipe: Any, request: EditRequest, method: Method, at: float, call: RecordedCall) -> dict[str, Any]:
@@ -116,10 +116,11 @@ def flops_of(model: torch.nn.Module, plan: hetcache.Plan, call: RecordedCall) ->
 
 
 def medians(cells: Mapping[str, Mapping[str, Any]], methods: Sequence[Method]) -> dict[str, Any]:
-    """Over the clips that were edited by a method so far."""
+    """Over the clips."""
     names = ("fidelity_db", "quality_db", "speedup_flops")
-    done = {method.name: [of[method.name] for of in cells.values() if method.name in of] for method in methods}
-    return {name: {key: median(cell[key] for cell in of) for key in names} for name, of in done.items() if of}
+    return {
+        method.name: {key: median(of[method.name][key] for of in cells.values()) for key in names} for method in methods
+    }
 
 
 def silent(stage: str, step: int, steps: int) -> None:

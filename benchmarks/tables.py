@@ -172,7 +172,7 @@ def look_ahead_table(result: dict) -> str:
     ]
     clips = list(result["cells"].values())
     for name, typical in sorted(result["medians"].items(), key=lambda item: item[1]["speedup_flops"]):
-        cells = [clip[name] for clip in clips if name in clip]
+        cells = [clip[name] for clip in clips]
         found = re.search(r"margin=(\d+)", name)
         steps = ", ".join(f"`{steps}`" for steps in sorted({cell["steps"] for cell in cells}))
         active = sorted(cell["active"] for cell in cells)
