@@ -31,6 +31,7 @@ from .errors import (
     UnsupportedGraphError,
 )
 from .passes.rules.table import register_attention
+from .pipelines.look_ahead import LookAhead
 from .pipelines.planning import plan_for
 from .plan.mask import to_mask
 from .plan.partition import TokenKind
@@ -51,6 +52,7 @@ __all__ = [
     "GridMismatchError",
     "HetCacheError",
     "InputFileError",
+    "LookAhead",
     "MaskError",
     "MissingExtraError",
     "NonFiniteError",

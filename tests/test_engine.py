@@ -289,9 +289,10 @@ def test_engines_read_merged_and_predicted_context(tmp_path):
     made = exported.source()
     forms = hetcache.rewrite(made.model, merged, (), made.kwargs)
     loaded, cache = engine.load(out), {}
-    with hetcache.session(merged), torch.no_grad():
-        for step, kind in enumerate(merged.steps[:6]):
-            kwargs = {**made.kwargs, "timestep": torch.full_like(made.kwargs["timestep"], 900 - 100 * step)}
+    times = [900.0, 400.0, 800.0, 700.0, 600.0, 500.0, *np.linspace(390, 10, 14)]  # the second one looks ahead
+    with hetcache.session(dataclasses.replace(merged, timesteps=np.array(times)), strict=True), torch.no_grad():
+        for time, kind in zip(times, merged.steps[:6], strict=False):
+            kwargs = {**made.kwargs, "timestep": torch.full_like(made.kwargs["timestep"], time)}
             expected, cache = forms.run(kind.form, cache, (), kwargs)
             actual = loaded(**kwargs, return_dict=False)
             torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=1e-5)

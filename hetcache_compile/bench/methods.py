@@ -86,7 +86,8 @@ def parse_method(name: str) -> Method:
             raise PlanError(f"what is cropped cannot be cropped again, got {name!r}")
         return replace(method, name=name, surroundings=float(surroundings))
     schedule, *parts = name.split("+")
-    make_schedule(schedule, 2, np.zeros(2), _no_search)
+    many = 2 + len(schedule)  # as many as any word of letters needs
+    make_schedule(schedule, many, np.zeros(many), _no_search)
     try:
         options = dict(_short_option(part) or parse_option(part) for part in parts)
     except PlanError as error:

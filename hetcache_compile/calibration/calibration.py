@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from ..errors import PlanError
 from ..plan.plan import Plan
 from ..plan.prediction import Prediction
 from ..plan.schedule import Schedule, StepKind, make_schedule, schedule_name
@@ -38,11 +41,13 @@ class Calibration(Record):
             distances: `[S]`, see `schedule.time_distances`.
 
         Raises:
-            PlanError: no such schedule, or its budget cannot be kept.
+            PlanError: no such schedule, its budget cannot be kept, or the times do not fall from step to step.
         """
         if timesteps is None:
             timesteps = self.timesteps_for(len(plan.steps))
             lengths = flow_lengths(timesteps) if self.one_step else None
+        if (np.diff(timesteps) > 0).any():
+            raise PlanError("a calibration knows nothing of steps that look ahead: make the plan without it")
         share = plan.num_active / plan.num_tokens
         fitted = multistep and plan.extrapolation > 0 and not plan.selects_at_run_time
         prediction = Prediction(plan.extrapolation, fitted, corrects=fitted and lengths is not None)

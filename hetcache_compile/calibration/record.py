@@ -259,18 +259,20 @@ class Record:
     def partial_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of a PARTIAL step on the FULL cache of the source.
 
-        Of the first variant. Infinite where the target does not come after the source, or later than any measured pair.
+        Of the first variant. Infinite where the target does not come after the source. In few steps targets come later
+        than in any measured pair: there the share of what REUSE costs goes on as it went at last, up to all of it.
         """
         timesteps = self.timesteps if timesteps is None else timesteps
         place = self.positions(timesteps)
         source, target = np.meshgrid(place, place, indexing="ij")
         offset = target - source
         errors = self.reuse_errors(timesteps)
-        points = np.stack([source.clip(*self.sources[[0, -1]]), offset.clip(*self.offsets[[0, -1]])], axis=-1)
-        for kind, share in enumerate(self._share_of_reuse()):
-            errors[kind] *= _interpolate(self.sources, self.offsets, share, points)
-        after = np.triu(np.ones(offset.shape, dtype=bool), 1) & (offset <= self.offsets[-1] + 1e-9)
-        return np.where(after, errors, np.inf)
+        points = np.stack([source.clip(*self.sources[[0, -1]]), offset.clip(self.offsets[0])], axis=-1)
+        later = offset > self.offsets[-1]
+        for kind, measured in enumerate(self._share_of_reuse()):
+            share = _interpolate(self.sources, self.offsets, measured, points)
+            errors[kind] *= np.where(later, share.clip(0, 1), share)
+        return np.where(np.triu(np.ones(offset.shape, dtype=bool), 1), errors, np.inf)
 
     def correlation_of(self, kind: TokenKind) -> float:
         """How alike the errors of different PARTIAL steps are, 0 to 1. Of the first variant."""
@@ -357,13 +359,14 @@ class Record:
 
 
 def _interpolate(sources: NDArray[np.int64], offsets: NDArray[np.int64], values: Array, points: Array) -> Array:
-    """Bilinear; along an axis with one measured place the value is constant."""
+    """Bilinear, beyond the ends too; along an axis with one measured place the value is constant."""
     axes: list[Sequence[float]] = []
     for position, axis in enumerate((sources, offsets)):
         if axis.size == 1:
             values = np.repeat(values, 2, axis=position)
         axes.append([*axis.tolist(), *([axis[0] + 1.0] if axis.size == 1 else [])])
-    return np.asarray(RegularGridInterpolator(tuple(axes), values)(points), dtype=np.float64)
+    known = RegularGridInterpolator(tuple(axes), values, bounds_error=False, fill_value=None)
+    return np.asarray(known(points), dtype=np.float64)
 
 
 ARRAYS = (

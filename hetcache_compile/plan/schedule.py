@@ -80,12 +80,13 @@ def make_schedule(
     distances: NDArray[np.float64] | None = None,
     search: Callable[[str], tuple[StepKind, ...]] | None = None,
 ) -> tuple[StepKind, ...]:
-    """Step kinds for `num_steps` steps. The first is always FULL; so is the last, except in a list or an optimum.
+    """Step kinds for `num_steps` steps. The first is always FULL; so is the last one of a preset and of a cycle.
 
     Args:
-        schedule: a preset (`PRESETS`), a cycle of letters such as `"FRRP"`, `"teacache:0.1"` for a threshold on
-            `distances`, `"optimal:3x"` or `"optimal:2%"` for the best under a time factor or an error bound, or an
-            explicit list with one kind for each step.
+        schedule: a preset (`PRESETS`), a cycle of letters such as `"FRRP"`, a word with a star behind the kind that
+            is repeated, such as `"FFP*R"`, `"teacache:0.1"` for a threshold on `distances`, `"optimal:3x"` or
+            `"optimal:2%"` for the best under a time factor or an error bound, or an explicit list with one kind for
+            each step.
         num_steps: number of model steps.
         distances: `[num_steps]`, needed for `"teacache:d"` (see `time_distances`).
         search: from a budget to the best schedule of so many steps, needed for `"optimal:..."` (see
@@ -120,11 +121,16 @@ def make_schedule(
         if search is None:
             raise PlanError("an optimal schedule needs a calibration: make one with hetcache calibrate, and pass it")
         return search(argument)
+    if filled := re.fullmatch(r"(F[FPR]*)\*([FPR]*)", schedule):
+        before, after = filled.groups()
+        more = num_steps - len(before) - len(after)
+        if more < 0:
+            raise PlanError(f"the schedule {schedule} has {num_steps - more} steps at least, the sampler {num_steps}")
+        return tuple(map(_kind, before + before[-1] * more + after))
     if not re.fullmatch("F[FPR]*", schedule):
         raise PlanError(
             f"unknown schedule {schedule!r}: give one of {', '.join(PRESETS)}, teacache:THRESHOLD, "
-            "optimal:BUDGET, "
-            "or a cycle of letters that starts with F, such as FRRP"
+            "optimal:BUDGET, a cycle of letters that starts with F, such as FRRP, or such a word with a star, as FFP*R"
         )
     kinds = tuple(_kind(schedule[step % len(schedule)]) for step in range(num_steps))
     return (*kinds[:-1], StepKind.FULL)
