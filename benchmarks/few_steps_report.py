@@ -131,11 +131,13 @@ def of_size(cells: list[dict[str, Any]]) -> str:
     fidelity, quality = (figure(cells, what, "generative", "psnr_db") for what in ("fidelity", "quality"))
     speeds = [cell["speedup"] for cell in cells if "speedup" in cell]
     took = f"{median(cell['fewer_flops'] for cell in cells):.2f}x" + (f" ({median(speeds):.2f}x)" if speeds else "")
-    shown = [f"{value:.1f}" if value is not None else "-" for value in (fidelity, quality)]
+    same = "identical" if any("fidelity" in cell for cell in cells) else "-"
+    shown = [f"{value:.1f}" if value is not None else same for value in (fidelity, quality)]
     return f"{took}; {shown[0]}; {shown[1]}"
 
 
 def over_sizes(by_size: list[list[dict[str, Any]]], region: str, metric: str, digits: int) -> str:
-    """The mean over mask sizes of the medians."""
-    values = [value for cells in by_size if (value := figure(cells, "quality", region, metric)) is not None]
-    return f"{mean(values):.{digits}f}" if values else "-"
+    """The mean over mask sizes of the medians. Only where all sizes were measured, so that lines can be compared."""
+    values = [figure(cells, "quality", region, metric) for cells in by_size]
+    known = [value for value in values if value is not None]
+    return f"{mean(known):.{digits}f}" if len(known) == len(values) else "-"

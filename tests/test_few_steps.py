@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import few_steps
 import few_steps_report
@@ -15,7 +16,7 @@ import torch
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, reference
 from hetcache_compile.bench.methods import FULL, Method
-from hetcache_compile.bench.quality import Bench, Settings
+from hetcache_compile.bench.quality import Bench, Settings, weights_digest
 from hetcache_compile.edit.editing import call_arguments, load_pipeline
 from hetcache_compile.edit.media import Clip
 from hetcache_compile.passes.analysis.flops import graph_flops
@@ -92,6 +93,19 @@ def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
     assert "fastercache" not in table
     few_steps_report.save_plot(tmp_path / "few_steps.png", result)
     assert (tmp_path / "few_steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_scheduler_has_one_digest_in_every_process():
+    """diffusers lists the defaults that it took in the order of a set."""
+    names = ["beta_end", "solver_type", "trained_betas"]
+    pipes = [
+        SimpleNamespace(
+            scheduler=SimpleNamespace(config={"shift": shift, "_use_default_values": listed}), components={}
+        )
+        for shift, listed in ((3.0, names), (3.0, names[::-1]), (1.0, names))
+    ]
+    first, again, other = map(weights_digest, pipes)
+    assert first == again != other
 
 
 @pytest.fixture

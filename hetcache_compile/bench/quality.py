@@ -293,7 +293,10 @@ def describe_clip(clip: Clip) -> dict[str, Any]:
 
 def weights_digest(pipe: Any) -> str:
     """A short name for a pipeline's weights and scheduler: a checkpoint trained further is another model."""
-    digest = hashlib.sha256(repr(sorted(pipe.scheduler.config.items())).encode())
+    config = dict(pipe.scheduler.config)
+    if "_use_default_values" in config:  # from a set, so in another order in each process
+        config["_use_default_values"] = sorted(config["_use_default_values"])
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             for key, weight in module.state_dict().items():
