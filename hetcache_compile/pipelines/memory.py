@@ -34,10 +34,15 @@ SMALLER: tuple[Mapping[str, Any], ...] = (
     {"cache_dtype": "int8"},
     {"cache_device": "cpu"},
     {"cache_device": "cpu", "cache_dtype": "int8"},
-    *({"cache_dtype": "int8", "cached_ratio": share} for share in (0.9, 0.75, 0.5, 0.25, 0.1)),
+    {"cache_dtype": "int8", "cached_ratio": 0.9},
+    *(
+        {"cache_dtype": "int8", "cached_ratio": share, "cached_by": chosen}
+        for share in (0.75, 0.5, 0.25, 0.1)
+        for chosen in ("attention", "distance")
+    ),
 )
 """What makes a cache smaller, from what costs the result least (docs/memory.md has what each costs): first other types
-of keys and values, then their place, and only then fewer of them."""
+of keys and values, then their place, and only then fewer of them, by distance where attentions cannot choose."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Footprint:
     def ways(self, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What `SMALLER` has for this device, options left alone that are given."""
         here = [way for way in SMALLER if "cache_device" not in way or self.has_gpu]
+        if "cached_ratio" in options:
+            here = [way for way in here if "cached_ratio" not in way]
         free = [{name: value for name, value in way.items() if name not in options} for way in here]
         return [way for number, way in enumerate(free) if way not in free[:number]]
 
