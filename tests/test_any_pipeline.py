@@ -135,6 +135,7 @@ def test_a_plan_of_a_picture_needs_its_mask_alone(name, hetcache_command, flux_f
         assert drawn.width > 300
 
 
+@pytest.mark.wide
 def test_qwen_image_edit(hetcache_command, qwen_edit, tmp_path) -> None:
     """It takes no mask: only the plan has it. Its references stand behind the tokens."""
     folder, text = qwen_edit

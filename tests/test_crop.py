@@ -76,6 +76,7 @@ def test_the_noise_is_that_of_the_whole_video_there(pipe, clip):
     assert box_of(pipe, whole, 0.5) == Box(0, 48, 16, 64)
 
 
+@pytest.mark.wide
 def test_a_crop_of_everything_is_the_uncached_result_and_other_crops_leave_the_rest_alone(pipe, clip, tmp_path):
     methods = parse_methods("crop:9,crop:0")
     cells = bench_quality(pipe, [clip], methods, replace(SETTINGS, timed=True), tmp_path, nothing)["cells"][clip.name]

@@ -31,6 +31,7 @@ def plan_file(tmp_path):
     return path
 
 
+@pytest.mark.wide
 def test_export_with_engines_from_the_command_line(export_command, plan_file, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
     out = tmp_path / "engine"
@@ -66,6 +67,7 @@ def check_initial_states(folder, manifest, config):
         assert (values == np.float32(begun[name].initial)).all()
 
 
+@pytest.mark.wide
 def test_initial_states_of_an_extrapolating_model_are_files(tmp_path):
     folder = tmp_path / "free"
     plan = exported.plan_of(extrapolation=1)

@@ -37,6 +37,7 @@ def pipe(tmp_path_factory):
     return load_pipeline(folder, torch.float32, "cpu")
 
 
+@pytest.mark.wide
 def test_the_work_of_a_call_is_what_its_graph_counts(pipe):
     """Of 2 x 8 x 8 tokens 32 are active, while the count that it rests on is of half of them."""
     mask = np.zeros((5, 128, 128), dtype=bool)
@@ -130,6 +131,7 @@ def trained(distillation):
     return torch.cat([weight.detach().flatten() for weight in distillation.trained.values()])
 
 
+@pytest.mark.wide
 def test_a_distillation_goes_on_where_it_was_stopped_and_its_difference_gives_the_student(distil, tmp_path):
     whole = started(distil, tmp_path / "whole", tmp_path)
     whole.run(60, 60)

@@ -88,14 +88,15 @@ def test_the_size_is_that_of_the_session(name: str, guided: bool) -> None:
     size = plan.cache_size
     assert size is not None
     assert size.edit == held > 0
+    assert size.branch == session.stats.branch_bytes
     assert size.branches == (2 if guided else 1)
     assert f"the cache takes {format_bytes(held)}" in plan.describe()
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.reason], ids=lambda row: row.name)
-def test_the_size_is_that_of_the_session_in_every_pipeline(row: Row) -> None:
-    """Or the reason why it cannot be counted is said."""
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.reason][::5], ids=lambda row: row.name)
+def test_the_size_is_that_of_the_session_in_more_pipelines(row: Row) -> None:
+    """Or the reason why it cannot be counted is said. Every fifth: all of them take minutes."""
     for guided in (False, True) if row.guided else (False,):
         torch._dynamo.reset()
         try:

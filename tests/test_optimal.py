@@ -14,7 +14,7 @@ from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
 from hetcache_compile.calibration.calibration import Calibration
 from hetcache_compile.calibration.error_model import RecordedErrors
 from hetcache_compile.calibration.output_weights import Outputs
-from hetcache_compile.calibration.record import Costs, Measured
+from hetcache_compile.calibration.record import FEW_STEPS, Costs, Measured
 from hetcache_compile.calibration.schedule_search import Budget, StepCosts, shortest, total_error
 from hetcache_compile.pipelines.planning import choices
 from hetcache_compile.plan.prediction import Prediction
@@ -192,13 +192,14 @@ def test_recorded_errors_are_those_of_the_velocities():
 
 
 def test_in_few_steps_errors_go_on_as_they_were_measured_last():
-    """A share of what REUSE is off by, on a line over the offset, and never more than all of it."""
+    """A share of what REUSE is off by, on a line over the offset, and never more than all of it. Not in many steps."""
     timesteps = np.linspace(1000, 30, STEPS)
     known, v = calibration_of(timesteps, share=0.1)
     last = int(known.offsets[-1])
     rising = replace(known, partial=known.partial * known.offsets**2)  # shares of 0.1 times the offset
-    assert last + 1 < STEPS - 1
-    for target in range(1, STEPS):
+    assert last + 1 < FEW_STEPS < STEPS - 1
+    assert np.isinf(rising.partial_errors()[:, 0, FEW_STEPS + 1 :]).all()
+    for target in range(1, FEW_STEPS + 1):
         share = min(0.1 * target, 1) if target > last else 0.1 * target
         assert rising.partial_errors()[:, 0, target] == pytest.approx(share * relative(v[:, 0], v[:, target]))
 
@@ -314,8 +315,8 @@ def test_a_plan_follows_the_calibration():
     assert expect(known, bounded, known.timesteps, 0.25).seconds <= expectation.seconds
     with pytest.raises(PlanError, match="needs a calibration"):
         Plan.from_mask(mask, (2, 4, 4), schedule="optimal:3x", **settings)
-    stale = expect(known, (F, *[P] * (STEPS - 1)), known.timesteps, 0.25)  # further than any measured pair
-    assert expectation.error < stale.error < 1
+    unknown = expect(known, (F, *[P] * (STEPS - 1)), known.timesteps, 0.25)
+    assert "unknown" in unknown.describe()
 
 
 VARIANTS = tuple({"margin": m, "context_extrapolation": e, "context_ratio": 0.0} for m in (2.0, 1.0) for e in (0, 1))

@@ -154,6 +154,7 @@ def check_model(found: dict[str, Any]) -> None:
     assert found["sent"]["full"] > found["sent"]["partial"] > found["sent"]["reuse"] == 0
 
 
+@pytest.mark.wide
 def test_heads_joint_attention_and_sums() -> None:
     """One with heads of its own on each rank, and one with a sum over tokens."""
     names = ["WanTransformer3DModel", "SanaTransformer2DModel"]

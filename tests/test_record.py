@@ -448,6 +448,7 @@ def test_bytes_are_known_from_the_first_step_on_and_freed() -> None:
     assert not any(reference() is not None for reference in held)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("options", "other_text"),
     [

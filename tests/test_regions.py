@@ -163,6 +163,7 @@ def programs(fresh: None) -> Callable[[nn.Module, dict[str, Any]], tuple[Program
     return both
 
 
+@pytest.mark.wide
 def test_capture_by_regions_is_capture(programs: Any) -> None:
     model = deep(6)
     kwargs = call(model)

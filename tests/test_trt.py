@@ -42,6 +42,7 @@ def test_fp32_for_several_gpus(tmp_path):
     assert engines.compute_capabilities == ("8.9", "12.0")
 
 
+@pytest.mark.wide
 def test_fp32_with_fused_operators_and_free_sizes(tmp_path):
     build(exported.export("fp32", 23, True), tmp_path, "8.6")
 
@@ -88,6 +89,7 @@ def test_bf16(tmp_path):
     build(exported.export("bf16", 23), tmp_path, "8.9")
 
 
+@pytest.mark.wide
 def test_what_cannot_be_built_is_one_clear_line(tmp_path):
     manifest = Manifest.load(exported.export("fp32", 20))
     for dtype, capability, message in (

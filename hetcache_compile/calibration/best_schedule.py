@@ -24,7 +24,7 @@ class Expectation:
 
     Attributes:
         steps: the schedule.
-        error: of the last latents, over what the whole path moves them.
+        error: of the last latents, over what the whole path moves them; infinite where it was not measured.
         seconds: in the model, of one branch of guidance, at the size that the calibration timed.
         full_seconds: of as many FULL steps.
     """
@@ -42,9 +42,10 @@ class Expectation:
     def describe(self) -> str:
         """One line."""
         counts = ", ".join(f"{self.steps.count(kind)} {kind.name}" for kind in StepKind)
+        error = f"{self.error:.2%}" if np.isfinite(self.error) else "unknown, as a FULL step is too long ago,"
         return (
             f"{counts}: {self.time_factor:.2f}x less time in the model than {len(self.steps)} FULL steps, "
-            f"error of the result {self.error:.2%} expected"
+            f"error of the result {error} expected"
         )
 
 

@@ -56,6 +56,7 @@ class RecordedErrors:
             outputs: np.concatenate([amplification, last], axis=1)[kind] ** 2
             for outputs, kind in ((self.active, active), (self.inactive, inactive))
         }
+        self.allowed = np.isfinite(calibration.partial_errors(timesteps)[active])
         self.noise = partial_errors_squared(calibration, timesteps, active)
         self.inactive_runs = self._inactive_runs()
 
@@ -66,7 +67,7 @@ class RecordedErrors:
         to_full = self._left(self.active, points, noise, stops, np.zeros(len(stops)))
         to_full[:, 0] += self.inactive_runs[full, stops]
         to_partial = self._left(self.active, points, noise, stops, self.noise[full, stops])
-        return to_full / 2, to_partial / 2
+        return to_full / 2, np.where(self.allowed[full, stops][:, None], to_partial / 2, np.inf)
 
     def last_runs(self, full: Index, computed: Index) -> Array:
         """See `schedule_search.ErrorModel`."""

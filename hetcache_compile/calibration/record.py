@@ -33,6 +33,8 @@ from ..plan.partition import TokenKind
 Array = NDArray[np.float64]
 FILE = ArrayFile("hetcal", "calibration", 4, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
+FEW_STEPS = 8
+"""So many steps after a FULL one PARTIAL steps are considered, however far that is in time."""
 DEFAULTS = {"margin": 2.0, "context_extrapolation": 0}
 """What a plan has where it says nothing."""
 
@@ -259,8 +261,9 @@ class Record:
     def partial_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of a PARTIAL step on the FULL cache of the source.
 
-        Of the first variant. Infinite where the target does not come after the source. In few steps targets come later
-        than in any measured pair: there the share of what REUSE costs goes on as it went at last, up to all of it.
+        Of the first variant. Infinite where the target does not come after the source, or later than any measured pair.
+        In few steps the next ones are that late: there the share of what REUSE costs goes on as it went at last, up to
+        all of it.
         """
         timesteps = self.timesteps if timesteps is None else timesteps
         place = self.positions(timesteps)
@@ -268,11 +271,13 @@ class Record:
         offset = target - source
         errors = self.reuse_errors(timesteps)
         points = np.stack([source.clip(*self.sources[[0, -1]]), offset.clip(self.offsets[0])], axis=-1)
-        later = offset > self.offsets[-1]
+        later = offset > self.offsets[-1] + 1e-9
         for kind, measured in enumerate(self._share_of_reuse()):
             share = _interpolate(self.sources, self.offsets, measured, points)
             errors[kind] *= np.where(later, share.clip(0, 1), share)
-        return np.where(np.triu(np.ones(offset.shape, dtype=bool), 1), errors, np.inf)
+        steps_later = np.arange(len(place)) - np.arange(len(place))[:, None]
+        allowed = (steps_later > 0) & (~later | (steps_later <= FEW_STEPS))
+        return np.where(allowed, errors, np.inf)
 
     def correlation_of(self, kind: TokenKind) -> float:
         """How alike the errors of different PARTIAL steps are, 0 to 1. Of the first variant."""

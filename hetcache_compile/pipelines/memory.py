@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -111,5 +112,7 @@ class Footprint:
 
 
 def host_bytes() -> int:
-    """What caches may take of the host's memory: half of all that there is."""
+    """What caches may take of the host's memory: half of all that there is, where the system says that."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -458,6 +458,7 @@ def buffers_for(
         for entry, buffer in zip(missing, made, strict=True):
             memory[number, entry.input_name] = buffer
             session.allocated(buffer.nbytes)
+        session.stats.branch_bytes = max(session.stats.branch_bytes, branch.num_bytes)
     return [memory[number, entry.input_name] for entry in form.reads]
 
 

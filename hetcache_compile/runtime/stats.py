@@ -21,6 +21,8 @@ class Stats:
     """Seconds spent capturing, rewriting and compiling."""
     cache_bytes: int = 0
     """Bytes of all caches that the session holds."""
+    branch_bytes: int = 0
+    """Bytes of the largest cache of one branch that the session held."""
     record_bytes: int = 0
     """Bytes on the host that the record takes when every FULL step of the plan is done; known from the first on. Where
     experts share the steps it takes less."""
