@@ -39,6 +39,7 @@ def plan(share: float = 0.25, **options: Any) -> hetcache.Plan:
     return hetcache.Plan.from_token_mask(active, GRID, num_inference_steps=7, extrapolation=1, **options)
 
 
+@pytest.mark.wide
 def test_a_few_blocks_tell_what_a_whole_capture_tells() -> None:
     """Against the forms that `rewrite` makes of all blocks of a model with weights."""
     model = tiny("wan2.1-t2v-14b", num_layers=4)

@@ -242,11 +242,12 @@ def test_polygraphy_compares_torch_with_onnxruntime(tmp_path):
     assert compare(folder, model) == {"full": False, "partial": False, "reuse": True}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("cache_dtype", "opset", "operators"),
     [
-        pytest.param("bf16", 20, set(), marks=pytest.mark.wide),
-        pytest.param("int8", 20, set(), marks=pytest.mark.wide),
+        ("bf16", 20, set()),
+        ("int8", 20, set()),
         ("int8", 23, {"QuantizeLinear", "DequantizeLinear"}),
     ],
 )
