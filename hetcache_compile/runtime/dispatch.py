@@ -217,10 +217,7 @@ class CompiledGraph:
             latents=[inputs[number] for number in roles.latents],
             conditions=[inputs[number] for number in roles.conditions],
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
-            signature=lambda: model_signature(
-                route.prepared.program.module.graph,
-                [*route.prepared.program.state.values(), *route.weights.of(watched)],
-            ),
+            signature=lambda: signature_at(route, watched),
         )
         turn = session.begin(call)
         session.agree(turn, call, lambda: route.weights.tensors(watched))
