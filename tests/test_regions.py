@@ -13,6 +13,7 @@ from backend_checks import CountingInner, compiled, plan_of
 from models import call, vace
 from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import hetcache_compile as hetcache
 from hetcache_compile.capture.capture import Program, capture
@@ -228,6 +229,53 @@ def test_a_deep_model_in_a_session(fresh: None) -> None:
     assert counts[True] <= 2 * 6 + 1
 
 
+def test_what_is_rare_runs_as_it_is_written() -> None:
+    graph = Graph()
+    x = graph.call_function(aten.cos.default, (graph.placeholder("x"),))
+    for _ in range(20):
+        for _ in range(6):
+            x = graph.call_function(aten.sin.default, (graph.call_function(aten.mul.Tensor, (x, 1.5)),))
+    graph.output((graph.call_function(aten.exp.default, (x,)),))
+    inputs = [torch.randn(3, 5)]
+    module = with_values(GraphModule(nn.Module(), graph), inputs)
+    compiled_operators = Counter[str]()
+
+    def inner(part: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        compiled_operators.update(str(node.target) for node in part.graph.nodes if node.op == "call_function")
+        return part
+
+    run = compile_by_regions(module, inputs, inner)
+    assert isinstance(run, Chain)
+    assert set(compiled_operators) == {"aten.sin.default", "aten.mul.Tensor"}
+    assert same(run(*inputs), module(*inputs))
+
+
+def test_inductor_is_given_fixed_sizes() -> None:
+    """Of real tensors it would make every size a symbol, and write its kernels for all sizes."""
+    graph = Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    graph.output((graph.call_function(aten.mm.default, (x, w)),))
+    inputs = [torch.randn(3, 5), nn.Parameter(torch.randn(5, 7))]
+    sizes: list[Any] = []
+
+    def look(given: Graph) -> None:
+        sizes.extend(size for node in given.nodes if node.op == "placeholder" for size in node.meta["val"].shape)
+
+    compiler = BackendOptions("inductor", inner_options={"post_grad_custom_pre_pass": look}).compiler()
+    module = with_values(GraphModule(nn.Module(), graph), inputs)
+    with torch.no_grad():
+        run = compile_whole(module, inputs, compiler)
+        torch.testing.assert_close(run(*inputs)[0], inputs[0] @ inputs[1])
+    assert [type(size) for size in sizes] == [int] * 4
+
+
+def with_values(module: GraphModule, inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """A graph whose nodes have fake values."""
+    mode = torch._subclasses.FakeTensorMode()
+    FakeTensorProp(module, mode).propagate(*inputs)
+    return module
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("compile_form", [compile_by_regions, compile_whole])
 def test_torchs_caches_hit(compile_form: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,19 +284,14 @@ def test_torchs_caches_hit(compile_form: Any, tmp_path: Any, monkeypatch: pytest
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     graph = Graph()
-    x = x0 = graph.placeholder("x")
+    x = graph.placeholder("x")
     for _ in range(30):
         x = graph.call_function(aten.sin.default, (graph.call_function(aten.mul.Tensor, (x, 1.5)),))
     graph.output((x,))
     inputs = [torch.randn(3, 5)]
     hits = []
     for _ in range(2):
-        module = GraphModule(nn.Module(), graph)
-        with torch._subclasses.FakeTensorMode() as mode:
-            x0.meta["val"] = mode.from_tensor(inputs[0])
-            for node in graph.nodes:
-                if node.op == "call_function":
-                    node.meta["val"] = torch.empty(3, 5)
+        module = with_values(GraphModule(nn.Module(), graph), inputs)
         counters.clear()
         with torch.no_grad():
             run = compile_form(module, inputs, BackendOptions("inductor").compiler())

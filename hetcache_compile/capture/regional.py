@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedGraphError
 from ..passes.analysis.normalise import normalise
+from ..passes.ir.graphs import graph_module
 from ..passes.ir.regions import Region, regions_of
 from .capture import Program, export
 
@@ -111,7 +112,7 @@ class _Copier:
         leaves, out_spec = pytree.tree_flatten(results)
         self.graph.output(tuple(self.new[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves))
         self.graph.lint()
-        module = normalise(GraphModule(torch.nn.Module(), self.graph))
+        module = normalise(graph_module(torch.nn.Module(), self.graph))
         in_spec = pytree.tree_structure((tuple(range(len(inputs))), {}))
         targets = {name: name for name in self.state}
         return Program(module, self.state, targets, tuple(inputs), in_spec, out_spec)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -104,8 +104,9 @@ class BackendOptions:
             inductor: Any = compile_fx.compile_fx
 
             def compile_with_inductor(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
-                with static_shapes():
-                    compiled: Compiled = inductor(graph, inputs, config_patches=patches)
+                with static_shapes() as mode:
+                    alike = [_static(mode, value) for value in inputs]
+                    compiled: Compiled = inductor(graph, alike, config_patches=patches)
                 return compiled
 
             return compile_with_inductor
@@ -117,11 +118,22 @@ class BackendOptions:
 
 
 @contextmanager
-def static_shapes() -> Iterator[None]:
-    """Let a compiler outside Dynamo know that every size is static, which torch's caches on disk ask to be told."""
-    if TracingContext.try_get() is not None:  # Dynamo is compiling, and has told
-        yield
+def static_shapes() -> Iterator[FakeTensorMode]:
+    """Let a compiler outside Dynamo know that every size is static, which torch's caches on disk ask to be told.
+
+    Yields the mode of the fake tensors that it is to be given.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:  # Dynamo is compiling, and has told
+        yield context.fake_mode
         return
-    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True)))
-    with tracing(context):
-        yield
+    mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
+    with tracing(TracingContext(mode)):
+        yield mode
+
+
+def _static(mode: FakeTensorMode, value: Any) -> Any:
+    """An input as the compiler is to take it: of a real tensor it would make every size a symbol."""
+    if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True)
+    return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from ..passes.ir.regions import Region, regions_of
 from .options import Compiled, Compiler
 
 log = logging.getLogger(__name__)
+RARE = 0.05
+"""What occurs once and is less than this share of a form's nodes runs as it is written: what lies before and behind the
+blocks takes as long to compile as they do, and next to none of the time of a call."""
 Take = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
@@ -80,16 +84,22 @@ def compile_by_regions(module: GraphModule, inputs: Sequence[Any], compiler: Com
     if len(keys) == len(regions) or not all(_is_plain_tensor(node) for node in handed_over):
         return compile_whole(module, inputs, compiler, name)
     given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=False))
-    compiled: dict[Hashable, Compiled] = {}
+    counts = Counter(region.key for region in regions)
+    num_nodes = sum(len(region.nodes) for region in regions)
+    worth = {region.key for region in regions if counts[region.key] > 1 or len(region.nodes) > RARE * num_nodes}
+    ready: dict[Hashable, Compiled] = {}
     for region in regions:
-        if region.key in compiled:
+        if region.key in ready:
+            continue
+        if region.key not in worth:
+            ready[region.key] = region.as_module(module)
             continue
         start = time.perf_counter()
-        number = len(compiled) + 1
+        number = len(worth & ready.keys()) + 1
         examples = [given[node] if node in given else _example(node) for node in region.inputs]
-        compiled[region.key] = compiler(region.as_module(module), examples)
-        log.info("compiled part %d of %d of the %s, %.1f s", number, len(keys), name, time.perf_counter() - start)
-    return _chain(module, regions, compiled)
+        ready[region.key] = compiler(region.as_module(module), examples)
+        log.info("compiled part %d of %d of the %s, %.1f s", number, len(worth), name, time.perf_counter() - start)
+    return _chain(module, regions, ready)
 
 
 def compile_whole(module: GraphModule, inputs: Sequence[Any], compiler: Compiler, name: str = "graph") -> Compiled:

@@ -42,7 +42,7 @@ from ..record.caches import Correction, recorded_of
 from ..record.record import RecordedStep
 from ..record.signature import model_signature
 from .branches import Branch, holds, remember
-from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles
+from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles, preparing
 from .session import Call, Session, Turn, current_session
 from .streaming import can_stream, free_bytes, host_buffers
 from .timing import Stopwatch
@@ -168,7 +168,7 @@ class CompiledGraph:
         if self._broken_by:
             return Refused(part_of_a_model(self._broken_by), PART)
         plan = session.plan
-        with LOCK, normal_mode():
+        with preparing(), normal_mode():
             try:
                 if shapes not in self._prepared:
                     self._prepared[shapes] = self.preparer.capture(inputs)
@@ -340,7 +340,7 @@ class CompiledGraph:
             raise NotCachedError(Refused(reason, cause=error)) from error
 
     def _make_form(self, session: Session, route: Route, kind: StepKind, inputs: Sequence[Any]) -> CompiledForm:
-        with LOCK, normal_mode():
+        with preparing(), normal_mode():
             try:
                 given = (*inputs, *route.part.samples[0])
                 form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given, session.ranks)

@@ -7,10 +7,12 @@ a cold model at the same time take turns.
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +36,7 @@ from ..passes.forms.pipeline import in_process
 from ..passes.ir.axis import AxisState, Enter
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.form import Form
-from ..passes.ir.graphs import device_of
+from ..passes.ir.graphs import device_of, graph_module
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
@@ -42,8 +44,23 @@ from .streaming import Streamed, can_stream, transfers_of, uses_of
 
 LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
 """Held while anything is made: capture must not run while Dynamo compiles in another thread."""
+OBJECTS = 100_000
+"""New objects between two looks for garbage while graphs are made: they live in the hundred thousands, and to look
+through them at Python's usual pace takes an eighth of the time."""
 MOST_FORMS = 24
 """Compiled forms that are kept for one graph and set of shapes; the one not used for longest goes first."""
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Hold `LOCK`, and let Python look for garbage less often."""
+    with LOCK:
+        usual = gc.get_threshold()
+        gc.set_threshold(max(usual[0], OBJECTS) if usual[0] else 0, *usual[1:])
+        try:
+            yield
+        finally:
+            gc.set_threshold(*usual)
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,7 @@ def with_numbers(graph: GraphModule, inputs: Sequence[Any], floats: frozenset[in
 
     The inputs stay, unused. Dynamo hands a float over as a tensor, and asks for its item.
     """
-    graph = GraphModule(graph, copy.deepcopy(graph.graph))
+    graph = graph_module(graph, copy.deepcopy(graph.graph))
     places = list(graph.graph.find_nodes(op="placeholder"))
     for number, (node, value) in enumerate(zip(places, inputs, strict=True)):
         if isinstance(value, int | float):

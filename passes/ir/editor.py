@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from .cache import CacheEntry
 from .form import Form, Trait
-from .graphs import AddNode, device_of, fake_mode, has_side_effect, inline, verify_shapes
+from .graphs import AddNode, device_of, fake_mode, graph_module, has_side_effect, inline, verify_shapes
 
 TRACES = ("stack_trace", "nn_module_stack")
 """What a node's `meta` says of the model's code."""
@@ -198,7 +198,7 @@ class FormEditor:
         """
         self.sweep()
         self.graph.lint()
-        module = GraphModule(self.form.module, self.graph)
+        module = graph_module(self.form.module, self.graph)
         if check_shapes:
             verify_shapes(module, {})
         alive = set(self.graph.nodes)

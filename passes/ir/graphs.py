@@ -9,12 +9,12 @@ import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from .refusal import shape_of
-from .regions import constants_of, described_value
 
 AddNode = Callable[..., Node]
 """`call(op, *args, **kwargs)` adds a node to a graph."""
@@ -22,6 +22,11 @@ AddNode = Callable[..., Node]
 
 class VerificationError(AssertionError):
     """A form's graph does not have the shapes that the analysis promised: a wrong rule, never a user's error."""
+
+
+def graph_module(root: torch.nn.Module, graph: Graph) -> GraphModule:
+    """A graph as a module whose Python code is written when it is first looked at or run, which most never are."""
+    return _LazyGraphModule(root, graph)
 
 
 def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) -> None:
@@ -55,6 +60,32 @@ def verify_shapes(module: GraphModule, expected: dict[Node, tuple[int, ...]]) ->
                 raise VerificationError(
                     f"{node.name} ({node.target}) has shape {shape_of(node)}, expected {expected[node]}"
                 )
+
+
+def described_value(value: Any) -> Hashable:
+    """What makes two values alike for a compiler."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device, isinstance(value, torch.nn.Parameter)
+    if isinstance(value, tuple | list):
+        return tuple(map(described_value, value))
+    return type(value), value
+
+
+def constants_of(node: Node, number: Callable[[Node], Any]) -> tuple[Hashable, Hashable]:
+    """The arguments of a node with a number in place of every operand."""
+    return _frozen(node.args, number), _frozen(node.kwargs, number)
+
+
+def _frozen(argument: Any, number: Callable[[Node], Any]) -> Hashable:
+    if isinstance(argument, Node):
+        return Node, number(argument)
+    if isinstance(argument, tuple | list):
+        return tuple(_frozen(one, number) for one in argument)
+    if isinstance(argument, dict):
+        return tuple((name, _frozen(one, number)) for name, one in argument.items())
+    if isinstance(argument, slice):
+        return slice, *(_frozen(one, number) for one in (argument.start, argument.stop, argument.step))
+    return type(argument), argument
 
 
 def exactly(value: Any) -> Hashable:

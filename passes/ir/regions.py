@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .graphs import constants_of, described_value, graph_module
+
 LEAST = 48
 """Nodes that must not have to be looked at again for a run to count as a repeated one."""
 FAR = 0.25
@@ -54,7 +56,7 @@ class Region:
         for node in self.nodes:
             new[node] = graph.node_copy(node, new.__getitem__)
         graph.output(tuple(new[node] for node in self.outputs))
-        return GraphModule(root, graph)
+        return graph_module(root, graph)
 
 
 def regions_of(graph: Graph, value_of: ValueOf, *, reorder: bool = True) -> list[Region]:
@@ -135,32 +137,6 @@ def _is_mutable(node: Node) -> bool:
 
 def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def described_value(value: Any) -> Hashable:
-    """What makes two values alike for a compiler."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device, isinstance(value, torch.nn.Parameter)
-    if isinstance(value, tuple | list):
-        return tuple(map(described_value, value))
-    return type(value), value
-
-
-def constants_of(node: Node, number: Callable[[Node], Any]) -> tuple[Hashable, Hashable]:
-    """The arguments of a node with a number in place of every operand."""
-    return _frozen(node.args, number), _frozen(node.kwargs, number)
-
-
-def _frozen(argument: Any, number: Callable[[Node], Any]) -> Hashable:
-    if isinstance(argument, Node):
-        return Node, number(argument)
-    if isinstance(argument, tuple | list):
-        return tuple(_frozen(one, number) for one in argument)
-    if isinstance(argument, dict):
-        return tuple((name, _frozen(one, number)) for name, one in argument.items())
-    if isinstance(argument, slice):
-        return slice, *(_frozen(one, number) for one in (argument.start, argument.stop, argument.step))
-    return type(argument), argument
 
 
 def _as_regions(runs: Sequence[tuple[Node, ...]], described: dict[Node, Hashable]) -> Iterator[Region]:

@@ -32,7 +32,7 @@ from ..ir.axis import Accumulate, Attend, Enter, Gather, JoinPieces, Keep, Leave
 from ..ir.cache import CacheEntry, Role, with_rows
 from ..ir.contract import Budgets
 from ..ir.form import ContextRead, Form
-from ..ir.graphs import device_of, fake_mode, has_side_effect, verify_shapes
+from ..ir.graphs import device_of, fake_mode, graph_module, has_side_effect, verify_shapes
 from ..ir.indices import rows_of, runs_of
 from ..ir.refusal import shape_of
 from ..rules.attention import queries_of_heads
@@ -131,7 +131,7 @@ class FormWriter:
         output = self.source.graph.output_node()
         results = [(replace.get(o) or self.new[o]) if isinstance(o, Node) else o for o in _flat(output.args[0])]
         self.graph.output((*results, *self.writes.values()))
-        module = GraphModule(self.source, self.graph)
+        module = graph_module(self.source, self.graph)
         self.graph.eliminate_dead_code(has_side_effect)
         self.graph.lint()
         module.recompile()
