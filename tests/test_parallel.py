@@ -14,6 +14,7 @@ import rank_jobs
 import torch
 from backend_checks import check, expected, plan_of
 from conftest import Captured
+from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
 from models import Case
 from ranks import Ranks
 
@@ -87,6 +88,22 @@ def test_ranks_share_the_rows_of_a_session(two: Ranks, num_active: int) -> None:
 def test_outputs_are_the_same_on_every_rank(two: Ranks) -> None:
     (first, _, _), (second, _, _) = two(rank_jobs.edit, plan_of("FPF"), "FPF", (2,))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "with_mesh"),
+    [
+        (ContextParallelConfig(ulysses_degree=2), False),
+        (ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2)), False),
+        (ContextParallelConfig(ring_degree=2), True),
+    ],
+    ids=["ulysses", "ring", "mesh"],
+)
+def test_a_configuration_of_diffusers_says_who_shares_rows(two: Ranks, config: Any, with_mesh: bool) -> None:
+    plan = plan_of("FPRF", 35)
+    truth, _ = truth_of(plan, "FPRF")
+    for outputs in two(rank_jobs.configured, plan, "FPRF", config, with_mesh):
+        check(outputs, truth)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -267,6 +284,26 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_error(mortal: Ranks, how: 
     assert seconds < 2 * rank_jobs.SHORT
 
 
-def test_a_mesh_has_known_dims(two: Ranks) -> None:
-    for said in two(rank_jobs.refused_mesh):
-        assert "'rows', 'guidance' or both" in said
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (("tensor",), "'rows', 'guidance' or both"),
+        (ContextParallelConfig(ulysses_degree=3), "is not the number of processes, 2"),
+        (ParallelConfig(tensor_parallel_config=TensorParallelConfig(tp_degree=2)), "weights are not shared"),
+        (None, "takes a DeviceMesh or a ContextParallelConfig, not None"),
+    ],
+    ids=["dims", "degrees", "weights", "nothing"],
+)
+def test_a_mesh_that_cannot_be_shared_is_refused(two: Ranks, mesh: Any, words: str) -> None:
+    for said in two(rank_jobs.refused_mesh, mesh):
+        assert words in said
+
+
+@pytest.mark.wide
+def test_a_model_that_diffusers_made_parallel_runs_plainly_and_says_what_to_do(two: Ranks) -> None:
+    for error, said in two(rank_jobs.enabled, ContextParallelConfig(ulysses_degree=2)):
+        assert error < 1e-5
+        assert error < 1e-5
+        assert said.startswith("hetcache: the model runs plainly, because model.enable_parallelism(config=...)")
+        assert "put `with hetcache.parallel(config):` around the session" in said
+        assert said.count("hetcache: ") == 2  # the other one: that the plan was not followed
