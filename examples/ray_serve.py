@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it as it is imported, and tells its makers if it is 1
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers that it runs
 
 import numpy as np
 import ray
