@@ -8,7 +8,7 @@ BIN := .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,quality,ort,trt-rtx,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,quality,ort,trt-rtx,serve,dev]"
 	touch $@
 
 demo: .venv/ready   ## edit a real clip, uncached and cached, into out/demo

@@ -80,7 +80,7 @@ def batches_of(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:
     """Batches of at most `size` edits whose plans can share a session."""
     alike: defaultdict[Any, list[Edit]] = defaultdict(list)
     for edit in edits:
-        alike[edit.plan.form_options, edit.plan.steps].append(edit)
+        alike[edit.plan.batch_key].append(edit)
     for several in alike.values():
         yield from (several[start : start + size] for start in range(0, len(several), size))
 

@@ -8,17 +8,19 @@ import time
 import warnings
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from backend_checks import compiled, expected, plan_of, run, tiny_calls
-from models import TinyDiT
+from models import TinyDiT, call, wan
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import hetcache_compile as hetcache
 from hetcache_compile.passes.forms.collectives import Ranks, Share
 from hetcache_compile.passes.ir.axis import Tokens
+from hetcache_compile.runtime.session import HetCacheWarning
 
 
 class Timed(TinyDiT):
@@ -45,6 +47,33 @@ def edit(
     with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
         outputs = run(model, timed_calls(steps))
     return outputs, session.stats.steps, session.stats.cache_bytes
+
+
+def configured(rank: int, plan: Any, steps: str, config: Any, with_mesh: bool) -> list[torch.Tensor]:
+    """The outputs of an edit that is shared as diffusers' configuration says."""
+    if with_mesh:
+        names = ("ring", "ulysses", "others")
+        config = replace(config, mesh=mesh_of((config.ring_degree, config.ulysses_degree, 1), names))
+    model = compiled(Timed())
+    with hetcache.parallel(config), hetcache.session(plan, strict=True) as session:
+        assert session.ranks == Ranks(rank, dist.get_world_size(), session.ranks.group)
+        return run(model, timed_calls(steps))
+
+
+def enabled(rank: int, config: Any) -> tuple[float, str]:
+    """An edit by a model that shares its tokens by diffusers' own means: its largest error, and what is said of it."""
+    model, grid, steps = wan(), (3, 4, 7), "FPRF"  # two processes can share 84 tokens in diffusers' way
+    calls = [call(model, grid=grid, text_tokens=12, seed=seed) for seed in range(len(steps))]
+    truth = run(model, calls)
+    plan = hetcache.Plan.from_token_mask(np.arange(84) < 20, grid, num_inference_steps=len(steps), schedule=steps)
+    with mock.patch("torch.accelerator.device_count", return_value=1):  # diffusers divides by it, and CPUs are none
+        model.enable_parallelism(config=config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with hetcache.parallel(config), hetcache.session(plan):
+            outputs = run(compiled(model), calls)
+    error = max(float((a - b).abs().max()) for a, b in zip(outputs, truth, strict=True))
+    return error, " ".join(str(one.message) for one in caught if issubclass(one.category, HetCacheWarning))
 
 
 LAYOUTS = (Tokens(2), Tokens(2, (3, 0)), Tokens(2, (0, 2, 1)), Tokens(2, (0, 0, 0)))
@@ -203,10 +232,10 @@ def refused_record(rank: int) -> str:
         return str(error)
 
 
-def refused_mesh(rank: int) -> str:
-    """What is said of a mesh with another dim."""
+def refused_mesh(rank: int, mesh: Any) -> str:
+    """What is said of a mesh, given by the names of its one dim, or of a configuration."""
     try:
-        with hetcache.parallel(mesh_of((2,), ("tensor",))):
+        with hetcache.parallel(mesh_of((2,), mesh) if isinstance(mesh, tuple) else mesh):
             return "no error"
     except ValueError as error:
         return str(error)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backend_checks import (
@@ -259,6 +260,13 @@ def test_a_batch_that_cannot_be_shared(batch: int) -> None:
 def test_plans_that_do_not_agree(other: Plan, message: str) -> None:
     with pytest.raises(hetcache.SessionError, match=rf"plans 0 and 1 differ in {message}"):
         hetcache.session([plan_of("FP"), other])
+    assert plan_of("FP").batch_key != other.batch_key
+
+
+def test_plans_of_other_masks_have_one_batch_key() -> None:
+    assert plan_of("FP", seed=0).batch_key == plan_of("FP", seed=1).batch_key
+    times = replace(plan_of("FP"), timesteps=np.array([900.0, 500.0]))
+    assert times.batch_key != plan_of("FP").batch_key
 
 
 def test_no_plan() -> None:

@@ -73,6 +73,20 @@ def test_refused(name: str, refusals: dict[str, hetcache.Refusal]) -> None:
     check_place(refusal)
 
 
+def test_a_model_that_exchanges_tensors_itself() -> None:
+    """Its tokens are a share of them, as in diffusers' context parallelism: that is all there is to say of it."""
+    c10d = torch.ops._c10d_functional
+
+    def gathered(x: torch.Tensor, _: Any) -> torch.Tensor:
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, 2, "0"))[: len(x)]
+
+    (refusal,) = reasons_of(Model({"gathered": gathered, "cummax": REFUSED["cummax"][0]}))
+    assert refusal.reason == "the model itself exchanges tensors with other processes"
+    assert refusal.op == "_c10d_functional.all_gather_into_tensor.default"
+    assert "share the edit by `with hetcache.parallel(...):`" in refusal.help
+    assert refusal.module == "blocks.gathered"
+
+
 class Mixer(nn.Module):
     def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         y = 2 * x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Protocol, Self
@@ -251,6 +251,14 @@ class Plan:
     def budgets(self) -> Budgets:
         """M and C: plans that share them share their compiled forms."""
         return Budgets(self.num_active, self.num_context)
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Plans with equal keys can share a session, and so their edits a batch."""
+        return (
+            self.form_options, self.steps, self.timesteps.tobytes(), self.weights.size > 0, self.cache_device,
+            tuple(self.token_inputs.items()),
+        )  # fmt: skip
 
     @property
     def selects_at_run_time(self) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import HetCacheError, ParallelError
 from ..passes.forms.collectives import Ranks
 from .agreement import Facts, differences
+from .context_parallel import ROWS, mesh_of
 
-ROWS, GUIDANCE = "rows", "guidance"
+if TYPE_CHECKING:
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+GUIDANCE = "guidance"
 PARALLEL: ContextVar[Parallel | None] = ContextVar("hetcache_parallel", default=None)
 
 
@@ -140,23 +144,24 @@ class Awaited(AsyncCollectiveTensor):
 
 
 @contextlib.contextmanager
-def parallel(mesh: DeviceMesh) -> Iterator[Parallel]:
+def parallel(mesh: DeviceMesh | ContextParallelConfig | ParallelConfig) -> Iterator[Parallel]:
     """Share the work of the sessions that are opened inside among the processes of a mesh.
 
     Args:
         mesh: of one dim or two, named `rows` and `guidance`; the one dim of a mesh without names is `rows`. Processes
             along `rows` share the tokens of every step. Those along `guidance` each compute some of the calls that
-            guidance makes at one time.
+            guidance makes at one time. Or what diffusers' `enable_parallelism` takes: then the processes of its ring
+            and its Ulysses degree together are `rows`, and which tensors move follows from the model alone.
 
     Raises:
-        ValueError: the mesh has other dims.
+        ValueError: the mesh has other dims, or the configuration is of other processes than there are.
 
     Example:
         >>> mesh = init_device_mesh("cuda", (8,), mesh_dim_names=("rows",))  # doctest: +SKIP
         >>> with hetcache.parallel(mesh), hetcache.session(plan):  # doctest: +SKIP
         ...     frames = pipe(...).frames
     """
-    one = Parallel(mesh)
+    one = Parallel(mesh if isinstance(mesh, DeviceMesh) else mesh_of(mesh))
     token = PARALLEL.set(one)
     try:
         yield one

@@ -36,6 +36,7 @@ from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of
 from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
+from ..ranks.context_parallel import why_not_shared_here
 from ..ranks.parallel import guarded
 from ..record.alike import check_alike, inputs_of
 from ..record.caches import Correction, recorded_of
@@ -49,6 +50,7 @@ from .timing import Stopwatch
 from .weights import Weights
 
 PART = "a part of a model"
+PARALLEL = "a model that shares its work itself"
 ASSUMED = "another value of an input that the graph depends on"
 MOST_ROUTES = 64
 """Sets of shapes and options of plans for which one graph keeps its forms; the oldest goes first."""
@@ -165,6 +167,9 @@ class CompiledGraph:
             GridMismatchError: the plan is for another grid than this model's, and no call before was on the plan's.
             SessionError: the batch cannot be shared among the session's plans.
         """
+        reason = why_not_shared_here()
+        if reason is not None:
+            return Refused(reason, PARALLEL)
         if self._broken_by:
             return Refused(part_of_a_model(self._broken_by), PART)
         plan = session.plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from ..ir.axis import (
@@ -66,6 +67,7 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Token
         UnsupportedGraphError: with every operator that has no rule, or whose rule says no.
         GridMismatchError: the model makes another grid than `grid`.
     """
+    _check_of_one_process(module)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     known, refusals = resolve_token_inputs(placeholders, token_inputs or {}, grid)
     analysis, more = walk(module, grid, known)
@@ -78,6 +80,32 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Token
     if refusals:
         raise UnsupportedGraphError(refusals)
     return analysis
+
+
+def _check_of_one_process(module: GraphModule) -> None:
+    """A model that exchanges tensors with other processes holds a share of the tokens, or of the weights.
+
+    Whatever else would be said of its graph would be about that share.
+
+    Raises:
+        UnsupportedGraphError: it does.
+    """
+    found = next((node for node in module.graph.nodes if _is_collective(node)), None)
+    if found is not None:
+        reason = "the model itself exchanges tensors with other processes"
+        help = (
+            "leave out what makes it do so, such as model.enable_parallelism(config=...), and share the edit by "
+            "`with hetcache.parallel(...):`, which takes a ContextParallelConfig too"
+        )
+        raise UnsupportedGraphError([refuse(found, {}, reason, help)])
+
+
+def _is_collective(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace in COLLECTIVES
+
+
+COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
+"""Namespaces of the operators by which processes exchange tensors."""
 
 
 def walk(
