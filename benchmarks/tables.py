@@ -441,7 +441,8 @@ def rounding_table(result: dict) -> str:
 
 def layer_shares_table(result: dict) -> str:
     """As many tokens for each attention against numbers of their own, by plan and clip."""
-    rows = ["| plan | clip | as many each | numbers of their own | tokens of each attention |", "| --- |" + " --- |" * 4]
+    rows = ["| plan | clip | as many each | numbers of their own | tokens of each attention |"]
+    rows += ["| --- | --- | --- | --- | --- |"]
     for plan, clips in result["cells"].items():
         for clip, found in clips.items():
             same, own = found["same"], found["measured"]
@@ -450,7 +451,8 @@ def layer_shares_table(result: dict) -> str:
     rows += [
         "",
         f"PSNR inside the mask to the uncached result, {result['steps']} steps, `context_extrapolation=0`, "
-        f"`cached_by=attention`, `cached_ratio={result['ratio']:g}`; measured on two other clips: `{result['command']}`.",
+        f"`cached_by=attention`, `cached_ratio={result['ratio']:g}`; attentions measured on two other clips: "
+        f"`{result['command']}`.",
     ]
     return "\n".join(rows)
 
