@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backend_checks import check, compiled, expected, run
+from backend_checks import CountingInner, check, compiled, expected, run
 from conftest import Captured
-from models import GRID, Case
+from models import GRID, Case, call, wan
 from test_mass import Joint, plan_with
 
 import hetcache_compile as hetcache
@@ -104,6 +104,19 @@ def test_in_a_session(captured: Callable[[Case], Captured], options: dict[str, A
     assert sum(entry.num_bytes for entry in entries) == session.stats.cache_bytes
     if own:
         assert [entry.shape[entry.dim] for entry in entries if entry.role == "key"] == [9, 30, 14, 3]
+
+
+def test_blocks_of_one_number_are_compiled_once() -> None:
+    """A deeper model with the same numbers compiles no more."""
+    graphs = []
+    for pairs in (2, 4):
+        torch._dynamo.reset()
+        model, inner = wan(num_layers=2 * pairs), CountingInner()
+        plan = replace(a_plan(num_inference_steps=2, schedule=list("FP")), cached_counts=(20, 30) * pairs)
+        with hetcache.session(plan, strict=True):
+            run(compiled(model, inner), [call(model, seed=step) for step in range(2)])
+        graphs.append(inner.graphs)
+    assert graphs[1] <= graphs[0]
 
 
 def test_what_it_cannot_go_with() -> None:
