@@ -21,8 +21,7 @@ from pipelines_table import JSON
 from test_optimal import STEPS, VARIANTS, with_variants
 
 import hetcache_compile as hetcache
-from hetcache_compile import Calibration, Plan
-from hetcache_compile.calibration.record import SLICES
+from hetcache_compile import Plan
 from hetcache_compile.errors import PlanError
 from hetcache_compile.passes.forms.pipeline import cache_of, in_process, write_form
 from hetcache_compile.pipelines.call import planned_call
@@ -225,38 +224,6 @@ def test_what_a_calibration_measured_is_compared_by_its_errors() -> None:
     assert best(119) == (0, "int8")
     with pytest.raises(PlanError, match="the least is 60 bytes"):
         best(59)
-
-
-def test_attentions_get_numbers_of_their_own_where_they_were_measured() -> None:
-    """Of a calibration from before that, and where the graph has other attentions, as many each."""
-    known = with_variants((0.9, 0.9, 0.9, 0.9))
-    slices = np.outer([0.5, 0.1], np.linspace(2, 0, SLICES) / SLICES)
-    looked_at = replace(known, attentions=("a", "b"), attention_mass=np.ones((2, 3)), relevance=slices)
-    mask = np.zeros((4, 8, 8), dtype=bool)
-    mask[1, 2:4, 2:4] = True
-
-    def chosen(calibration: Calibration, attentions: int, **given: Any) -> Plan:
-        make = partial(
-            Plan.from_mask, mask, (4, 8, 8), num_inference_steps=STEPS, schedule="optimal:3x", calibration=calibration,
-            multiple=1, context_ratio=0.0,
-        )  # fmt: skip
-
-        class Counting(Footprint):
-            def sized(self, plan: Plan) -> Plan:
-                if plan.cached_counts and len(plan.cached_counts) != attentions:
-                    raise PlanError("other attentions")
-                return replace(plan, counted=CacheSize(plan.form_options, plan.num_context, 0, 0, 1))
-
-        footprint = Counting(None, 1, has_gpu=False)  # type: ignore[arg-type]
-        return smaller_choices(make, "optimal:3x", calibration, given, footprint, 150)[0].plan
-
-    best = chosen(looked_at, 2, context_extrapolation=0)
-    assert best.cached_counts[0] > best.cached_counts[1]
-    assert sum(best.cached_counts) <= 2 * best.num_context
-    for plan in (chosen(known, 2, context_extrapolation=0), chosen(looked_at, 3, context_extrapolation=0)):
-        assert (plan.cached_by, plan.cached_counts) == ("attention", ())
-    alike = chosen(looked_at, 2, context_extrapolation=0, cached_shares="same")
-    assert (alike.cached_by, alike.cached_counts) == ("attention", ())
 
 
 def test_the_host_comes_before_fewer_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:

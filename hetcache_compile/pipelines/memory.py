@@ -37,18 +37,14 @@ SMALLER: tuple[Mapping[str, Any], ...] = (
     {"cache_device": "cpu", "cache_dtype": "int8"},
     {"cache_dtype": "int8", "cached_ratio": 0.9},
     *(
-        {"cache_dtype": "int8", "cached_ratio": share, **chosen}
+        {"cache_dtype": "int8", "cached_ratio": share, "cached_by": chosen}
         for share in (0.75, 0.5, 0.25, 0.1)
-        for chosen in (
-            {"cached_by": "attention", "cached_shares": "measured"},
-            {"cached_by": "attention"},
-            {"cached_by": "distance"},
-        )
+        for chosen in ("attention", "distance")
     ),
 )
 """What makes a cache smaller, from what costs the result least (docs/memory.md has what each costs): first other types
-of keys and values, then their place, and only then fewer of them: in numbers that a calibration measured, as many for
-each attention where there is none, and by distance where attentions cannot choose."""
+of keys and values, then their place, and only then fewer of them, by distance where attentions cannot choose. Numbers of
+their own for attentions are not among them: at few PARTIAL steps they may lose more than they bring."""
 
 
 @dataclass(frozen=True)
