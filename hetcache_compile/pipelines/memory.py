@@ -43,8 +43,8 @@ SMALLER: tuple[Mapping[str, Any], ...] = (
     ),
 )
 """What makes a cache smaller, from what costs the result least (docs/memory.md has what each costs): first other types
-of keys and values, then their place, and only then fewer of them, by distance where attentions cannot choose. Numbers of
-their own for attentions are not among them: at few PARTIAL steps they may lose more than they bring."""
+of keys and values, then their place, and only then fewer of them, by distance where attentions cannot choose.
+`cached_shares` is not among them: with few PARTIAL steps it may lose more than it brings."""
 
 
 @dataclass(frozen=True)
