@@ -439,6 +439,24 @@ def rounding_table(result: dict) -> str:
     return "\n".join(rows)
 
 
+def layer_shares_table(result: dict) -> str:
+    """As many tokens for each attention against numbers of their own, by plan and clip."""
+    rows = ["| plan | clip | as many each | numbers of their own | tokens of each attention |"]
+    rows += ["| --- | --- | --- | --- | --- |"]
+    for plan, clips in result["cells"].items():
+        for clip, found in clips.items():
+            same, own = found["same"], found["measured"]
+            counts = ", ".join(map(str, own["cached"]))
+            rows.append(f"| {plan} | {clip} | {same['db']:.1f} dB | {own['db']:.1f} dB | {counts}; {same['cached']} |")
+    rows += [
+        "",
+        f"PSNR inside the mask to the uncached result, {result['steps']} steps, `context_extrapolation=0`, "
+        f"`cached_by=attention`, `cached_ratio={result['ratio']:g}`; attentions measured on two other clips: "
+        f"`{result['command']}`.",
+    ]
+    return "\n".join(rows)
+
+
 def second_edit_table(result: dict) -> str:
     """What a second edit costs and how close it is: medians over the clips of a mask size, by number of steps."""
     from second_edit import points
@@ -533,6 +551,7 @@ TABLES = (
     ("gpu_caches", "gpu_caches", gpu_caches_table, MEMORY),
     ("cache_bytes", "cache_bytes", cache_bytes_table, MEMORY),
     ("rounding", "cache_bytes", rounding_table, MEMORY),
+    ("layer_shares", "layer_shares", layer_shares_table, MEMORY),
     ("second_edit", "second_edit", second_edit_table, "docs/second-edit.md"),
     ("gpu_first_blocks", "gpu_first_blocks", gpu_table, BENCHMARKS),
     ("ranks", "ranks", ranks_table, "docs/parallel.md"),

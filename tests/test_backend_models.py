@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backend_checks import (
@@ -20,10 +24,12 @@ from backend_checks import (
     tiny_calls,
 )
 from conftest import Captured
-from models import Case, TinyDiT, tiny_call
+from models import Case, TinyDiT, call, tiny_call, wan
 
 import hetcache_compile as hetcache
-from hetcache_compile import StepKind
+from hetcache_compile import Plan, StepKind
+from hetcache_compile.runtime import dispatch
+from hetcache_compile.runtime.session import Session
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 VACE = Case("vace", batch=2, config=(("vace_layers", (0,)),))
@@ -112,6 +118,83 @@ def test_two_experts_with_guidance() -> None:
         check(outputs[name][:3], expected(forms[0], "FPR", branch[:3]))
         check(outputs[name][3:], expected(forms[1], "FPR", branch[3:]))
     assert session.stats.steps == {"FULL": 4, "PARTIAL": 4, "REUSE": 4}
+
+
+class Allocations:
+    """What caches are allocated, and how much of it is there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[weakref.ref[torch.Tensor]] = []
+        self.most = 0
+        allocate = dispatch.empty_buffers
+
+        def counted(*args: Any) -> list[torch.Tensor]:
+            buffers = allocate(*args)
+            self.made += map(weakref.ref, buffers)
+            alive = [buffer for buffer in (reference() for reference in self.made) if buffer is not None]
+            self.most = max(self.most, sum(buffer.nbytes for buffer in alive))
+            return buffers
+
+        monkeypatch.setattr(dispatch, "empty_buffers", counted)
+
+
+def timed(steps: str) -> Plan:
+    """A plan whose times are those of `models.call`."""
+    return replace(plan_of(steps), timesteps=990.5 - 19.25 * np.arange(len(steps)))
+
+
+def guided_edit(fast: Sequence[Any], experts: Sequence[Sequence[int]], session: Session) -> list[int]:
+    """Two branches in each step, of the models that it calls. Returns the bytes of caches after each call."""
+    held = []
+    for step, numbers in enumerate(experts):
+        for number in numbers:
+            for branch, name in enumerate(("cond", "uncond")):
+                with session.branch(name):
+                    fast[number](**{**call(fast[number], seed=step), **text_of(fast[number], branch)})
+                held.append(session.stats.cache_bytes)
+    return held
+
+
+def text_of(model: Any, branch: int) -> dict[str, Any]:
+    return {"encoder_hidden_states": call(model, seed=50 * branch)["encoder_hidden_states"]}
+
+
+def test_an_expert_that_is_done_gives_its_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are never there at once, in the second edit neither."""
+    allocations = Allocations(monkeypatch)
+    models = [wan(num_layers=1, seed=seed) for seed in (0, 7)]
+    plan, fast = timed("FPRFPR"), [compiled(model) for model in models]
+    forms = hetcache.rewrite(models[0], plan, (), call(models[0]))
+    with hetcache.session(plan, strict=True) as session:
+        for _ in range(3):
+            held = guided_edit(fast, [(0,), (0,), (0,), (1,), (1,), (1,)], session)
+            assert max(held) == 2 * forms.buffer_bytes
+            assert allocations.most == 2 * forms.buffer_bytes
+    assert session.stats.steps == {"FULL": 12, "PARTIAL": 12, "REUSE": 12}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_model_that_joins_another_one_midway(order: tuple[int, int]) -> None:
+    """It may look like the next expert. That costs the first one a FULL step, once, and the result nothing."""
+    models = [wan(num_layers=1, seed=seed) for seed in (0, 7)]
+    with hetcache.session(timed("FPPPPPP"), strict=True) as session:
+        guided_edit([compiled(model) for model in models], [(0,), (0,), *[order] * 5], session)
+    taken_for_done = order == (1, 0)
+    full = 2 + 2 + 2 * taken_for_done
+    assert session.stats.steps == {"FULL": full, "PARTIAL": 2 * 12 - full, "REUSE": 0}
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_dtype": "int8", "context_extrapolation": 1}], ids=str)
+def test_a_second_edit_allocates_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    allocations = Allocations(monkeypatch)
+    fast = [compiled(wan(num_layers=1))]
+    with hetcache.session(replace(timed("FPRFPR"), **options), strict=True) as session:
+        held = guided_edit(fast, [(0,)] * 6, session)
+        made = len(allocations.made)
+        for _ in range(2):
+            assert set(guided_edit(fast, [(0,)] * 6, session)) == {held[-1]}
+        assert len(allocations.made) == made > 0
+    assert allocations.most == held[-1]
 
 
 def test_a_failed_full_step_leaves_no_cache() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, safe_open, save_file
 import hetcache_compile as hetcache
 from hetcache_compile import Calibration, CalibrationError, TokenKind
 from hetcache_compile.bench.calibrate import RecordedCall, attention_mass
-from hetcache_compile.calibration.record import Measured
+from hetcache_compile.calibration.record import SLICES, Measured
 from hetcache_compile.passes.kernels import token_choice as choose
 
 
@@ -54,7 +54,7 @@ def test_it_is_that_of_the_attention_matrices(
     model, plan = captured(case), plan_with(8, case.grid, **options)
     calls = [model.call(seed) for seed in range(2)]
     with torch.no_grad():
-        attentions, measured = attention_mass(
+        attentions, measured, relevance = attention_mass(
             model.forms(plan), [RecordedCall((), kwargs, torch.empty(0)) for kwargs in calls]
         )
     assert sorted(attentions) == sorted(name for name, _ in model.model.named_modules() if name.endswith(".attn1"))
@@ -63,6 +63,10 @@ def test_it_is_that_of_the_attention_matrices(
     truths = [shares(model.model, kwargs, plan) for kwargs in calls]
     assert np.abs(truths[0] - truths[1]).max() > 1e-3
     assert measured == pytest.approx(np.mean(truths, axis=0), abs=1e-6)
+    assert relevance.shape == (len(attentions), SLICES)
+    assert (np.diff(relevance, axis=1) <= 1e-9).all()
+    inactive = measured[:, [TokenKind.MARGIN, TokenKind.CONTEXT]].sum(axis=1)
+    assert (relevance.sum(axis=1) <= inactive + 1e-6).all()  # some of these are active
 
 
 class Joint(torch.nn.Module):
@@ -83,7 +87,7 @@ class Linear(torch.nn.Module):
 
 def measure(model: torch.nn.Module, plan: hetcache.Plan, **kwargs: Any) -> tuple[tuple[str, ...], np.ndarray]:
     forms = hetcache.rewrite(model, plan, (), kwargs, token_inputs={"hidden_states": 1})
-    return attention_mass(forms, [RecordedCall((), kwargs, torch.empty(0))])
+    return attention_mass(forms, [RecordedCall((), kwargs, torch.empty(0))])[:2]
 
 
 def test_what_text_gets_is_left_out() -> None:
@@ -111,7 +115,9 @@ def calibration(*clips: tuple[tuple[str, ...], np.ndarray | None]) -> Calibratio
     empty = Calibration(np.array([2.0, 1.0]), np.zeros((3, 2, 2)), np.array([0]), np.array([1]), np.zeros((1, 3, 1, 1)))
     for number, (names, mass) in enumerate(clips):
         shown = np.ones((3, 2, 2)), np.ones((1, 3, 1, 1)), np.ones(3, dtype=bool)
-        empty = empty.add(str(number), Measured(*shown, attentions=names, attention_mass=mass))
+        relevance = None if mass is None else np.outer(mass[:, 2], np.linspace(1, 0, SLICES))
+        clip = Measured(*shown, attentions=names, attention_mass=mass, relevance=relevance)
+        empty = empty.add(str(number), clip)
     return empty
 
 
@@ -122,6 +128,8 @@ def test_a_calibration_holds_the_mean_over_its_clips(tmp_path) -> None:
     loaded = Calibration.load(tmp_path / "a.hetcal")
     assert loaded.attentions == NAMES
     assert np.array_equal(loaded.attention_mass, known.attention_mass)
+    assert known.relevance == pytest.approx(np.outer(known.attention_mass[:, 2], np.linspace(1, 0, SLICES)))
+    assert np.array_equal(loaded.relevance, known.relevance)
     line = "at the context for 17% of their attention: least in blocks.0 (7%), most in vace_blocks.0 (27%)"
     assert line in loaded.describe()
 
@@ -135,6 +143,7 @@ def test_clips_of_which_some_were_not_measured() -> None:
     ):
         known = calibration(*clips)
         assert (known.attentions, known.attention_mass.shape) == ((), (0, 3))
+        assert known.relevance.shape == (0, SLICES)
         assert "attention" not in known.describe()
 
 
@@ -147,3 +156,18 @@ def test_files_that_do_not_fit_together(tmp_path) -> None:
     save_file({**arrays, "attention_mass": arrays["attention_mass"][:1].clone()}, path, metadata)
     with pytest.raises(CalibrationError, match=r"attention_mass must hold finite numbers of shape \(2, 3\)"):
         Calibration.load(path)
+    save_file({**arrays, "relevance": arrays["relevance"][:1].clone()}, path, metadata)
+    with pytest.raises(CalibrationError, match=rf"relevance must hold finite numbers of shape \(2, {SLICES}\)"):
+        Calibration.load(path)
+
+
+def test_a_file_from_before_attentions_were_cut_into_parts(tmp_path) -> None:
+    path = tmp_path / "a.hetcal"
+    calibration((NAMES, MASS[0])).save(path)
+    arrays = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    del arrays["relevance"]
+    save_file(arrays, path, metadata)
+    old = Calibration.load(path)
+    assert (old.attentions, old.relevance.shape) == (NAMES, (0, SLICES))

@@ -93,6 +93,21 @@ def test_the_size_is_that_of_the_session(name: str, guided: bool) -> None:
     assert f"the cache takes {format_bytes(held)}" in plan.describe()
 
 
+@pytest.mark.parametrize(("case", "alike"), [(VACE, 2), (Case("wan"), 1)], ids=["vace", "wan"])
+def test_what_guidance_branches_have_in_common(captured: Callable[[Case], Captured], case: Case, alike: int) -> None:
+    """Keys and values up to the first block that reads the text, of the control blocks and of the others: so a
+    cache for each branch is hardly more than what they could share."""
+    found = captured(case)
+    forms = found.forms(Plan.from_mask(some_mask(), GRID, multiple=1, margin=1))
+    first = found.call(0)
+    text = {"encoder_hidden_states": found.call(50)["encoder_hidden_states"]}
+    (_, one), (_, other) = forms.full(**first), forms.full(**first | text)
+    same = {name for name, value in one.items() if torch.equal(value, other[name])}
+    modules = {entry.module.rpartition(".")[0] for entry in forms.cache_entries if entry.output_name in same}
+    assert modules <= {"vace_blocks.0", "blocks.0"}
+    assert len(same) == 2 * alike
+
+
 CACHED = [row for row in ROWS if EXPECTED[row.name]["result"] == "cached" and row.name not in UNCOUNTED]
 
 

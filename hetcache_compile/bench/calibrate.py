@@ -15,7 +15,7 @@ import torch
 
 from ..calibration.calibration import Calibration
 from ..calibration.output_weights import step_lengths
-from ..calibration.record import DEFAULTS, Array, Costs, Measured
+from ..calibration.record import DEFAULTS, SLICES, Array, Costs, Measured
 from ..capture.rewrite import Forms, rewrite, write_forms
 from ..edit.editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from ..edit.media import Clip
@@ -257,8 +257,10 @@ def measure_clip(
     logs = np.zeros(layout.log_amplification.shape)
     for number, probe in enumerate(layout.probes):
         logs[:, number] = log_amplification(pipe, request, int(probe), recorder, latents, masks, progress)
-    attentions, mass = attention_mass(forms, [steps[at][branch] for at in layout.sources for branch in branches])
-    return Measured(np.asarray(gram) / unit, partial / unit, present, correlation, logs, attentions, mass)
+    attentions, mass, relevance = attention_mass(
+        forms, [steps[at][branch] for at in layout.sources for branch in branches]
+    )
+    return Measured(np.asarray(gram) / unit, partial / unit, present, correlation, logs, attentions, mass, relevance)
 
 
 def log_amplification(
@@ -351,26 +353,34 @@ def mean_correlation(products: Array) -> float:
     return float(products[apart].sum()) / total if total > 0 else 0.0
 
 
-def attention_mass(forms: Forms, calls: Iterable[RecordedCall]) -> tuple[tuple[str, ...], Array]:
-    """Where generative tokens look: the module paths of L attentions, and `[L, 3]`, whose rows sum to 1.
+def attention_mass(forms: Forms, calls: Iterable[RecordedCall]) -> tuple[tuple[str, ...], Array, Array]:
+    """Where generative tokens look: the module paths of L attentions, `[L, 3]`, whose rows sum to 1, and `[L, R]`.
 
     The share of each kind of tokens in the attention that generative tokens give to tokens (in FULL steps, text left
-    out), mean over the calls. L = 0 where no attention can be read (see `passes.forms.attention_mass`).
+    out), mean over the calls; and what inactive tokens get, in parts (see `Record.relevance`). L = 0 where no attention
+    can be read (see `passes.forms.attention_mass`).
     """
     plan = forms.plan
     full = WRITERS["full"](forms.program.module, forms.analysis, plan.budgets)
     passes = [KeepAllRows(plan.num_tokens), MeasureMass(plan.num_tokens)]
     measured = run_passes("attention mass", passes, full, lambda form: form.module)
-    mean = np.zeros((len(measured.writes), len(TokenKind)))
+    mean, relevance = np.zeros((len(measured.writes), len(TokenKind))), np.zeros((len(measured.writes), SLICES))
     if not measured.writes:
-        return (), mean
+        return (), mean, relevance
     measuring = replace(forms, by_kind={"full": measured})
     for number, call in enumerate(calls, start=1):
         _, found = measuring.full(*call.args, **call.kwargs)
-        masses = (found[entry.input_name].double().cpu().numpy() for entry in measured.writes)
+        masses = [found[entry.input_name].double().cpu().numpy() for entry in measured.writes]
         by_kind = np.stack([np.bincount(plan.token_kind, mass, len(TokenKind)) for mass in masses])
         mean += (by_kind / by_kind.sum(axis=1, keepdims=True) - mean) / number
-    return tuple(entry.module for entry in measured.writes), mean
+        relevance += (np.stack([in_slices(mass[~plan.active_mask]) for mass in masses]) - relevance) / number
+    return tuple(entry.module for entry in measured.writes), mean, relevance
+
+
+def in_slices(mass: Array) -> Array:
+    """`[SLICES]`: the sums of equal parts of masses, from the largest on."""
+    total = np.concatenate([[0.0], -np.sort(-mass)]).cumsum()
+    return np.diff(np.interp(np.linspace(0, mass.size, SLICES + 1), np.arange(mass.size + 1), total))
 
 
 def kind_masks(plan: Plan, velocity: torch.Tensor) -> list[torch.Tensor]:

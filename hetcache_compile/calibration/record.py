@@ -26,15 +26,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import RegularGridInterpolator
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, PlanError
 from ..files import ArrayFile
 from ..plan.partition import TokenKind
+from ..plan.plan import Plan
 
 Array = NDArray[np.float64]
 FILE = ArrayFile("hetcal", "calibration", 4, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
 FEW_STEPS = 8
 """So many steps after a FULL one PARTIAL steps are considered, however far that is in time."""
+SLICES = 64
+"""R: parts of the inactive tokens of which attention is known, from the most attended on."""
+QUARTERS = 4
+"""Attentions cache so many parts of C on average, each some whole number of parts: so that few numbers differ, and what
+is compiled for blocks of one number is compiled once."""
 DEFAULTS = {"margin": 2.0, "context_extrapolation": 0}
 """What a plan has where it says nothing."""
 
@@ -74,6 +80,7 @@ class Measured:
         log_amplification: `[3, P]`; None where it was not measured.
         attentions: module paths of the L attentions.
         attention_mass: `[L, 3]`; None where it was not measured.
+        relevance: `[L, R]`; None where it was not measured.
     """
 
     gram: Array
@@ -83,6 +90,7 @@ class Measured:
     log_amplification: Array | None = None
     attentions: tuple[str, ...] = ()
     attention_mass: Array | None = None
+    relevance: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +113,9 @@ class Record:
             right after the probed step. Mean over clips.
         attention_mass: float64 `[L, 3]`: the shares of generative, margin and context tokens in the attention that
             generative tokens give to tokens, mean over clips. L = 0 where it was not measured in every clip.
+        relevance: float64 `[L, R]`: the share of their attention that generative tokens give to inactive ones, these
+            ordered from the most attended on and cut into R equal parts, mean over clips. L = 0 where it was not
+            measured.
         attentions: the module path of each of the L attentions.
         counts: int64 `[3]`: how many clips have tokens of the kind.
         clips: names of the clips measured so far.
@@ -123,6 +134,7 @@ class Record:
     probes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     log_amplification: Array = field(default_factory=lambda: np.zeros((NUM_KINDS, 0)))
     attention_mass: Array = field(default_factory=lambda: np.zeros((0, NUM_KINDS)))
+    relevance: Array = field(default_factory=lambda: np.zeros((0, SLICES)))
     attentions: tuple[str, ...] = ()
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_KINDS, dtype=np.int64))
     clips: tuple[str, ...] = ()
@@ -141,6 +153,7 @@ class Record:
             ("partial_correlation", (len(self.variants), NUM_KINDS)),
             ("log_amplification", (NUM_KINDS, self.probes.size)),
             ("attention_mass", (len(self.attentions), NUM_KINDS)),
+            ("relevance", (len(self.attentions) if self.relevance.size else 0, SLICES)),
             ("counts", (NUM_KINDS,)),
         ):
             array = getattr(self, name)
@@ -183,17 +196,50 @@ class Record:
             partial=mean("partial", 1),
             partial_correlation=mean("partial_correlation", 1),
             log_amplification=mean("log_amplification", 0),
-            **self._with_attention(clip.attentions, clip.attention_mass),
+            **self._with_attention(clip),
             counts=counts,
             clips=(*self.clips, name),
         )
 
-    def _with_attention(self, attentions: tuple[str, ...], mass: Array | None) -> dict[str, Any]:
-        """`attentions` and `attention_mass` with one more clip: none as soon as a clip has others than the first."""
-        if mass is None or (self.clips and attentions != self.attentions):
-            return {"attentions": (), "attention_mass": np.zeros((0, NUM_KINDS))}
-        before = self.attention_mass if self.clips else np.zeros_like(mass)
-        return {"attentions": attentions, "attention_mass": before + (mass - before) / (len(self.clips) + 1)}
+    def _with_attention(self, clip: Measured) -> dict[str, Any]:
+        """What is known of attentions with one more clip: nothing as soon as one has others than the first."""
+        if clip.attention_mass is None or (self.clips and clip.attentions != self.attentions):
+            return {
+                "attentions": (), "attention_mass": np.zeros((0, NUM_KINDS)), "relevance": np.zeros((0, SLICES))
+            }  # fmt: skip
+
+        def mean(before: Array, value: Array) -> Array:
+            return before + (value - before) / (len(self.clips) + 1) if self.clips else value
+
+        known = clip.relevance is not None and (self.relevance.size or not self.clips)
+        return {
+            "attentions": clip.attentions,
+            "attention_mass": mean(self.attention_mass, clip.attention_mass),
+            "relevance": mean(self.relevance, np.asarray(clip.relevance)) if known else np.zeros((0, SLICES)),
+        }
+
+    def counts_for(self, plan: Plan) -> tuple[int, ...]:
+        """How many tokens each attention should cache, in as many bytes as the plan has, to lose the least attention.
+
+        What an attention loses is convex in their number, since the most attended tokens are cached first. So to take
+        the next part where it is worth most, again and again, finds the best numbers.
+
+        Raises:
+            PlanError: that was not measured, or the plan's attentions do not choose.
+        """
+        if not self.relevance.size:
+            raise PlanError("cached_shares 'measured' needs a calibration that measured attentions: calibrate anew")
+        if plan.form_options.cached_by != "attention":
+            raise PlanError("cached_shares 'measured' needs cached_by 'attention' and a cached_ratio below 1")
+        inactive, part = plan.num_tokens - plan.num_active, max(1, plan.num_context // QUARTERS)
+        parts = inactive // part
+        ends = np.arange(parts + 1) * (part / inactive * SLICES)
+        total = np.concatenate([np.zeros((len(self.relevance), 1)), self.relevance.cumsum(axis=1)], axis=1)
+        worth = np.stack([np.diff(np.interp(ends, np.arange(SLICES + 1), row)) for row in total])
+        most = len(worth) * (plan.num_context // part - 1)  # each has one part in any case
+        best = np.argsort(-worth[:, 1:].ravel(), kind="stable")[:most]
+        taken = 1 + np.bincount(best // (parts - 1), minlength=len(worth))
+        return tuple((part * taken).tolist())
 
     def timesteps_for(self, num_steps: int) -> Array:
         """Timesteps `[num_steps]` of the same noise schedule at another number of steps, ends at 0 alike."""
@@ -353,7 +399,7 @@ class Record:
             if times is not None:
                 measured = arrays["cost_shares"], arrays["cost_partial"]
                 costs = Costs(float(times["full"]), float(times["reuse"]), *measured, str(times["inner"]))
-            recorded = {name: arrays[name] for name in ARRAYS}
+            recorded = {name: arrays[name] for name in ARRAYS if name != "relevance" or name in arrays}
             return cls(
                 **recorded, clips=tuple(header["clips"]), attentions=tuple(header["attentions"]), costs=costs,
                 one_step=bool(header["one_step"]), variants=tuple(header["variants"]),
@@ -385,4 +431,5 @@ ARRAYS = (
     "log_amplification",
     "counts",
     "attention_mass",
+    "relevance",
 )

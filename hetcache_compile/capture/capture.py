@@ -204,11 +204,19 @@ def _sharing_weights(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, GraphModule):  # keeps nothing
         return model
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    offload = getattr(model, "_hf_hook", None)
+    if offload is not None:
+        shared[id(offload)] = offload  # it holds the model that it moves away: another one
     try:
-        return copy.deepcopy(model, shared)
+        shared_model = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError):
         return model
+    if offload is not None and "forward" in vars(shared_model):
+        # A hook of accelerate moves the model to its device before each call, which is no part of what is computed.
+        own: Any = shared_model._old_forward
+        shared_model.forward = own
+    return shared_model
 
 
 def _check_sizes(module: GraphModule) -> None:

@@ -43,7 +43,8 @@ SMALLER: tuple[Mapping[str, Any], ...] = (
     ),
 )
 """What makes a cache smaller, from what costs the result least (docs/memory.md has what each costs): first other types
-of keys and values, then their place, and only then fewer of them, by distance where attentions cannot choose."""
+of keys and values, then their place, and only then fewer of them, by distance where attentions cannot choose.
+`cached_shares` is not among them: with few PARTIAL steps it may lose more than it brings."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Footprint:
             )
         try:
             with redirect_stderr(StringIO()):  # torch prints the graph of an attempt that another one follows
-                program = capture(first.model, first.args, first.kwargs)
+                program = capture(first.model, *_where_weights_are(first.model, first.args, first.kwargs))
         except UnsupportedGraphError as error:
             raise PlanError(f"the memory of the cache cannot be counted: {error}") from error
         results: Any = program.module.graph.output_node().args[0]
@@ -109,6 +110,14 @@ class Footprint:
         window = READ_AND_FETCHED * max(layers.values(), default=0)
         total = sum(entry.num_bytes for entry in entries)
         return replace(plan, counted=CacheSize(plan.form_options, total, layers.total(), window, self.branches))
+
+
+def _where_weights_are(model: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments on the device of the model's weights: an offloaded model is not where its inputs are yet."""
+    weight = next(iter(model.parameters()), None)
+    if weight is None:
+        return args, kwargs
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(weight.device), (args, kwargs))
 
 
 def host_bytes() -> int:

@@ -175,20 +175,23 @@ def smaller_choices(
         if found and "cached_ratio" in smaller:
             break
         try:
-            considered = choices(make, schedule, calibration, {**options, **smaller})
+            considered = [
+                replace(choice, plan=footprint.sized(choice.plan))
+                for choice in choices(make, schedule, calibration, {**options, **smaller})
+            ]
         except PlanError:
             if not smaller:
                 raise
             continue
         for choice in considered:
-            plan = footprint.sized(choice.plan)
+            plan = choice.plan
             size = plan.cache_size
             assert size is not None
             hosted = plan.cache_device == "cpu"
             needed = size.on_device(hosted=hosted)
             chosen = {**choice.options, **smaller}
             if limit is None or (needed <= limit and not (hosted and size.on_host > host_bytes())):
-                found.append(replace(choice, plan=plan, options=chosen))
+                found.append(replace(choice, options=chosen))
             elif least is None or needed < least[0]:
                 words = ", ".join(f"{name} {value}" for name, value in chosen.items())
                 least = needed, f"with {words}" if words else "as asked for"
@@ -221,8 +224,10 @@ def _plan_for(
     takes_time = "timestep" in inspect.signature(model.forward).parameters
     options = {"extrapolation": int(takes_time), **preset_options(schedule), **options}
     steps = len(call.timesteps)
+    measured = calibration is not None and options.get("cached_shares") == "measured"
+    given = {**options, "cached_shares": "same"} if measured else options
     plan = replace(
-        Plan.from_mask(call.mask, call.grid, num_inference_steps=steps, schedule="full", **options),
+        Plan.from_mask(call.mask, call.grid, num_inference_steps=steps, schedule="full", **given),
         timesteps=call.timesteps,
         sigmas=call.sigmas,
         distances=distances_of(model, call.timesteps),
@@ -230,6 +235,8 @@ def _plan_for(
     )
     if calibration is None:
         return plan.with_schedule(schedule)
+    if measured:
+        plan = replace(plan, cached_counts=calibration.counts_for(plan))
     return calibration.like(options).scheduled(
         plan, schedule, timesteps=call.timesteps, lengths=step_lengths(pipe.scheduler, steps),
         multistep=bool(options.get("multistep", True)), distances=plan.distances if plan.distances.size else None,

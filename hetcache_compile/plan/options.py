@@ -15,6 +15,9 @@ SELECTIONS = ("none", "uniform", "random", *STRATEGIES)
 CACHE_DEVICES = ("auto", "same", "cpu")
 """Where keys and values are cached: where the model runs, in the host's memory (see `runtime.streaming`), or there only
 if they do not fit beside the model."""
+CACHED_SHARES = ("same", "measured")
+"""How many tokens attentions cache that choose them: as many each, or so that they lose the least (see
+`Record.counts_for`)."""
 MERGINGS = ("boxes", "kmeans")
 """How cached tokens are merged: in boxes of neighbours; or by full steps, alike keys of each attention."""
 RUNGS = 16
@@ -43,6 +46,11 @@ class PlanOptions:
         "distance",
         f"which of them these are where not all are read, one of {', '.join(CACHED_BY)}: the nearest to the mask, or "
         "those that generated tokens attend to most, which each attention chooses in FULL steps",
+    )
+    cached_shares: str = _option(
+        "same",
+        f"how many of them each attention caches where attentions choose, one of {', '.join(CACHED_SHARES)}: as many "
+        "as all others; or as many as the calibration says, in the same bytes",
     )
     multiple: int = _option(
         0,

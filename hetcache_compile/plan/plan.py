@@ -26,7 +26,7 @@ from ..passes.ir.contract import (
     FormOptions,
 )  # fmt: skip
 from .cache_size import CacheSize
-from .options import CACHE_DEVICES, MERGINGS, SELECTIONS, PlanOptions
+from .options import CACHE_DEVICES, CACHED_SHARES, MERGINGS, SELECTIONS, PlanOptions
 from .partition import (
     Grid,
     TokenKind,
@@ -60,6 +60,7 @@ HEADER = (
     "cache_dtype",
     "cache_device",
     "cached_by",
+    "cached_counts",
     "token_inputs",
 )
 """What the file's header holds beside the grid."""
@@ -72,6 +73,9 @@ class Guide(Protocol):
 
     def like(self, options: Mapping[str, Any]) -> Self:
         """What it knows of the measured variant that is nearest to these options of a plan."""
+
+    def counts_for(self, plan: Plan) -> tuple[int, ...]:
+        """How many tokens each attention should cache, in as many bytes as the plan has."""
 
     def scheduled(self, plan: Plan, schedule: Schedule, *, multistep: bool = True) -> Plan:
         """The plan with the steps of a schedule, and weights of its outputs if `multistep`."""
@@ -107,6 +111,8 @@ class Plan:
         cache_device: where they are cached (see `options.CACHE_DEVICES`).
         cached_by: what chooses the cached tokens where not all are (see `contract.CACHED_BY`). Where FULL steps do,
             `context_index` says how many they are, and what attentions read whose scores cannot be.
+        cached_counts: how many tokens each attention caches, in graph order, where FULL steps choose them and the
+            numbers differ; else empty.
         token_inputs: where latents come packed, the inputs of the model that hold tokens: the dim of the tokens and
             the row of the first, by name. References may stand before and behind them.
         counted: how large the cache is, where the model was known (see `cache_size`).
@@ -129,6 +135,7 @@ class Plan:
     cache_dtype: str = "same"
     cache_device: str = "auto"
     cached_by: str = "distance"
+    cached_counts: tuple[int, ...] = ()
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     counted: CacheSize | None = None
@@ -197,6 +204,13 @@ class Plan:
                 "cached_by 'attention' chooses other tokens in each FULL step: context_extrapolation, which compares "
                 "two of them, must be 0"
             )
+        if not self.cached_counts:
+            return
+        if self.form_options.cached_by != "attention":
+            raise PlanError("numbers of cached tokens for each attention need cached_by 'attention', cached_ratio < 1")
+        most, total = self.num_tokens - self.num_active, len(self.cached_counts) * self.num_context
+        if not all(0 < count <= most for count in self.cached_counts) or sum(self.cached_counts) > total:
+            raise PlanError(f"cached_counts must be 1 to {most} for each attention, and no more than {total} in all")
 
     def _check_weights(self) -> None:
         if not self.weights.size:
@@ -240,6 +254,7 @@ class Plan:
             self.grid, self.num_active, self.num_context, self.num_merged, self.merging if merged else "boxes",
             self.extrapolation, self.context_extrapolation, self.selection if self.selects_at_run_time else "fixed",
             self.cache_dtype, self.cached_by if self.num_active + self.num_context < self.num_tokens else "distance",
+            self.cached_counts,
         )  # fmt: skip
 
     @property
@@ -354,8 +369,14 @@ class Plan:
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
             cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device, cached_by=chosen.cached_by,
         )  # fmt: skip
+        if chosen.cached_shares not in CACHED_SHARES:
+            raise PlanError(f"cached_shares must be one of {', '.join(CACHED_SHARES)}, got {chosen.cached_shares!r}")
+        if chosen.cached_shares == "measured" and calibration is None:
+            raise PlanError("cached_shares 'measured' needs a calibration, which measures attentions")
         if calibration is None:
             return plan.with_schedule(schedule)
+        if chosen.cached_shares == "measured":
+            plan = replace(plan, cached_counts=calibration.counts_for(plan))
         varied = {"margin": float(chosen.margin), "context_extrapolation": chosen.context_extrapolation}
         return calibration.like(varied).scheduled(plan, schedule, multistep=bool(chosen.multistep))
 
@@ -417,6 +438,8 @@ class Plan:
         selection = "" if self.selection == "uniform" else f", selection {self.selection}"
         stored = "" if self.cache_dtype == "same" else f" as {self.cache_dtype}"
         stored += ", by attention" if self.form_options.cached_by == "attention" else ""
+        if self.cached_counts:
+            stored += f", {min(self.cached_counts)} to {max(self.cached_counts)} each"
         stored += " in the host's memory" if self.cache_device == "cpu" else ""
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
@@ -456,6 +479,7 @@ class Plan:
         """The plan of what `packed` gave."""
         fields: dict[str, Any] = {name: arrays[name] for name in ARRAYS if name in arrays}
         fields |= {name: header[name] for name in HEADER if name in header}
+        fields["cached_counts"] = tuple(fields.get("cached_counts", ()))
         fields["token_inputs"] = {name: tuple(where) for name, where in fields.get("token_inputs", {}).items()}
         steps = tuple(StepKind(int(step)) for step in arrays["steps"])
         plan = cls(grid=tuple(header["grid"]), steps=steps, **fields)

@@ -21,6 +21,9 @@ class OpenSession(Protocol):
     def restart_model(self, module: torch.nn.Module) -> None:
         """The next call of one model begins an edit."""
 
+    def refused(self, message: str) -> None:
+        """Calls run plainly, and why."""
+
 
 SESSION: ContextVar[weakref.ref[Any] | None] = ContextVar("hetcache_session", default=None)
 BRANCH: ContextVar[str | None] = ContextVar("hetcache_branch", default=None)
@@ -40,6 +43,19 @@ def reset(variable: ContextVar[Any], token: Token[Any]) -> None:
     """Put a context variable back, unless a generator went on in another context, where it was never set."""
     with contextlib.suppress(ValueError):
         variable.reset(token)
+
+
+_COMPILED_NO_MORE = (
+    "pipe.{name} is compiled no more and runs plainly: it was compiled after pipe.enable_model_cpu_offload(), whose "
+    "hooks put the model from before back at the end of an edit. Compile it first, or in its place: "
+    "pipe.{name}.compile(backend=hetcache_backend)"
+)
+
+
+def _is_compiled_no_more(module: torch.nn.Module) -> bool:
+    """Whether hooks of accelerate call the plain model in the place of the compiled one that they hang on."""
+    compiled = isinstance(module, torch._dynamo.OptimizedModule) and hasattr(module, "_hf_hook")
+    return compiled and not hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 @functools.cache
@@ -72,9 +88,11 @@ def observe_diffusers() -> None:
     def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
         session = own_session()
         if session is not None:
-            for component in self.components.values():
+            for name, component in self.components.items():
                 if isinstance(component, torch.nn.Module):
                     session.restart_model(component)
+                    if _is_compiled_no_more(component):
+                        session.refused(_COMPILED_NO_MORE.format(name=name))
         return begin_loop(self, *args, **kwargs)
 
     DiffusionPipeline.progress_bar = progress_bar

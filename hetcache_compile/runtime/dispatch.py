@@ -432,14 +432,16 @@ def graph_break_of(graph: GraphModule) -> str:
 def part_of_a_model(reason: str) -> str:
     """What to say of a graph that is no whole model; a hook that calls it is on the stack."""
     help = (
-        "Hooks on parts of the model do that (group offloading, layerwise casting: use pipe.enable_model_cpu_offload() "
-        "instead), model.compile_repeated_blocks(), and graph breaks: TORCH_LOGS=graph_breaks names them"
+        "Hooks on parts of the model do that (group or sequential offloading, layerwise casting: use "
+        "pipe.enable_model_cpu_offload() instead), model.compile_repeated_blocks(), and graph breaks: "
+        "TORCH_LOGS=graph_breaks names them"
     )
     hooks = [f for f in traceback.extract_stack() if re.search(r"(diffusers|accelerate)[\\/]hooks\b", f.filename)]
     if hooks:
         help = (
             f"The hook {hooks[-1].name} at {hooks[-1].filename}:{hooks[-1].lineno} does that; for offloading use "
-            "pipe.enable_model_cpu_offload() in place of group offloading, and leave layerwise casting off"
+            "pipe.enable_model_cpu_offload() in place of group or sequential offloading, or leave this model out of "
+            "it, with exclude_modules of pipe.enable_group_offload; and leave layerwise casting off"
         )
     return f"Dynamo hands over a part of a model, which runs uncached, because {reason}. {help}"
 

@@ -31,6 +31,9 @@ from .context import BRANCH, LOCK, OPEN, SESSION, observe_diffusers, own_session
 from .stats import Stats
 from .timing import Stopwatch
 
+ALONE = 2
+"""Steps that a model makes alone before another one that begins is taken for the next expert."""
+
 
 class HetCacheWarning(UserWarning):
     """Something runs uncached, or otherwise than planned: slower, never wrong."""
@@ -121,8 +124,9 @@ class Model:
 
     def __init__(self) -> None:
         self.tracks: dict[str | None, Track] = {}
-        self.calls = 0
+        self.calls = self.num_steps = 0
         self.step: int | None = None
+        self.was_followed = False
         self.calls_of_others: dict[Model, int] = {}
         self._signed: tuple[Hashable, int, str] | None = None
 
@@ -139,9 +143,19 @@ class Model:
 
     def restart(self) -> None:
         """Its next call begins an edit."""
-        self.step = None
+        self.step, self.num_steps = None, 0
         for track in self.tracks.values():
             track.restart()
+
+    def follows(self, other: Model, step: int) -> bool:
+        """Whether another model has no more steps in the edit in which this one makes its first call, at `step`.
+
+        So it is where the other one was alone for some steps, or has only the cache of an edit before, in which it
+        followed this one. If it calls after all, its call is FULL, and both are there to stay.
+        """
+        if other.step is None or other.step > step:
+            return self.was_followed
+        return other.num_steps >= ALONE and other.step < step
 
     def release(self) -> int:
         """Give its memory back. Returns how many bytes that is."""
@@ -417,15 +431,18 @@ class Session:
         self.stats.cache_bytes += num_bytes
 
     def _free_idle_models(self, model: Model, step: int | None) -> None:
-        """A model that made no call during a whole step of another one has no more steps in this edit: an expert."""
-        if step == model.step or len(self._models) == 1:
-            model.step = step
+        """A model has no more steps in this edit, such as an expert, that made no call during a whole step of another
+        one. Where that one only begins, it needs the memory now (see `Model.follows`)."""
+        before, model.step = model.step, step
+        if step == before:
             return
-        model.step = step
+        model.num_steps += 1
         others = [other for other in self._models.values() if other is not model]
         for other in others:
-            if model.calls_of_others.get(other) == other.calls:
+            begins = before is None and step is not None
+            if model.calls_of_others.get(other) == other.calls or (begins and model.follows(other, step or 0)):
                 self.stats.cache_bytes -= other.release()
+                other.was_followed = True
         model.calls_of_others = {other: other.calls for other in others}
 
     def index(

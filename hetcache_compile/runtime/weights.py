@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..ranks.agreement import checksum
+
 FEW = 256
 """A model of at most so many weights is looked at whole in every call."""
 WINDOW = 48
@@ -24,11 +26,15 @@ _version = operator.attrgetter("_version")
 
 @dataclass
 class Seen:
-    """The weights of one model as they were last seen, by window, how often they changed, and where to look next."""
+    """The weights of one model as they were last seen, by window, how often they changed, and where to look next.
+
+    What they hold is known from the first time on that they were not where they had been.
+    """
 
     states: list[State]
     generation: int = 0
     next: int = 0
+    content: tuple[Any, ...] | None = None
 
 
 class Weights:
@@ -38,6 +44,10 @@ class Weights:
     tensors of inference mode and writes through `.data`. A call that computes looks at every weight. One that only
     reads the cache looks at some of a large model's, spread over all of it, and at others the next time: loading,
     moving, casting and fusing change weights everywhere.
+
+    Who offloads a model between its calls brings the same weights back to other memory. So what looks changed is
+    compared by what it holds. That reads every weight once, which is little beside the copy that brought them. It is
+    not done before weights have moved once, which counts as a change.
 
     Args:
         inputs: of a call.
@@ -76,7 +86,9 @@ class Weights:
         if thorough or self._state(seen.next, inputs) != seen.states[seen.next]:
             states = self._all(inputs)
             if states != seen.states:
-                seen.states, seen.generation = states, seen.generation + 1
+                seen.states, before = states, seen.content
+                seen.content = checksum(self.of(inputs))
+                seen.generation += seen.content != before
         seen.next = (seen.next + 1) % len(self._windows)
         return int(seen.generation)
 

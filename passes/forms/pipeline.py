@@ -47,7 +47,7 @@ def functional_passes(options: FormOptions, time: str | None = None) -> list[For
             SelectActive(options.selection, options.num_tokens, options.num_active),
         ]
     if options.cached_by == "attention":
-        passes += [KeepRelevant(options.num_tokens, options.num_active, options.num_context)]
+        passes += [KeepRelevant(options.num_tokens, options.num_active, options.num_context, options.cached_counts)]
     if options.merges:
         passes += [MergeContext(options.num_context, options.num_merged, options.merging)]
     if options.context_extrapolation:

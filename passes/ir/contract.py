@@ -46,6 +46,7 @@ class FormOptions(NamedTuple):
         selection: one of `STRATEGIES` where full steps choose the active tokens, else "fixed".
         cache_dtype: one of `CACHE_DTYPES`.
         cached_by: one of `CACHED_BY`; "distance" where all are.
+        cached_counts: how many tokens each attention caches, in graph order; empty where it is C for all.
     """
 
     grid: tuple[int, int, int]
@@ -58,6 +59,7 @@ class FormOptions(NamedTuple):
     selection: str = "fixed"
     cache_dtype: str = "same"
     cached_by: str = "distance"
+    cached_counts: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,275 @@
+"""Models that diffusers and accelerate move to the device and away again: cached as planned, or said why not.
+
+There is no second device here. accelerate's own hook is told that the device is `cpu:0`, which is not `cpu` to torch:
+so it copies every weight before each call, as a move from a device to another does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from backend_checks import Kwargs, check, compiled, expected, plan_of, run, tiny_calls
+from models import TinyDiT, call, vace, wan
+from pipelines import ROWS
+from pipelines_check import compile_models, mixed
+from test_streaming import Device
+
+import hetcache_compile as hetcache
+from hetcache_compile.runtime import dispatch, prepare
+from hetcache_compile.runtime.session import HetCacheWarning, Session
+
+pytestmark = pytest.mark.usefixtures("fresh")
+BY_NAME = {row.name: row for row in ROWS}
+HERE = torch.device("cpu")
+ELSEWHERE = torch.device("cpu:0")
+IN_PLACE: dict[str, Any] = {"backend": "hetcache", "options": {"inner": "eager"}}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def letters(session: Session) -> str:
+    return "".join(kind.letter for kind in session.stats.kinds)
+
+
+def hooked_then_compiled(model: Any) -> Any:
+    cpu_offload_with_hook(model, ELSEWHERE)
+    return compiled(model)
+
+
+def compiled_then_hooked(model: Any) -> Any:
+    fast = compiled(model)
+    cpu_offload_with_hook(fast, ELSEWHERE)
+    return fast
+
+
+def compiled_in_place(model: Any) -> Any:
+    model.compile(**IN_PLACE)
+    cpu_offload_with_hook(model, ELSEWHERE)
+    return model
+
+
+def calls_of(model: Any, steps: str) -> list[Kwargs]:
+    return [call(model, seed=seed) for seed in range(len(steps))]
+
+
+def tiny() -> Any:
+    return TinyDiT()
+
+
+def control() -> Any:
+    return vace(num_layers=2, vace_layers=(0,))
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["cache on the device", "cache on the host"])
+@pytest.mark.parametrize("way", [hooked_then_compiled, compiled_then_hooked, compiled_in_place])
+@pytest.mark.parametrize("build", [tiny, pytest.param(control, marks=pytest.mark.wide)])
+def test_a_model_that_moves_before_each_call(
+    build: Callable[[], Any], way: Callable[[Any], Any], on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first move looks like a change: FULL. From then on the weights are known, in later edits too."""
+    device = Device()
+    if on_host:
+        for module in (dispatch, prepare):
+            monkeypatch.setattr(module, "can_stream", lambda _: True)
+        monkeypatch.setattr(prepare, "transfers_of", lambda _: device)
+    steps, model = "FPRPF", build()
+    calls = tiny_calls(steps) if build is tiny else calls_of(model, steps)
+    plan = replace(plan_of(steps), cache_device="cpu")
+    forms = hetcache.rewrite(model, plan, (), calls[0])
+    truths = {given: expected(forms, given, calls) for given in (steps, "FFRPF")}
+    fast = way(model)
+    torch._dynamo.utils.counters.clear()
+    for given in ("FFRPF", steps, steps):
+        with hetcache.session(plan, strict=True) as session:
+            outputs = run(fast, calls)
+        assert letters(session) == given
+        assert session.stats.unplanned == 0
+        check(outputs, truths[given])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert bool(device.log) is on_host
+
+
+def moved(model: Any) -> None:
+    model._apply(torch.clone)
+
+
+def test_a_change_is_seen_among_moves() -> None:
+    """Also one that leaves every sum of numbers as it is: rows in another order."""
+    model, calls = TinyDiT(), tiny_calls("FPPPPPP")
+    fast, weight = compiled(model), model.out.weight
+    changes = {3: lambda: weight.mul_(1.5), 5: lambda: setattr(weight, "data", weight.data.flip(0))}
+    with hetcache.session(plan_of("FPPPPPP"), strict=True) as session:
+        for step, kwargs in enumerate(calls):
+            moved(model)
+            changes.get(step, lambda: None)()
+            (output,) = run(fast, [kwargs])
+            if session.stats.kinds[-1].letter == "F":
+                check([output], run(model, [kwargs]))
+    assert letters(session) == "FFPFPFP"
+
+
+def test_the_same_weights_loaded_again_are_no_change() -> None:
+    model, calls = TinyDiT(), tiny_calls("FPPP")
+    fast = compiled(model)
+    with hetcache.session(plan_of("FPPP"), strict=True) as session:
+        for kwargs in calls:
+            fast(**kwargs)
+            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert letters(session) == "FFPP"
+
+
+def test_a_hook_is_no_part_of_the_model() -> None:
+    """It is left out where a model is captured, and what it holds is not copied: the model that it moves away."""
+    model, plan = TinyDiT(), plan_of("FP")
+    (kwargs,) = tiny_calls("F")
+    truth = model(**kwargs)
+
+    class Large(torch.nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("it was copied")
+
+    _, before = cpu_offload_with_hook(Large(2, 3), ELSEWHERE)
+    cpu_offload_with_hook(model, ELSEWHERE, prev_module_hook=before)
+    check([hetcache.rewrite(model, plan, (), kwargs).full(**kwargs)[0]], [truth])
+    check(run(model, [kwargs]), [truth])
+
+
+def plan_for(row: Any, pipe: Any, **changes: Any) -> hetcache.Plan:
+    arguments = {**row.call(), **row.guided, "output_type": "latent", "margin": 1, "multiple": 1, **changes}
+    return hetcache.plan_for(pipe, mask=row.mask, schedule="full", **arguments)
+
+
+def compile_in_place(pipe: Any) -> None:
+    for name in ("transformer", "transformer_2"):
+        if getattr(pipe, name, None) is not None:
+            getattr(pipe, name).compile(**IN_PLACE)
+
+
+@pytest.mark.parametrize("compile_first", [True, pytest.param(False, marks=pytest.mark.wide)])
+def test_a_pipeline_with_model_offload(compile_first: bool) -> None:
+    """Its hooks are renewed at the end of each edit. The size of its cache is known before, and what it holds."""
+    row = BY_NAME["FluxInpaintPipeline"]
+    pipe = row.build()
+    compile_models(pipe)
+    with hetcache.session(mixed(plan_for(row, pipe)), strict=True) as session:
+        truth = row.run(pipe, 0, True)
+    planned = letters(session)
+    torch._dynamo.reset()
+    pipe = row.build()
+    if compile_first:
+        compile_models(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    if not compile_first:
+        compile_in_place(pipe)
+    torch._dynamo.utils.counters.clear()
+    plan = mixed(plan_for(row, pipe, memory="any"))
+    for edit in range(3):
+        with hetcache.session(plan, strict=True) as session:
+            output = row.run(pipe, 0, True)
+        if edit:
+            assert letters(session) == planned
+            torch.testing.assert_close(torch.as_tensor(output), torch.as_tensor(truth))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert plan.cache_size is not None
+    assert plan.cache_size.edit == session.stats.cache_bytes
+
+
+@pytest.mark.wide
+def test_two_experts_with_model_offload() -> None:
+    row = next(row for row in ROWS if hasattr(row.build(), "transformer_2") and row.build().transformer_2 is not None)
+    pipe = row.build()
+    compile_models(pipe)
+    guided = bool(row.guided)
+    plan = mixed(plan_for(row, pipe))
+    with hetcache.session(plan, strict=True) as session:
+        truth = row.run(pipe, 0, guided)
+    planned, held = letters(session), session.stats.cache_bytes
+    pipe.enable_model_cpu_offload(device="cpu")
+    for edit in range(3):
+        with hetcache.session(plan, strict=True) as session:
+            output = row.run(pipe, 0, guided)
+        if edit:
+            assert (letters(session), session.stats.cache_bytes) == (planned, held)
+            torch.testing.assert_close(torch.as_tensor(output), torch.as_tensor(truth))
+
+
+def test_a_compiled_model_that_hooks_replaced() -> None:
+    """Compiled after the offload and held in the pipeline, it is replaced by the plain one after the first edit."""
+    row = BY_NAME["FluxInpaintPipeline"]
+    pipe = row.build()
+    pipe.enable_model_cpu_offload(device="cpu")
+    compile_models(pipe)
+    plan = mixed(plan_for(row, pipe))
+    with warnings.catch_warnings(record=True) as caught, hetcache.session(plan):
+        warnings.simplefilter("always")
+        row.run(pipe, 0, True)
+        assert not [one for one in caught if issubclass(one.category, HetCacheWarning)]
+        row.run(pipe, 0, True)
+        row.run(pipe, 0, True)
+    said = [str(one.message) for one in caught if issubclass(one.category, HetCacheWarning)]
+    assert len(said) == 1
+    assert "pipe.transformer is compiled no more" in said[0]
+    assert "pipe.transformer.compile(backend=hetcache_backend)" in said[0]
+    with pytest.raises(hetcache.SessionError, match="compiled no more"), hetcache.session(plan, strict=True):
+        row.run(pipe, 0, True)
+
+
+SLOW = pytest.mark.wide
+"""Dynamo makes a graph for each part of the model."""
+OF_PARTS: dict[str, Callable[[Any], object]] = {
+    "blocks": lambda model: model.enable_group_offload(HERE, num_blocks_per_group=1),
+    "leaves": lambda model: model.enable_group_offload(HERE, offload_type="leaf_level"),
+    "sequential": lambda model: cpu_offload(model, HERE),
+}
+
+
+@pytest.mark.parametrize(
+    ("hooks", "first"),
+    [
+        ("blocks", "compiled"), pytest.param("leaves", "offloaded", marks=SLOW),
+        pytest.param("leaves", "compiled", marks=SLOW), pytest.param("sequential", "offloaded", marks=SLOW),
+    ],
+)  # fmt: skip
+def test_offload_of_parts_of_a_model_is_one_warning(hooks: str, first: str) -> None:
+    """Its hooks are on the model's parts, and cut it into as many graphs; it runs as it would without a session."""
+    model = wan(num_layers=1)
+    calls = calls_of(model, "FP")
+    truths = run(model, calls)
+    fast = compiled(model) if first == "compiled" else None
+    OF_PARTS[hooks](model)
+    fast = compiled(model) if fast is None else fast
+    with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FP")) as session:
+        warnings.simplefilter("always")
+        check(run(fast, calls), truths)
+    said = [str(one.message) for one in caught if issubclass(one.category, HetCacheWarning)]
+    reason, closing = (text for text in said if "which is its limit" not in text)  # of Dynamo, for so many parts
+    assert "pipe.enable_model_cpu_offload()" in reason
+    assert "exclude_modules" in reason
+    assert "calls ran plainly" in closing
+    assert not session.stats.kinds
+
+
+@pytest.mark.wide
+def test_group_offload_of_all_but_the_model_that_denoises() -> None:
+    row = BY_NAME["FluxInpaintPipeline"]
+    pipe = row.build()
+    pipe.enable_group_offload(HERE, offload_type="leaf_level", exclude_modules=["transformer"])
+    compile_models(pipe)
+    plan = mixed(plan_for(row, pipe, memory="any"))
+    letters_of = []
+    for _ in range(2):
+        with hetcache.session(plan, strict=True) as session:
+            row.run(pipe, 0, True)
+        letters_of.append(letters(session))
+    assert letters_of == [letters(session)] * 2
+    assert set(letters_of[0]) == {"F", "P"}
