@@ -16,6 +16,7 @@ from pipelines import ROWS
 from pipelines.row import Row
 from pipelines_check import check, compile_models, plan_of, wrong_plan
 from pipelines_table import JSON, TABLE, render
+from verdicts import of_the_tables_diffusers
 
 import hetcache_compile as hetcache
 
@@ -59,6 +60,7 @@ def test_no_pipeline_is_wrong() -> None:
     assert results.count("cached") >= 45
 
 
+@of_the_tables_diffusers
 def test_the_table_is_up_to_date() -> None:
     """`python tests/pipelines_table.py` writes both; every row of `pipelines` has its row."""
     assert list(EXPECTED) == [row.name for row in ROWS]
