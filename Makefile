@@ -20,13 +20,16 @@ test: .venv/ready   ## all tests but those of `test-wide`
 test-wide: .venv/ready   ## what is left of the tests: many models and pipelines, and what takes long
 	$(BIN)/python -m pytest -n 2 -m wide
 
-# Another torch than the one of `make test`, in a venv of its own. The CPU build of a version is smaller where there is one.
+# Another torch than the one of `make test`, and another diffusers if one is named, in a venv of their own. The CPU build
+# of a torch is smaller where there is one.
 TORCH ?= 2.11.0
-test-torch:   ## all tests with another torch: make test-torch TORCH=2.11.0
-	$(PYTHON) -m venv .venv-torch-$(TORCH)
-	.venv-torch-$(TORCH)/bin/python -m pip install --quiet "torch==$(TORCH)"
-	.venv-torch-$(TORCH)/bin/python -m pip install --quiet --editable ".[demo,quality,ort,dev]"
-	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+DIFFUSERS ?=
+OTHER := .venv-torch-$(TORCH)$(addprefix -diffusers-,$(DIFFUSERS))
+test-torch:   ## all tests with others: make test-torch TORCH=2.11.0 DIFFUSERS=0.40.0
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet "torch==$(TORCH)"
+	$(OTHER)/bin/python -m pip install --quiet --editable ".[demo,quality,ort,dev]" $(addprefix diffusers==,$(DIFFUSERS))
+	$(OTHER)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: .venv/ready build/typings   ## style and types
 	$(BIN)/ruff check .

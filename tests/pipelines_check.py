@@ -154,7 +154,7 @@ def _longer(row: Row, guided: bool) -> tuple[str, str]:
 
 def without_places(reason: str) -> str:
     """A reason without the folder that packages are installed in, and without the advice behind it."""
-    return re.sub(r"\S*/site-packages/", "", reason).partition(". Hooks on parts of the model")[0]
+    return re.sub(r"\S*/(site-packages/|(?=diffusers/))", "", reason).partition(". Hooks on parts of the model")[0]
 
 
 def compile_models(pipe: Any) -> None:

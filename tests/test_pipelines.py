@@ -16,6 +16,7 @@ from pipelines import ROWS
 from pipelines.row import Row
 from pipelines_check import check, compile_models, plan_of, wrong_plan
 from pipelines_table import JSON, TABLE, render
+from verdicts import of_the_tables_diffusers
 
 import hetcache_compile as hetcache
 
@@ -30,13 +31,25 @@ def name_of(row: Row) -> str:
     return row.name
 
 
+def found(row: Row) -> dict[str, Any]:
+    return without_lines(check(row).as_json())
+
+
+def expected(name: str) -> dict[str, Any]:
+    return without_lines(EXPECTED[name])
+
+
+def without_lines(verdict: dict[str, Any]) -> dict[str, Any]:
+    """Where a reason names a place in diffusers, its line is another in each version."""
+    return {key: re.sub(r"\.py:\d+", ".py", value) if key == "reason" else value for key, value in verdict.items()}
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("row", RUNNING, ids=name_of)
 def test_a_plan_has_the_tokens_of_the_call(row: Row) -> None:
     """Read from the pipeline's first model call; or refused, as the table says."""
-    expected = EXPECTED[row.name]
-    if expected["result"] == "no plan":
-        with pytest.raises(hetcache.HetCacheError, match=re.escape(expected["reason"])):
+    if EXPECTED[row.name]["result"] == "no plan":
+        with pytest.raises(hetcache.HetCacheError, match=re.escape(EXPECTED[row.name]["reason"])):
             plan_of(row)
     else:
         assert not wrong_plan(row, plan_of(row))
@@ -44,13 +57,13 @@ def test_a_plan_has_the_tokens_of_the_call(row: Row) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_pipeline(name: str) -> None:
-    assert check(BY_NAME[name]).as_json() == EXPECTED[name]
+    assert found(BY_NAME[name]) == expected(name)
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name not in QUICK], ids=name_of)
 def test_every_pipeline(row: Row) -> None:
-    assert check(row).as_json() == EXPECTED[row.name]
+    assert found(row) == expected(row.name)
 
 
 def test_no_pipeline_is_wrong() -> None:
@@ -59,6 +72,7 @@ def test_no_pipeline_is_wrong() -> None:
     assert results.count("cached") >= 45
 
 
+@of_the_tables_diffusers
 def test_the_table_is_up_to_date() -> None:
     """`python tests/pipelines_table.py` writes both; every row of `pipelines` has its row."""
     assert list(EXPECTED) == [row.name for row in ROWS]

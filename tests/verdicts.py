@@ -10,9 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
+import pytest
 import torch
+from packaging.version import Version
 
 from hetcache_compile.files import atomically
+
+DIFFUSERS = "0.42"
+"""The tables are of this version."""
+
+of_the_tables_diffusers = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version(DIFFUSERS),
+    reason=f"the table is of diffusers {DIFFUSERS}, which has classes that this one lacks",
+)
 
 
 class Verdict(Protocol):

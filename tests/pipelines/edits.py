@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    BriaFibo2Pipeline,
-    BriaFibo2Transformer2DModel,
     BriaFiboEditPipeline,
     BriaFiboTransformer2DModel,
     JoyImageEditPipeline,
@@ -21,12 +19,15 @@ from diffusers import (
     ZImageControlNetModel,
 )
 from torch import nn
-from zoo.entry import seeded, text_mask
+from zoo.entry import newer, seeded, text_mask
 from zoo.flux import CONFIG
 
 from . import flux, images, wan
 from .parts import CHANNELS, EIGHTH, IMAGE, IMAGE_GRID, TEXT, TEXT_WIDTH, flow, image_row, packed_row, vae
 from .row import STEPS, Masking, embeds, mask_picture, picture
+
+BriaFibo2Pipeline = newer("BriaFibo2Pipeline")
+BriaFibo2Transformer2DModel = newer("BriaFibo2Transformer2DModel")
 
 PROMPT = '{"edit_instruction": "remove it"}'
 FIBO_WIDTH = 6

@@ -20,7 +20,7 @@ from . import (
     video,
     wan,
 )
-from .entry import Entry
+from .entry import Entry, has_class
 
 FAMILIES = (
     wan,
@@ -40,7 +40,7 @@ FAMILIES = (
     blocks,
     protein,
 )
-ENTRIES: tuple[Entry, ...] = tuple(entry for family in FAMILIES for entry in family.ENTRIES)
+ENTRIES: tuple[Entry, ...] = tuple(entry for family in FAMILIES for entry in family.ENTRIES if has_class(entry))
 
 # Classes that diffusers exports beside the ones above, and why they have no entry.
 SKIPPED = {

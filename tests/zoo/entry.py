@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
+import diffusers
 import torch
+from diffusers.models import transformers
 from torch import nn
 
 Grid = tuple[int, int, int]
@@ -41,6 +43,20 @@ class Entry:
     grid: Grid
     token_inputs: Mapping[str, int] | None = None
     note: str = ""
+
+
+def newer(name: str) -> Any:
+    """A class that not every supported diffusers has; a stand-in of the same name where it is missing.
+
+    `has_class` leaves out what is made of a stand-in.
+    """
+    return getattr(diffusers, name, None) or getattr(transformers, name, None) or type(name, (), {})
+
+
+def has_class(named: Any) -> bool:
+    """Whether the installed diffusers has the class that an entry of the zoo or a row of a pipeline is named after."""
+    name = named.name.split()[0]
+    return hasattr(diffusers, name) or hasattr(transformers, name)
 
 
 class Draw:

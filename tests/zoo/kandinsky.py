@@ -11,10 +11,13 @@ from diffusers import (
     Kandinsky5Transformer3DModel,
     LatteTransformer3DModel,
 )
-from diffusers.models.transformers import Kandinsky6SRTransformer3DModel, Kandinsky6Transformer3DModel
+from torch import nn
 
-from .entry import VIDEO, Draw, Entry, latents, seeded, tokens
+from .entry import VIDEO, Draw, Entry, latents, newer, seeded, tokens
 from .video import rotary
+
+Kandinsky6SRTransformer3DModel = newer("Kandinsky6SRTransformer3DModel")
+Kandinsky6Transformer3DModel = newer("Kandinsky6Transformer3DModel")
 
 PATCH = (1, 2, 2)
 TEXT, AUDIO = 11, 17
@@ -94,7 +97,7 @@ def build_kandinsky5() -> Kandinsky5Transformer3DModel:
     return seeded(lambda: Kandinsky5Transformer3DModel(**config))
 
 
-def build_kandinsky6() -> Kandinsky6Transformer3DModel:
+def build_kandinsky6() -> nn.Module:
     config = {
         "in_visual_dim": 5,
         "out_visual_dim": 5,
@@ -116,7 +119,7 @@ def build_kandinsky6() -> Kandinsky6Transformer3DModel:
     return seeded(lambda: Kandinsky6Transformer3DModel(**config))
 
 
-def build_kandinsky6_sr() -> Kandinsky6SRTransformer3DModel:
+def build_kandinsky6_sr() -> nn.Module:
     config = {
         "in_visual_dim": 5,
         "out_visual_dim": 7,

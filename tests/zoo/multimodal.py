@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    BriaFibo2Transformer2DModel,
     ErnieImageTransformer2DModel,
     GlmImageTransformer2DModel,
     HiDreamImageTransformer2DModel,
@@ -14,9 +13,12 @@ from diffusers import (
     JoyImageEditTransformer3DModel,
     OmniGenTransformer2DModel,
 )
+from torch import nn
 
-from .entry import IMAGE, Draw, Entry, image, latents, seeded, text_mask, tokens
+from .entry import IMAGE, Draw, Entry, image, latents, newer, seeded, text_mask, tokens
 from .images import HEADS, SQUARE, sized, text_to_image
+
+BriaFibo2Transformer2DModel = newer("BriaFibo2Transformer2DModel")
 
 PATCH = (1, 2, 2)
 N, TEXT = tokens(IMAGE), 11
@@ -186,7 +188,7 @@ def build_joyimage_plus() -> JoyImageEditPlusTransformer3DModel:
     return seeded(lambda: JoyImageEditPlusTransformer3DModel(**JOYIMAGE))
 
 
-def build_fibo2() -> BriaFibo2Transformer2DModel:
+def build_fibo2() -> nn.Module:
     config = {
         "in_channels": 5,
         "dim": 24,

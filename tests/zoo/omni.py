@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.transformers import (
-    Cosmos3OmniTransformer,
-    MiniMaxH3Transformer3DModel,
-    QwenImage21Transformer2DModel,
-)
+from diffusers.models.transformers import Cosmos3OmniTransformer, MiniMaxH3Transformer3DModel
+from torch import nn
 
-from .entry import VIDEO, Draw, Entry, coordinates, latents, seeded, tokens
+from .entry import VIDEO, Draw, Entry, coordinates, latents, newer, seeded, tokens
+
+QwenImage21Transformer2DModel = newer("QwenImage21Transformer2DModel")
 
 TEXT, AUDIO = 11, 17
 N = tokens(VIDEO)
@@ -112,7 +111,7 @@ def build_minimax_h3() -> MiniMaxH3Transformer3DModel:
     return seeded(lambda: MiniMaxH3Transformer3DModel(**HEADS, **config))
 
 
-def build_qwen21() -> QwenImage21Transformer2DModel:
+def build_qwen21() -> nn.Module:
     config = {"in_channels": 5, "out_channels": 5, "context_in_dim": 13, "axes_dims_rope": (2, 4, 6)}
     return seeded(lambda: QwenImage21Transformer2DModel(**HEADS, **config))
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from diffusers import (
-    Flux3Transformer2DModel,
     Ideogram4Transformer2DModel,
     Krea2Transformer2DModel,
     NucleusMoEImageTransformer2DModel,
 )
+from torch import nn
 
-from .entry import IMAGE, Draw, Entry, coordinates, seeded, text_mask, tokens
+from .entry import IMAGE, Draw, Entry, coordinates, newer, seeded, text_mask, tokens
+
+Flux3Transformer2DModel = newer("Flux3Transformer2DModel")
 
 N, TEXT = tokens(IMAGE), 11
 REFERENCE = (1, 3, 4)
@@ -73,7 +75,7 @@ def nucleus(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def build_flux3() -> Flux3Transformer2DModel:
+def build_flux3() -> nn.Module:
     config = {
         "in_channels": 5,
         "cond_in_channels": 7,

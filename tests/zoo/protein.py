@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.transformers import RFD4ProteinaTransformer
+from torch import nn
 
-from .entry import Draw, Entry, seeded
+from .entry import Draw, Entry, newer, seeded
+
+RFD4ProteinaTransformer = newer("RFD4ProteinaTransformer")
 
 RESIDUES = 37
 TIMES = ("time_emb_bb_ca", "time_emb_local_latents")
@@ -29,7 +31,7 @@ def protein(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def build_protein() -> RFD4ProteinaTransformer:
+def build_protein() -> nn.Module:
     config = {
         "nlayers": 2,
         "token_dim": 24,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.transformers import SanaWMLTX2RefinerTransformer3DModel, SanaWMTransformer3DModel
+from torch import nn
 
-from .entry import VIDEO, Draw, Entry, latents, seeded, text_mask, tokens
+from .entry import VIDEO, Draw, Entry, latents, newer, seeded, text_mask, tokens
 from .video import rotary
+
+SanaWMLTX2RefinerTransformer3DModel = newer("SanaWMLTX2RefinerTransformer3DModel")
+SanaWMTransformer3DModel = newer("SanaWMTransformer3DModel")
 
 TEXT, N = 11, tokens(VIDEO)
 
@@ -37,7 +40,7 @@ def refiner(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def build_world() -> SanaWMTransformer3DModel:
+def build_world() -> nn.Module:
     config = {
         "in_channels": 5,
         "num_layers": 2,
@@ -54,7 +57,7 @@ def build_world() -> SanaWMTransformer3DModel:
     return seeded(lambda: SanaWMTransformer3DModel(**config))
 
 
-def build_refiner() -> SanaWMLTX2RefinerTransformer3DModel:
+def build_refiner() -> nn.Module:
     config = {
         "in_channels": 5,
         "out_channels": 5,
