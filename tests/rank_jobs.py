@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -149,15 +150,33 @@ def guided_edit(
     return outputs, counts.runs, session.stats.cache_bytes
 
 
+class Doubled(TinyDiT):
+    """The same weights, and another model."""
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(latents * 2, text)
+
+
 def differ(rank: int, what: str, plans: list[Any], names: tuple[str, ...] = ("rows",)) -> str:
     """An edit in which the last rank has something otherwise: the error."""
     odd = rank == dist.get_world_size() - 1
-    model = compiled(TinyDiT(seed=int(odd and what == "weights")))
-    calls = tiny_calls("FP", first=50 * (odd and what == "latents"))
+
+    def fails(graph: Any, _: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    plain = Doubled() if odd and what == "model" else TinyDiT(seed=int(odd and what == "weights"))
+    model = compiled(plain, fails if odd and what == "a compiler that fails" else "eager")
+    calls = tiny_calls("FPP", first=50 * (odd and what == "latents"))
+    if odd and what == "later latents":
+        calls[2]["latents"] = calls[2]["latents"] + 1
     shape = (dist.get_world_size(),)
     try:
         with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plans[odd and what == "plan"]):
-            run(model, calls)
+            for number, call in enumerate(calls):
+                if odd and what == "weights of one step" and number == 2:
+                    with torch.no_grad():
+                        plain.qkv.weight.mul_(1.5)
+                model(**call)
     except hetcache.ParallelError as error:
         return str(error)
     return "no error"
@@ -167,14 +186,14 @@ SHORT = 5
 """Seconds that the ranks of `lose` wait for each other."""
 
 
-def lose(rank: int, plan: Any, how: str, names: tuple[str, ...]) -> tuple[str, float]:
+def lose(rank: int, plan: Any, how: str, shape: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, float]:
     """An edit during which the last rank is gone, or does not answer: the error of the others, and after how long."""
     model = compiled(TinyDiT())
     calls = tiny_calls("FPPP")
     run(model, calls[:1])  # compiles, which ranks do not do in the same time
     dist.barrier()
-    group = dist.new_group(timeout=datetime.timedelta(seconds=SHORT))
-    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=names)
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=SHORT))  # as `init_process_group` would
+    mesh = mesh_of(shape, names)
     start = time.perf_counter()
     try:
         with hetcache.parallel(mesh), hetcache.session(plan, strict=True) as session:
@@ -187,7 +206,7 @@ def lose(rank: int, plan: Any, how: str, names: tuple[str, ...]) -> tuple[str, f
                 outputs = []
                 for name in ("cond", "uncond"):
                     with session.branch(name):
-                        outputs.append(model(**call))
+                        outputs.append(model(**call)[:, :1])
                 sum(outputs).sum().item()
     except hetcache.ParallelError as error:
         return str(error), time.perf_counter() - start
@@ -221,6 +240,29 @@ def refused(rank: int, plan: Any) -> str:
         with hetcache.parallel(mesh_of((2,), None)), hetcache.session(plan):
             run(compiled(TinyDiT()), tiny_calls("FP"))
     return " ".join(str(one.message) for one in caught)
+
+
+def refused_order(rank: int) -> str:
+    """What is said of a session that was opened before it was said who shares it."""
+    model = compiled(TinyDiT())
+    try:
+        with hetcache.session(plan_of("FP")), hetcache.parallel(mesh_of((2,), None)):
+            run(model, tiny_calls("FP"))
+    except hetcache.ParallelError as error:
+        return str(error)
+    return "no error"
+
+
+def quantised(rank: int, plan: Any, steps: str, shared: bool) -> list[torch.Tensor]:
+    """The outputs of a model with a weight that is a tensor subclass."""
+    from test_adapters import Int8
+
+    plain = TinyDiT().eval()
+    plain.qkv.weight = torch.nn.Parameter(Int8.of(plain.qkv.weight.detach()), requires_grad=False)
+    model = compiled(plain)
+    mesh = hetcache.parallel(mesh_of((2,), None)) if shared else contextlib.nullcontext()
+    with mesh, hetcache.session(plan, strict=True):
+        return run(model, tiny_calls(steps))
 
 
 def refused_record(rank: int) -> str:

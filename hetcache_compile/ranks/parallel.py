@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map_only
 
 from ..errors import HetCacheError, ParallelError
 from ..passes.forms.collectives import Ranks
@@ -62,22 +63,29 @@ class Parallel:
         if mesh.get_coordinate() is None:
             raise ValueError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
         self._groups = [mesh.get_group(number) for number in range(mesh.ndim)]
+        for group in self._groups:
+            limit_waiting(group)
         found = {
             name: Ranks(mesh.get_local_rank(number), mesh.size(number), group.group_name)
             for number, (name, group) in enumerate(zip(names, self._groups, strict=True))
         }
+        self._of_rows = [group for name, group in zip(names, self._groups, strict=True) if name == ROWS]
         self.rows, self.guidance = found.get(ROWS), found.get(GUIDANCE)
         self._sent: list[torch.Tensor] = []
 
-    def agree(self, facts: Facts) -> None:
-        """Compare what this process knows with what all others do. Every process has to call it.
+    def agree(self, facts: Facts, *, rows_only: bool = False) -> None:
+        """Compare what this process knows with what the others do. Each of them has to call it.
+
+        Args:
+            facts: what has to be the same.
+            rows_only: compare with those alone that share the rows of this process's forms.
 
         Raises:
             ParallelError: they differ; on every process.
         """
         known: list[Any] = [(dist.get_rank(), facts)]
         with guarded():
-            for group in self._groups:
+            for group in self._of_rows if rows_only else self._groups:
                 gathered: list[Any] = [None] * dist.get_world_size(group)
                 dist.all_gather_object(gathered, known, group=group)
                 known = [one for several in gathered for one in several]
@@ -133,8 +141,30 @@ class Parallel:
         return sent
 
 
+def limit_waiting(group: dist.ProcessGroup) -> None:
+    """Let collectives of a group wait no longer than those of all processes, for which a time-out was chosen.
+
+    The groups of a mesh of two dims have torch's own time-out otherwise, of many minutes.
+    """
+    everybody = dist.group.WORLD
+    if everybody is None or group is everybody:
+        return
+    times = [one._get_backend(device).options._timeout for one in (group, everybody) for device in one._device_types]
+    dist.distributed_c10d._set_pg_timeout(min(times), group)
+
+
 class Awaited(AsyncCollectiveTensor):
     """A tensor that is on its way: whatever is computed from it waits for it."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """A view of it waits too: it would be another tensor on its way, whose errors nobody explains."""
+        args, kwargs = tree_map_only(Awaited, lambda one: one.trigger_wait(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, when it is here."""
+        return self.trigger_wait()
 
     def trigger_wait(self) -> torch.Tensor:
         """The tensor, when it is here."""

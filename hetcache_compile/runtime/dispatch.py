@@ -133,6 +133,8 @@ class CompiledGraph:
         route = self._routes.get(key)
         if route is None:
             route = self._routes[key] = self.find_route(session, given, inputs, shapes)
+            if isinstance(route, Refused):
+                session.agree_on_refusal()
             while len(self._routes) > MOST_ROUTES:
                 self._routes.popitem(last=False)
         if isinstance(route, Route):
@@ -143,6 +145,7 @@ class CompiledGraph:
                 route = error.refused
                 if route.topic != ASSUMED:
                     self._routes[key] = route
+                session.agree_on_refusal()
         session.refused(route.reason, route.cause, route.topic)
         return self.run_plain(given)
 
@@ -225,8 +228,8 @@ class CompiledGraph:
             signature=lambda: signature_at(route, watched),
         )
         turn = session.begin(call)
-        session.agree(turn, call, lambda: route.weights.tensors(watched))
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
+        session.agree(turn, call, lambda: signature_at(route, watched))
         if turn.kind is StepKind.FULL and session.check_finite:
             check_finite(call.latents, turn.step, len(session.stats.kinds))
         number = turn.branch.number or 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import RecordError, SessionError
+from ..errors import ParallelError, RecordError, SessionError
 from ..passes.forms.collectives import Ranks
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
@@ -195,6 +195,7 @@ class Session:
         if self.parallel is not None and (record or memory_of is not None):
             raise SessionError("a record is of one process: edit it outside hetcache.parallel")
         self._agreed: Any = WeakIdKeyDictionary()
+        self._to_agree: dict[str, Any] = {}
         self._indices: dict[tuple[str, torch.device, int], torch.Tensor] = {}
         self.form_options = self.plan.form_options
         self.route_key = (
@@ -256,6 +257,8 @@ class Session:
         self._models = WeakIdKeyDictionary()
         if kind is None and self.parallel is not None:
             self.parallel.settle()
+            if self._to_agree:
+                self.parallel.agree(self._to_agree)
         if kind is None:
             self._say_what_did_not_run()
 
@@ -387,22 +390,46 @@ class Session:
 
         self.record.add(key, turn.step, begin, tensors)
 
-    def agree(self, turn: Turn, call: Call, weights: Callable[[], Sequence[torch.Tensor]]) -> None:
-        """Compare a FULL step with that of the other processes at this edit; its weights too, where they are new here.
+    def agree(self, turn: Turn, call: Call, model: Callable[[], str]) -> None:
+        """Compare a FULL or PARTIAL step with that of the other processes at this edit; the model too, where it is new.
+
+        Processes that share guidance compare the first call of a step. What the others were given is compared then, in
+        the next one: nobody waits for a call that another process makes.
+
+        Args:
+            turn: of the call.
+            call: the call.
+            model: a digest of the model and its weights.
 
         Raises:
-            ParallelError: they differ.
+            ParallelError: they differ, or the session was opened outside `parallel`.
         """
-        if self.parallel is None or turn.kind is not StepKind.FULL:
+        if self.parallel is None and current_parallel() is not None:
+            raise ParallelError("the session was opened outside hetcache.parallel and is not shared: open it inside")
+        if self.parallel is None or turn.kind is StepKind.REUSE:
             return
-        facts = {
-            "the number of a FULL step": turn.step, "latents": checksum(call.latents),
-            "conditions, such as text states": checksum(call.conditions),
-        }  # fmt: skip
+        facts: dict[str, Any] = {"the kind of a step": turn.kind.name, "the number of a step": turn.step}
+        facts["latents"] = checksum(call.latents)
+        if turn.kind is StepKind.FULL:
+            facts["conditions, such as text states"] = checksum(call.conditions)
         if self._agreed.get(call.model) != turn.weights:
-            facts["weights"] = checksum(weights())
+            facts["weights, or the model itself"] = model()
             self._agreed[call.model] = turn.weights
-        self.parallel.agree(facts)
+        if turn.branch.number and self.parallel.guidance is not None:
+            self._to_agree |= {f"{name} in call {turn.branch.number}": value for name, value in facts.items()}
+            self.parallel.agree(facts, rows_only=True)
+        else:
+            facts, self._to_agree = {**facts, **self._to_agree}, {}
+            self.parallel.agree(facts)
+
+    def agree_on_refusal(self) -> None:
+        """A call is found to run plainly: so it has to in all processes at this edit.
+
+        Raises:
+            ParallelError: others go on.
+        """
+        if self.parallel is not None:
+            self.parallel.agree({"whether a model can be cached": False})
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step is about to overwrite the cache: an error must not leave half of one."""

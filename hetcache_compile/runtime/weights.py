@@ -96,11 +96,6 @@ class Weights:
         """The weights, those that are made of plain tensors by these."""
         return [inputs[number] for number in self._numbers if not is_traceable_wrapper_subclass(inputs[number])]
 
-    def tensors(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
-        """Every weight among the inputs."""
-        found = {id(weight): weight for window in self._windows for weight in window(inputs)}
-        return list(found.values())
-
     def _all(self, inputs: Sequence[Any]) -> list[State]:
         return [self._state(window, inputs) for window in range(len(self._windows))]
 
