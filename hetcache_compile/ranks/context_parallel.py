@@ -56,13 +56,14 @@ def why_not_shared_here() -> str | None:
     """
     frame = inspect.currentframe()
     while frame is not None:
-        for name in ("self", "module"):
-            model = frame.f_locals.get(name)
-            if isinstance(model, torch.nn.Module) and getattr(model, "_parallel_config", None) is not None:
-                return (
-                    "the model runs plainly, because model.enable_parallelism(config=...) lets it share its tokens or "
-                    "weights among processes. Leave that out, and put `with hetcache.parallel(config):` around the "
-                    "session, which takes a ContextParallelConfig"
-                )
+        # No others: to look at the variables of a frame keeps them alive until it ends, in Python before 3.13.
+        of_module = frame.f_code.co_filename == torch.nn.modules.module.__file__
+        model = frame.f_locals.get("self") if of_module else None
+        if isinstance(model, torch.nn.Module) and getattr(model, "_parallel_config", None) is not None:
+            return (
+                "the model runs plainly, because model.enable_parallelism(config=...) lets it share its tokens or "
+                "weights among processes. Leave that out, and put `with hetcache.parallel(config):` around the "
+                "session, which takes a ContextParallelConfig"
+            )
         frame = frame.f_back
     return None
