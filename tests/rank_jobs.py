@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import hetcache_compile as hetcache
 from hetcache_compile.passes.forms.collectives import Ranks, Share
 from hetcache_compile.passes.ir.axis import Tokens
+from hetcache_compile.ranks.parallel import Parallel
 from hetcache_compile.runtime.session import HetCacheWarning
 
 
@@ -133,11 +134,21 @@ def guided_calls(steps: str) -> list[tuple[dict[str, torch.Tensor], dict[str, to
 
 def guided_edit(
     rank: int, plan: Any, steps: str, shape: tuple[int, ...], names: tuple[str, ...], named: bool
-) -> tuple[list[torch.Tensor], int, int]:
-    """An edit with guidance: its outputs, how many calls this rank computed, and the bytes of its cache."""
-    counts = Counts()
+) -> tuple[list[torch.Tensor], int, int, int]:
+    """An edit with guidance: its outputs, how many calls this rank computed, and bytes: of its cache, and sent."""
+    counts, sent = Counts(), [0]
+    send = Parallel.send
+
+    def counting(parallel: Parallel, branch: int, outputs: Any) -> Any:
+        sent[0] += sum(one.nbytes for one in outputs)
+        return send(parallel, branch, outputs)
+
     model, outputs = compiled(TinyDiT(), counts), []
-    with hetcache.parallel(mesh_of(shape, names)), hetcache.session(plan, strict=True) as session:
+    with (
+        mock.patch.object(Parallel, "send", counting),
+        hetcache.parallel(mesh_of(shape, names)),
+        hetcache.session(plan, strict=True) as session,
+    ):
         for call, other in guided_calls(steps):
             if named:
                 with session.branch("cond"):
@@ -147,7 +158,7 @@ def guided_edit(
             else:
                 cond, uncond = model(**call), model(**other)
             outputs.append(uncond + 3 * (cond - uncond))
-    return outputs, counts.runs, session.stats.cache_bytes
+    return outputs, counts.runs, session.stats.cache_bytes, sent[0]
 
 
 class Doubled(TinyDiT):

@@ -238,9 +238,10 @@ def test_branches_of_guidance_on_ranks_of_their_own(two: Ranks, named: bool) -> 
     steps = "FPRF"
     plan = plan_of(steps)
     truth, cache_bytes = rank_jobs.guided_truth(plan, steps)
-    for outputs, runs, own_bytes in two(rank_jobs.guided_edit, plan, steps, (2,), ("guidance",), named):
+    for outputs, runs, own_bytes, sent in two(rank_jobs.guided_edit, plan, steps, (2,), ("guidance",), named):
         check(outputs, truth)
         assert runs == len(steps)  # of twice as many calls
+        assert sent == sum(output.nbytes for output in outputs)  # one call's output in each step
         assert own_bytes == cache_bytes  # of one branch
 
 
@@ -251,7 +252,7 @@ def test_guidance_and_rows_at_once() -> None:
     truth, _ = rank_jobs.guided_truth(plan, steps)
     ranks = Ranks(4, "rank_jobs")
     try:
-        for outputs, runs, _ in ranks(rank_jobs.guided_edit, plan, steps, (2, 2), ("guidance", "rows"), False):
+        for outputs, runs, *_ in ranks(rank_jobs.guided_edit, plan, steps, (2, 2), ("guidance", "rows"), False):
             check(outputs, truth)
             assert runs == len(steps)
     finally:

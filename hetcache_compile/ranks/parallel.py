@@ -149,8 +149,10 @@ def limit_waiting(group: dist.ProcessGroup) -> None:
     everybody = dist.group.WORLD
     if everybody is None or group is everybody:
         return
-    times = [one._get_backend(device).options._timeout for one in (group, everybody) for device in one._device_types]
-    dist.distributed_c10d._set_pg_timeout(min(times), group)
+    backends = [one._get_backend(device) for one in (group, everybody) for device in one._device_types]
+    times = [one.options._timeout for one in backends if hasattr(one, "options")]
+    if times:
+        dist.distributed_c10d._set_pg_timeout(min(times), group)
 
 
 class Awaited(AsyncCollectiveTensor):

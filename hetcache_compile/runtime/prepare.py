@@ -226,7 +226,7 @@ class Preparer:
             run = compile_form(form.module, given, self.compiler, f"{kind} form")
             # Copies to and from the host are in no graph.
             streamed = Streamed(run, uses, len(given), transfers_of(device)) if can_stream(device) else None
-            if self.options.records and device.type == "cuda":
+            if self.options.records and device.type == "cuda" and ranks is None:  # a graph of collectives is untried
                 run = Recorder(run, stays_in_memory(form, program), f"{kind} form")
             prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads, streamed)
             while len(prepared.forms) > MOST_FORMS:
