@@ -300,6 +300,7 @@ def test_engines_read_merged_and_predicted_context(tmp_path):
         loaded(**made.kwargs)
 
 
+@pytest.mark.wide
 def test_engines_cluster_context(tmp_path, monkeypatch):
     """Sums of clusters in blocks that do not divide them; a session goes through another mask's seeds."""
     monkeypatch.setattr(sum_by_products, "LARGEST_MEMBERSHIP", 1000)

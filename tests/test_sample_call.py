@@ -97,6 +97,7 @@ def test_folders_of_other_models_are_exported_and_checked(name, export_command, 
     assert float((loaded(**kwargs, return_dict=False)[0] - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
+@pytest.mark.wide
 def test_a_recorded_call_is_used_as_it_is(export_command, tmp_path):
     name = "LTXVideoTransformer3DModel"
     recorded = BY_NAME[name].inputs(seed=3)
