@@ -35,6 +35,10 @@ from .inputs import TokenInputs, find_token_inputs, no_tokens, resolve_token_inp
 __all__ = ["Analysis", "GridMismatchError", "analyse", "attention_modules"]
 
 
+COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
+"""Namespaces of the operators by which processes exchange tensors."""
+
+
 @dataclass(frozen=True)
 class Analysis:
     """The token axis of a graph: a state for each node, and the edits a partial form makes at it."""
@@ -102,10 +106,6 @@ def _check_of_one_process(module: GraphModule) -> None:
 
 def _is_collective(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.namespace in COLLECTIVES
-
-
-COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
-"""Namespaces of the operators by which processes exchange tensors."""
 
 
 def walk(
