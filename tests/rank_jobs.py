@@ -189,7 +189,7 @@ def differ(rank: int, what: str, plans: list[Any], names: tuple[str, ...] = ("ro
                         plain.qkv.weight.mul_(1.5)
                 model(**call)
     except hetcache.ParallelError as error:
-        return str(error)
+        return "\n".join([str(error), *getattr(error, "__notes__", [])])
     return "no error"
 
 

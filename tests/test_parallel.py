@@ -280,6 +280,7 @@ def test_ranks_that_differ_are_found(two: Ranks, what: str, said: str) -> None:
         assert error.startswith("ranks differ from rank 0 in: ")
         assert said in error
         assert "on rank 1" in error
+    assert ("no such kernel" in error) == (what == "a compiler that fails"), "the rank that refuses says why"
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class CompiledGraph:
         if route is None:
             route = self._routes[key] = self.find_route(session, given, inputs, shapes)
             if isinstance(route, Refused):
-                session.agree_on_refusal()
+                session.agree_on_refusal(route.reason)
             while len(self._routes) > MOST_ROUTES:
                 self._routes.popitem(last=False)
         if isinstance(route, Route):
@@ -145,7 +145,7 @@ class CompiledGraph:
                 route = error.refused
                 if route.topic != ASSUMED:
                     self._routes[key] = route
-                session.agree_on_refusal()
+                session.agree_on_refusal(route.reason)
         session.refused(route.reason, route.cause, route.topic)
         return self.run_plain(given)
 

@@ -255,10 +255,11 @@ class Session:
         for model in list(self._models.values()):
             model.release()
         self._models = WeakIdKeyDictionary()
+        to_agree, self._to_agree = self._to_agree, {}
         if kind is None and self.parallel is not None:
             self.parallel.settle()
-            if self._to_agree:
-                self.parallel.agree(self._to_agree)
+            if to_agree:
+                self.parallel.agree(to_agree)
         if kind is None:
             self._say_what_did_not_run()
 
@@ -422,14 +423,18 @@ class Session:
             facts, self._to_agree = {**facts, **self._to_agree}, {}
             self.parallel.agree(facts)
 
-    def agree_on_refusal(self) -> None:
-        """A call is found to run plainly: so it has to in all processes at this edit.
+    def agree_on_refusal(self, reason: str) -> None:
+        """A call is found to run plainly, for a reason: so it has to in all processes at this edit.
 
         Raises:
             ParallelError: others go on.
         """
         if self.parallel is not None:
-            self.parallel.agree({"whether a model can be cached": False})
+            try:
+                self.parallel.agree({"whether a model can be cached": False})
+            except ParallelError as error:
+                error.add_note(f"here {reason}")
+                raise
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step is about to overwrite the cache: an error must not leave half of one."""
