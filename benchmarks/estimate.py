@@ -27,6 +27,8 @@ from hetcache_compile.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 RESULT = RESULTS / "estimate.json"
+MEASURED = ("gpu", "gpu_caches", "gpu_14b")
+"""Our own runs of `gpu.py`."""
 FASTVIDEO = "hao-ai-lab.github.io/blogs/fastvideo_post_training, table 1: denoising alone"
 LIGHTX2V = (
     "README of ModelTC/LightX2V: a step of its baseline, diffusers; PyTorch's flash attention is FlashAttention-2"
@@ -94,24 +96,27 @@ def compare_published() -> list[dict[str, Any]]:
     return rows
 
 
-def compare_measured() -> tuple[list[dict[str, Any]], list[dict[str, int]]]:
-    """Calls of `gpu.json`, WanVACE-1.3B on an H200, compiled; and the size of one branch's cache there."""
+def compare_measured() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Calls of WanVACE on an H200, compiled; and the size of one branch's cache there."""
     rows, caches = [], []
     card = find_gpu("h200")
-    sections = json.loads((RESULTS / "gpu.json").read_text())["sections"]
-    for name, section in sections.items():
-        if not name.endswith(", forms"):
-            continue
-        frames = int(name.split()[0])
-        masks = {mask: figures for mask, figures in section.items() if mask.startswith("M/N")}
-        for number, (mask, figures) in enumerate(masks.items()):
-            found = inventory_of("wan2.1-vace-1.3b", (480, 832, frames), float(mask.split()[1]))
-            for kind in ("full", "partial")[number > 0 :]:  # FULL knows nothing of M
-                facts = {"frames": frames, "form": kind, "mask": mask}
-                rows.append(row(card.seconds(found.work[kind]), figures[kind]["seconds"], **facts))
-                print(json.dumps(rows[-1]), flush=True)
-            predicted = sum(count * entry.num_bytes for entry, count in found.entries.items())
-            caches.append({"frames": frames, "bytes": figures["cache_bytes"], "predicted_bytes": predicted})
+    for result in (json.loads((RESULTS / f"{name}.json").read_text()) for name in MEASURED):
+        model = f"wan2.1-vace-{result['model']['size'].lower()}"
+        for name, section in result["sections"].items():
+            if not name.endswith(", forms"):
+                continue
+            frames = int(name.split()[0])
+            masks = {mask: figures for mask, figures in section.items() if mask.startswith("M/N")}
+            for number, (mask, figures) in enumerate(masks.items()):
+                found = inventory_of(model, (480, 832, frames), float(mask.split()[1]))
+                for kind in ("full", "partial")[number > 0 :]:  # FULL knows nothing of M
+                    facts = {"model": model, "frames": frames, "form": kind, "mask": mask}
+                    rows.append(row(card.seconds(found.work[kind]), figures[kind]["seconds"], **facts))
+                    print(json.dumps(rows[-1]), flush=True)
+                predicted = sum(count * entry.num_bytes for entry, count in found.entries.items())
+                caches.append(
+                    {"model": model, "frames": frames, "bytes": figures["cache_bytes"], "predicted_bytes": predicted}
+                )
     return rows, caches
 
 

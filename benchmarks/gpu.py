@@ -303,9 +303,8 @@ def measure_forms(
         if device.type == "cuda":
             row["peak_bytes"] = torch.cuda.max_memory_allocated()
         for kind in hetcache.StepKind:
-            warm = sorted(
-                w.seconds for k, w in list(zip(stats.kinds, stats.watches, strict=True))[1:] if k is kind
-            )  # fmt: skip
+            of_kind = [w.seconds for k, w in zip(stats.kinds, stats.watches, strict=True) if k is kind]
+            warm = sorted(of_kind[1:])
             spread = (warm[3 * len(warm) // 4] - warm[len(warm) // 4]) / median(warm)
             row[kind.name.lower()] = {"seconds": median(warm), "spread": spread}
         row["edit"] = measure_edit(cached, inputs, plan_of(grid, share, SCHEDULE, **caching), device)

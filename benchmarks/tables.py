@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
+from estimate_report import estimate_errors_table, estimate_gpus_table, estimate_models_table
 from few_steps_report import few_steps_table
 from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
+from gpu_report import gpu_caches_table, gpu_table
+from memory_report import cache_bytes_table, layer_shares_table, rounding_table
 
 ROOT = Path(__file__).parent.parent
 SHORT_STEPS, SHORT_SIZE, SHORT_SPEEDS = "50", "20", (2.5, 4.0, 6.0)
@@ -169,6 +172,7 @@ def picture_caption(result: dict) -> str:
 BENCHMARKS = "docs/benchmarks.md"
 MODEL_CARD = "hetcache_compile/reference/MODEL_CARD.md"
 MEMORY = "docs/memory.md"
+ESTIMATE = "docs/estimate.md"
 
 
 def ladder_table(result: dict) -> str:
@@ -260,203 +264,6 @@ def overhead_table(result: dict) -> str:
     return "\n".join(rows)
 
 
-def gpu_table(result: dict) -> str:
-    """What one call takes, by size of the clip; errors; and what the first call takes."""
-    sections, model = result["sections"], result["model"]
-    clips = [name.removesuffix(", forms") for name in sections if name.endswith(", forms")]
-    columns: list[dict[str, str]] = []
-    for clip in clips:
-        forms = sections[f"{clip}, forms"]
-        by_mask = {name: row for name, row in forms.items() if name.startswith("M/N")}
-        first = next(iter(by_mask.values()))
-        full = median(row["full"]["seconds"] for row in by_mask.values())
-        column = {"tokens": f"{first['tokens']:,}"}
-        for way in ("eager", "compiled", "compiled blocks"):
-            if f"{clip}, {way}" in sections:
-                column[f"plain, {way}"] = f"{1e3 * sections[f'{clip}, {way}']['seconds']:.1f} ms"
-        column["FULL"] = f"{1e3 * full:.1f} ms"
-        for name, row in by_mask.items():
-            seconds = row["partial"]["seconds"]
-            column[f"PARTIAL, {name}"] = f"{1e3 * seconds:.1f} ms ({seconds / full:.2f})"
-            if name in (recorded := sections.get(f"{clip}, CUDA graphs", {})):
-                seconds = recorded[name]["partial"]["seconds"]
-                column[f"PARTIAL, {name}, in a CUDA graph"] = f"{1e3 * seconds:.1f} ms ({seconds / full:.2f})"
-        column["REUSE"] = f"{1e3 * median(row['reuse']['seconds'] for row in by_mask.values()):.2f} ms"
-        for name, row in by_mask.items():
-            if "edit" in row:
-                gain = sum(row["edit"]["steps"].values()) * full / row["edit"]["seconds"]
-                column[f"50 steps `FPRRR...`, {name}"] = f"{row['edit']['seconds']:.1f} s ({gain:.1f}x)"
-        for cache in ("TaylorSeer", "cache-dit"):
-            if other := sections.get(f"{clip}, {cache}"):
-                way, row = min(
-                    ((way, other[way]) for way in ("eager", "compiled blocks")), key=lambda one: one[1]["seconds"]
-                )
-                gain = other["steps"] * full / row["seconds"]
-                column[f"50 steps, {cache}, 1 in 5 computed"] = f"{row['seconds']:.1f} s ({gain:.1f}x; {way})"
-        column["cache of one branch"] = f"{first['cache_bytes'] / 2**30:.2f} GiB"
-        column["peak memory"] = f"{first['peak_bytes'] / 2**30:.1f} GiB"
-        cold = first["cold_seconds"]
-        column["first call of FULL, PARTIAL, REUSE"] = ", ".join(
-            f"{cold[kind]:.0f} s" for kind in ("full", "partial", "reuse")
-        )
-        columns.append(column)
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [f"| | {' | '.join(clips)} |", "| --- |" + " --- |" * len(clips)]
-    rows += [f"| {name} | {' | '.join(column.get(name, '-') for column in columns)} |" for name in names]
-    errors = result["sections"]["errors"]
-    worst = {
-        dtype: (row["plain"], max(value for name, value in row.items() if name != "plain"))
-        for dtype, row in errors.items()
-        if dtype != "section_seconds"
-    }
-    told = " and ".join(f"{ours:.1e} in {dtype} (plain model {plain:.1e})" for dtype, (plain, ours) in worst.items())
-    rows += [
-        "",
-        f"The shapes of Wan2.1-VACE-{model['size']}, {model['layers']} + {model['control_layers']} blocks, "
-        f"480 x 832 pixels, bfloat16, random weights, {result['processor']}, torch {result['versions']['torch']}: "
-        f"`{result['command']}`. Largest error of any form on inputs that do not change, "
-        f"against float64: {told}.",
-    ]
-    return "\n".join(rows)
-
-
-ESTIMATE = "docs/estimate.md"
-
-
-def estimate_errors_table(result: dict) -> str:
-    """Predicted times beside published and measured ones."""
-    rows = ["| | known | predicted | error |", "| --- | --- | --- | --- |"]
-    for row in result["published"]:
-        height, width, frames = row["size"]
-        way = f"FlashAttention-{row['attention'][2:]}, {'eager' if row['eager'] else 'compiled'}"
-        clip = f"{height} x {width}, {frames} frames"
-        rows.append(f"| {row['model']}, {clip}, {row['what']}, {row['gpu'].upper()}, {way} | {_times(row)} |")
-    for row in result["measured"]:
-        form = row["form"].upper() + (f", {row['mask']}" if row["form"] == "partial" else "")
-        rows.append(f"| {form}, {row['frames']} frames ([ours](benchmarks.md#on-a-gpu)) | {_times(row)} |")
-    sources = dict.fromkeys(row["source"] for row in result["published"])
-    caches = {row["frames"]: row for row in result["caches"]}
-    sizes = ", ".join(
-        f"{row['predicted_bytes']:,} of {row['bytes']:,} at {frames} frames" for frames, row in caches.items()
-    )
-    rows += [
-        "",
-        f"Published: {'; '.join(sources)}. Bytes of one branch's cache in our own run, predicted of measured: {sizes}. "
-        "`python benchmarks/estimate.py`.",
-    ]
-    return "\n".join(rows)
-
-
-def _digits(value: float) -> str:
-    """The value with three digits, or all those before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(row: dict) -> str:
-    known, predicted = (f"{_digits(row[name])} s" for name in ("seconds", "predicted_seconds"))
-    return f"{known} | {predicted} | {100 * row['error']:+.0f} %"
-
-
-def estimate_models_table(result: dict) -> str:
-    """What caching takes and saves on every known model."""
-    rows = [
-        "| model | size | tokens | PFLOPs of an edit | attention | in the model | K/V in bf16 | in int8 | weights |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in result["models"].items():
-        (height, width, frames), plain = row["size"], row["forms"]["plain"]
-        size = f"{height} x {width}" + (f", {frames} frames" if frames > 1 else "")
-        uncached, cached = _digits(row["uncached_seconds"]), _digits(row["plan_seconds"])
-        seconds = f"{uncached} to {cached} s ({row['speedup']:.1f}x)"
-        petaflops = " to ".join(_digits(row[name] / 1e15) for name in ("uncached_flops", "plan_flops"))
-        cells = [name, size, f"{row['num_tokens']:,}", petaflops]
-        cells += [f"{100 * plain['attention_flops'] / plain['flops']:.0f} %", seconds]
-        cells += [f"{row['caches'][dtype]['edit'] / 2**30:.1f} GiB" for dtype in ("bf16", "int8")]
-        cells.append(f"{row['weights_bytes'] / 2**30:.1f} GiB")
-        rows.append(f"| {' | '.join(cells)} |")
-    some = next(iter(result["models"].values()))
-    rows += [
-        "",
-        f"Predicted, compiled, on an {some['gpu']}: {100 * result['active']:.0f} % of the tokens active, schedule "
-        f"`{result['schedule']}`, sizes, steps and guidance usual for the model, all branches and experts counted. "
-        f"`python benchmarks/estimate.py`.",
-    ]
-    return "\n".join(rows)
-
-
-def gpu_caches_table(result: dict) -> str:
-    """Forms with other caches, by the time of the ones whose cache is as computed."""
-    sections, rows = result["sections"], ["| cache | FULL | PARTIAL | 50 steps | cache of one branch | peak memory |"]
-    rows += ["| --- |" + " --- |" * 5]
-    (clip,) = {name.split(", ")[0] for name in sections if ", " in name}
-    (share,) = {name for name in sections[f"{clip}, forms"] if name.startswith("M/N")}
-    own = sections[f"{clip}, forms"][share]
-    for name in (name.split(", ")[1] for name in sections if ", " in name):
-        row = sections[f"{clip}, {name}"][share]
-        seconds = {kind: (row[kind]["seconds"], own[kind]["seconds"]) for kind in ("full", "partial")}
-        ratios = [f"{1e3 * its:.0f} ms ({its / of_own:.2f})" for its, of_own in seconds.values()]
-        rows.append(
-            f"| {'as computed' if name == 'forms' else name} | {' | '.join(ratios)} | {row['edit']['seconds']:.1f} s | "
-            f"{row['cache_bytes'] / 2**30:.2f} GiB | {row['peak_bytes'] / 2**30:.1f} GiB |"
-        )
-    errors, model = sections["errors"]["bfloat16"], result["model"]
-    worst = max(error for name, error in errors.items() if name != "plain")
-    rows += [
-        "",
-        f"{model['size']} shapes, {model['layers']} + {model['control_layers']} blocks, {clip} of 480 x 832 pixels, "
-        f"{share}, bfloat16, {result['processor']}: `{result['command']}`. Largest error of any form with any of "
-        f"these caches on inputs that do not change: {worst:.1e} (plain model {errors['plain']:.1e}).",
-    ]
-    return "\n".join(rows)
-
-
-def cache_bytes_table(result: dict) -> str:
-    """Bytes against fidelity: medians over the clips of a mask size."""
-    from cache_bytes import points
-
-    clips = list(next(iter(result["ways"].values())))
-    by_size = {size: points(result, size) for size in sorted({mask_size(clip) for clip in clips}, key=int)}
-    rows = ["| cache | bytes | to the exact cache | " + " | ".join(f"masks of {size} %" for size in by_size) + " |"]
-    rows += ["| --- |" + " --- |" * (2 + len(by_size))]
-    over_all = points(result)
-    for way, point in over_all.items():
-        exact = "-" if way == "as computed" else f"{point['to_exact_cache_db']:.1f} dB"
-        places = " | ".join(f"{found[way]['to_uncached_db']:.1f} dB" for found in by_size.values())
-        rows.append(f"| {way.replace('+', ', ')} | {point['share']:.2f} | {exact} | {places} |")
-    rows += ["", f"{len(clips)} held-out clips of the reference model, {result['steps']} steps: `{result['command']}`."]
-    return "\n".join(rows)
-
-
-def rounding_table(result: dict) -> str:
-    """Errors of rounded caches alone: medians over the clips."""
-    rows = ["| cache | first step | middle step | last step |", "| --- | --- | --- | --- |"]
-    clips = list(result["rounding"].values())
-    for name in clips[0]:
-        values = (median(steps) for steps in zip(*(clip[name] for clip in clips), strict=True))
-        called = "as computed" if name == "same" else name
-        rows.append(f"| {called} | " + " | ".join(f"{value:.1e}" for value in values) + " |")
-    rows += ["", f"{len(clips)} held-out clips of the reference model, 8 steps: `{result['command']}`."]
-    return "\n".join(rows)
-
-
-def layer_shares_table(result: dict) -> str:
-    """As many tokens for each attention against numbers of their own, by plan and clip."""
-    rows = ["| plan | clip | as many each | numbers of their own | tokens of each attention |"]
-    rows += ["| --- | --- | --- | --- | --- |"]
-    for plan, clips in result["cells"].items():
-        for clip, found in clips.items():
-            same, own = found["same"], found["measured"]
-            counts = ", ".join(map(str, own["cached"]))
-            rows.append(f"| {plan} | {clip} | {same['db']:.1f} dB | {own['db']:.1f} dB | {counts}; {same['cached']} |")
-    rows += [
-        "",
-        f"PSNR inside the mask to the uncached result, {result['steps']} steps, `context_extrapolation=0`, "
-        f"`cached_by=attention`, `cached_ratio={result['ratio']:g}`; attentions measured on two other clips: "
-        f"`{result['command']}`.",
-    ]
-    return "\n".join(rows)
-
-
 def second_edit_table(result: dict) -> str:
     """What a second edit costs and how close it is: medians over the clips of a mask size, by number of steps."""
     from second_edit import points
@@ -483,17 +290,6 @@ def second_edit_table(result: dict) -> str:
 
 def likeness_of(decibels: float) -> str:
     return "identical" if decibels >= 99 else f"{decibels:.1f} dB"
-
-
-def estimate_gpus_table(result: dict) -> str:
-    """The rates, and where they are from."""
-    rows = [
-        "| GPU | products | attention | FlashAttention-2 | memory | source |", "| --- | --- | --- | --- | --- | --- |"
-    ]  # fmt: skip
-    for name, card in result["gpus"].items():
-        rates = " | ".join(f"{card[kind] / 1e12:.0f} TFLOP/s" for kind in ("matmul", "sdpa", "fa2"))
-        rows.append(f"| {name} | {rates} | {card['memory'] / 1e12:.2f} TB/s | {card['source']} |")
-    return "\n".join(rows)
 
 
 def ranks_table(result: dict) -> str:
@@ -547,6 +343,8 @@ TABLES = (
     ("steps", "steps", steps_table, BENCHMARKS),
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),
+    ("gpu_81_frames", "gpu_caches", gpu_table, BENCHMARKS),
+    ("gpu_14b", "gpu_14b", gpu_table, BENCHMARKS),
     ("gpu_beside", "gpu_beside", gpu_table, BENCHMARKS),
     ("gpu_caches", "gpu_caches", gpu_caches_table, MEMORY),
     ("cache_bytes", "cache_bytes", cache_bytes_table, MEMORY),

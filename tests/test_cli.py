@@ -18,6 +18,7 @@ import hetcache_compile as hetcache
 from hetcache_compile import reference
 from hetcache_compile.cli.common import check_size, size_factors
 from hetcache_compile.edit.media import Clip, read_video, write_video
+from hetcache_compile.errors import InputFileError
 from hetcache_compile.plan.partition import to_token_grid
 from hetcache_compile.reference.demo import demo_clip, moving_mask, save_random_checkpoint
 
@@ -207,6 +208,30 @@ def test_demo_takes_an_object_away_with_the_reference_model(hetcache_command, tm
     assert {"report.html", "side_by_side.mp4", "edit.mp4", "plan.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("command", ["bench quality", "calibrate"])
+def test_the_mask_of_ones_own_clip_is_read_as_its_options_say(
+    command, hetcache_command, mask_file, tmp_path, monkeypatch
+):
+    taken = []
+
+    def stop(pipe, clips, *_, **__):
+        taken.extend(clips)
+        raise InputFileError("far enough")
+
+    monkeypatch.setattr("hetcache_compile.bench.quality.bench_quality", stop)
+    monkeypatch.setattr("hetcache_compile.bench.calibrate.calibrate", stop)
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    write_video(tmp_path / "in.mp4", read_video(demo_clip(), FRAMES, SIZE, SIZE))
+    of_both = ("--model", tmp_path / "model", "--video", tmp_path / "in.mp4", "--mask", mask_file, *SMALL)
+    out = ("--out", tmp_path / "out")
+    for more in ((), ("--invert",)):
+        status, _, err = hetcache_command(*command.split(), *of_both, *out, *more)
+        assert status == 2
+        assert "far enough" in err
+    assert np.array_equal(taken[0].mask, np.load(mask_file) > 0)
+    assert np.array_equal(taken[1].mask, ~taken[0].mask)
+
+
 @pytest.mark.parametrize("source", ["files", "reference"])
 def test_bench_quality_measures_a_clip_of_ones_own_or_the_held_out_ones(
     source, hetcache_command, mask_file, tmp_path, monkeypatch
@@ -310,6 +335,8 @@ def bad_inputs(tmp_path, mask_file):
         "no checkpoint": ((*edit, *clip, *here, "--model", tmp_path / "empty"), "no model_index.json"),
         "unknown method": (("bench", "quality", "--methods", "warp"), "unknown schedule 'warp'"),
         "video without mask": (("bench", "quality", "--video", "a.mp4"), "--video and --mask go together"),
+        "how to read no mask": (("bench", "quality", "--labels", "1"), "say how a mask is read: give --mask"),
+        "nothing to invert": (("calibrate", "--invert"), "say how a mask is read: give --mask"),
         "short video": ((*edit, *clip, *here, "--model", tmp_path, "--num-frames", 401), "holds"),
     }
 

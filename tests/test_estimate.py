@@ -145,6 +145,22 @@ def test_a_local_folder_without_weights(tmp_path: Path, hetcache_command: Any) -
     assert "called like wan2." in found["called_like"]
 
 
+def test_a_mask_is_read_as_its_options_say(tmp_path: Path, hetcache_command: Any) -> None:
+    mask = np.zeros((9, 80, 112), dtype=np.float32)
+    mask[:, :16, :16] = 0.4
+    np.save(tmp_path / "mask.npy", mask)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"_class_name": "WanTransformer3DModel", **CONFIG, "num_layers": 1})
+    )
+    command = ("estimate", tmp_path, "--height", 80, "--width", 112, "--num-frames", 9, "--margin", 0, "--json")
+    active = {}
+    for more in (["--threshold", 0.3], ["--threshold", 0.3, "--invert"]):
+        status, out, err = hetcache_command(*command, "--mask", tmp_path / "mask.npy", *more)
+        assert status == 0, err
+        active[len(more)] = json.loads(out)["num_active"]
+    assert 0 < active[2] < active[3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -155,6 +171,7 @@ def test_a_local_folder_without_weights(tmp_path: Path, hetcache_command: Any) -
         (["flux.1-dev", "--num-frames", "5"], ["makes pictures"]),
         (["flux.1-dev", "--margin", "1", "--set", "merged_ratio=0.5"], ["margin, merged_ratio of a plan needs a mask"]),
         (["flux.1-dev", "--plan", "a.hetplan", "--steps", "9"], ["--plan has a mask and steps already"]),
+        (["flux.1-dev", "--invert"], ["--invert", "say how a mask is read: give --mask"]),
     ],
 )
 def test_what_is_refused(arguments: list[str], parts: list[str], hetcache_command: Any) -> None:

@@ -18,13 +18,17 @@ from .common import (
     GuidanceScale,
     Height,
     Inner,
+    Invert,
+    Labels,
     Margin,
     NumFrames,
     Seed,
     Steps,
     TextTokens,
+    Threshold,
     Width,
     check_size,
+    mask_options,
     torch_device,
     torch_dtype,
 )
@@ -48,6 +52,9 @@ def bench_quality_command(
     model: Annotated[Path | None, typer.Option(help="A local checkpoint, in place of the reference model.")] = None,
     video: Annotated[Path | None, typer.Option(help="A video to edit, in place of the held-out clips.")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask of --video.")] = None,
+    threshold: Threshold = None,
+    invert: Invert = False,
+    labels: Labels = None,
     truth: Annotated[Path | None, typer.Option(help="What the edit of --video should look like.")] = None,
     prompt: Annotated[str, typer.Option(help="What to generate inside the mask of --video.")] = "",
     height: Height = 480,
@@ -85,13 +92,14 @@ def bench_quality_command(
     from ..edit.report import busy_machine_warning
 
     check_writable(out / RESULT)
+    reading = mask_options(threshold, invert, labels, has_mask=mask is not None)
     known = parse_methods(methods)
     recorded = None if model and not calibration else calibration or reference.CALIBRATION
     measured = Calibration.load(recorded) if recorded else None
     if video is None and mask is None:
         edits = reference.held_out(clips)
     else:
-        edits = [clip_of_files(video, mask, truth, prompt, num_frames, height, width)]
+        edits = [clip_of_files(video, mask, truth, prompt, (num_frames, height, width), reading)]
     folder = model or reference.FOLDER
     check_edits_video(folder)
     with console.status(f"loading {model or 'the reference model'}"):
@@ -119,16 +127,16 @@ def bench_quality_command(
 
 
 def clip_of_files(
-    video: Path | None, mask: Path | None, truth: Path | None, prompt: str, num_frames: int, height: int, width: int
-) -> Any:
-    """A clip of files."""
+    video: Path | None, mask: Path | None, truth: Path | None, prompt: str, size: tuple[int, int, int],
+    reading: dict[str, Any],
+) -> Any:  # fmt: skip
+    """A clip of files, of so many frames, height and width; its mask is read as `reading` says."""
     from ..edit.media import Clip, read_mask, read_video
 
     if video is None or mask is None:
         raise InputFileError("--video and --mask go together: give both, or neither for the held-out clips")
-    size = (num_frames, height, width)
     expected = read_video(truth, *size) if truth else None
-    return Clip(video.stem, read_video(video, *size), read_mask(mask, *size, video=video), prompt, expected)
+    return Clip(video.stem, read_video(video, *size), read_mask(mask, *size, video=video, **reading), prompt, expected)
 
 
 @bench.command("engine")

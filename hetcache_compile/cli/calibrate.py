@@ -22,13 +22,17 @@ from .common import (
     GuidanceScale,
     Height,
     Inner,
+    Invert,
+    Labels,
     Margin,
     NumFrames,
     Seed,
     Steps,
     TextTokens,
+    Threshold,
     Width,
     check_size,
+    mask_options,
     torch_device,
     torch_dtype,
 )
@@ -58,6 +62,9 @@ def calibrate(
         list[Path] | None, typer.Option(help="A video to edit, in place of procedural clips. Repeatable.")
     ] = None,
     mask: Annotated[list[Path] | None, typer.Option(help="The mask of each --video.")] = None,
+    threshold: Threshold = None,
+    invert: Invert = False,
+    labels: Labels = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to generate inside each mask, or none.")] = None,
     height: Height = 128,
     width: Width = 128,
@@ -89,8 +96,9 @@ def calibrate(
     videos, masks, prompts = video or [], mask or [], prompt or []
     if len(masks) != len(videos) or len(prompts) not in (0, len(videos)) or (videos and clips is not None):
         raise InputFileError("give each --video a --mask, and all or none a --prompt; or --clips without any of them")
+    reading = mask_options(threshold, invert, labels, has_mask=bool(masks))
     edits = [
-        clip_of_files(file, of_file, None, text, num_frames, height, width)
+        clip_of_files(file, of_file, None, text, (num_frames, height, width), reading)
         for file, of_file, text in zip(videos, masks, prompts or [""] * len(videos), strict=True)
     ] or reference.calibration_clips(clips or 6, num_frames, height)
     shipped = model == "reference"

@@ -96,12 +96,14 @@ def options_of(
     return kept | given_by_name
 
 
-def mask_options(threshold: float | None, invert: bool, labels: str | None) -> dict[str, Any]:
+def mask_options(threshold: float | None, invert: bool, labels: str | None, *, has_mask: bool = True) -> dict[str, Any]:
     """What the mask's options mean, for `read_mask`.
 
     Raises:
-        MaskError: the labels are no whole numbers.
+        MaskError: the labels are no whole numbers, or there is no mask.
     """
+    if not has_mask and (invert or threshold is not None or labels is not None):
+        raise MaskError("--threshold, --invert and --labels say how a mask is read: give --mask, or leave them out")
     try:
         numbers = None if labels is None else [int(label) for label in labels.split(",")]
     except ValueError as error:

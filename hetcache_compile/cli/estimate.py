@@ -10,7 +10,20 @@ import typer
 
 from ..console import console
 from ..errors import EstimateError
-from .common import ContextRatio, Extrapolation, Margin, More, ScheduleName, options_of, torch_dtype
+from .common import (
+    ContextRatio,
+    Extrapolation,
+    Invert,
+    Labels,
+    Margin,
+    MaskFile,
+    More,
+    ScheduleName,
+    Threshold,
+    mask_options,
+    options_of,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from ..estimate.models import KnownModel
@@ -29,7 +42,10 @@ def estimate_command(
     width: Annotated[int | None, typer.Option(help="Width in pixels. [default: usual for the model]", min=1)] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames. [default: usual for the model]", min=1)] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan from `hetcache plan`.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where to generate: video, folder, picture or .npy.")] = None,
+    mask: MaskFile | None = None,
+    threshold: Threshold = None,
+    invert: Invert = False,
+    labels: Labels = None,
     active: Annotated[
         float, typer.Option(help="Share of tokens that are active, without a plan and a mask.", min=0.0, max=1.0)
     ] = 0.25,
@@ -56,6 +72,7 @@ def estimate_command(
 
     known, card, kind = find_model(model), find_gpu(gpu), torch_dtype(dtype)
     given = (height, width, num_frames)
+    reading = mask_options(threshold, invert, labels, has_mask=mask is not None)
     if plan is not None:
         if mask is not None or steps is not None or schedule is not None:
             raise EstimateError("--plan has a mask and steps already: leave --mask, --steps and --schedule out")
@@ -65,7 +82,9 @@ def estimate_command(
             context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation
         )
         options = {"extrapolation": 1, "schedule": schedule or "balanced", **options}
-        made = _make(known, _size(known, given), mask, active, num_inference_steps=steps or known.steps, **options)
+        made = _make(
+            known, _size(known, given), mask, reading, active, num_inference_steps=steps or known.steps, **options
+        )
     with console.status(f"counting what {known.name} computes"):
         found = estimate(known, made, card, branches=branches, dtype=kind)
     print(json.dumps(found.to_dict(), indent=1) if as_json else found)
@@ -92,8 +111,15 @@ def _load(file: Path, model: KnownModel, given: Size) -> Plan:
     return plan
 
 
-def _make(model: KnownModel, size: tuple[int, int, int], mask: Path | None, active: float, **options: Any) -> Plan:
-    """A plan of a mask, or of a share of active tokens. Those of references are context.
+def _make(
+    model: KnownModel,
+    size: tuple[int, int, int],
+    mask: Path | None,
+    reading: dict[str, Any],
+    active: float,
+    **options: Any,
+) -> Plan:
+    """A plan of a mask, read as `reading` says, or of a share of active tokens. Those of references are context.
 
     Raises:
         EstimateError: an option is for a plan of a mask.
@@ -108,7 +134,8 @@ def _make(model: KnownModel, size: tuple[int, int, int], mask: Path | None, acti
     whole = model.with_references(grid)
     if mask is not None:
         height, width, num_frames = size
-        tokens = to_token_grid(read_mask(mask, num_frames, height, width), grid, temporal_factor=model.token[0])
+        pixels = read_mask(mask, num_frames, height, width, **reading)
+        tokens = to_token_grid(pixels, grid, temporal_factor=model.token[0])
         references = np.zeros((whole[0] - grid[0], *grid[1:]), dtype=bool)
         return Plan.from_mask(np.concatenate([tokens, references]), whole, **options)
     options.pop("context_ratio", None)  # there always; the share is of all tokens that are computed
