@@ -24,6 +24,7 @@ from .buffers import WriteInPlace
 from .collectives import Ranks
 from .keep_relevant import KeepRelevant
 from .merge import MergeContext
+from .patches import EmbedActive
 from .select import SelectActive
 from .shard import write_share
 from .store import StoreCache
@@ -66,7 +67,8 @@ def functional_passes(options: FormOptions, time: str | None = None) -> list[For
 def in_process_passes(options: FormOptions) -> list[FormPass]:
     """What makes of a functional form the one that runs in a process: its cache is buffers that it overwrites."""
     has_all_rows = options.selection != "fixed"
-    return [*([KeepAllRows(options.num_tokens)] if options.caches_all and not has_all_rows else []), WriteInPlace()]
+    whole = [KeepAllRows(options.num_tokens)] if options.caches_all and not has_all_rows else []
+    return [*whole, EmbedActive(), WriteInPlace()]
 
 
 def cache_of(analysis: Analysis, options: FormOptions) -> tuple[CacheEntry, ...]:
