@@ -153,12 +153,14 @@ def test_a_mask_is_read_as_its_options_say(tmp_path: Path, hetcache_command: Any
         json.dumps({"_class_name": "WanTransformer3DModel", **CONFIG, "num_layers": 1})
     )
     command = ("estimate", tmp_path, "--height", 80, "--width", 112, "--num-frames", 9, "--margin", 0, "--json")
-    active = {}
-    for more in (["--threshold", 0.3], ["--threshold", 0.3, "--invert"]):
-        status, out, err = hetcache_command(*command, "--mask", tmp_path / "mask.npy", *more)
+
+    def active(*more: Any) -> int:
+        status, out, err = hetcache_command(*command, "--mask", tmp_path / "mask.npy", "--threshold", 0.3, *more)
         assert status == 0, err
-        active[len(more)] = json.loads(out)["num_active"]
-    assert 0 < active[2] < active[3]
+        found: int = json.loads(out)["num_active"]
+        return found
+
+    assert 0 < active() < active("--invert") <= NUM_TOKENS
 
 
 @pytest.mark.parametrize(

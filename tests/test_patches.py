@@ -9,12 +9,13 @@ import torch
 from backend_checks import plan_of
 from models import GRID, call, vace
 from torch import nn
+from torch.fx import Graph
 from torch.nn import functional
 
 import hetcache_compile as hetcache
 from hetcache_compile.passes.forms.patches import embed
 from hetcache_compile.passes.forms.pipeline import in_process
-from hetcache_compile.passes.rules.patches import CONVOLUTIONS
+from hetcache_compile.passes.rules.patches import CONVOLUTIONS, is_patchify
 
 CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -86,3 +87,14 @@ def test_what_is_no_product_of_rows_stays_a_convolution(groups: int, left: int) 
     inputs = {"hidden_states": latents, "timestep": torch.ones(1, 1, 1)}
     forms = hetcache.rewrite(Embedding(groups).eval(), plan_of("FPR"), kwargs=inputs)
     assert convolutions(in_process(forms.by_kind["partial"], forms.plan.form_options)) == left
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_transposed_convolution_makes_no_patches(transposed: bool) -> None:
+    """Of a kernel of 1 and as many channels as before, only its flag tells it from a product by rows."""
+    graph = Graph()
+    latents, weight = (graph.placeholder(name) for name in ("latents", "weight"))
+    latents.meta["val"], weight.meta["val"] = torch.empty(1, 4, 12), torch.empty(4, 4, 1)
+    arguments = (latents, weight, None, [1], [0], [1], transposed, [0], 1)
+    node = graph.call_function(torch.ops.aten.convolution.default, arguments)
+    assert is_patchify(node) is not transposed

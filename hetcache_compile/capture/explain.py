@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ..files import atomically
 from ..passes.analysis.flops import graph_flops, node_flops
+from ..passes.forms.pipeline import in_process
 from ..passes.ir.axis import Accumulate, Attend, Enter, Leave, Piece, Tokens
 from ..passes.ir.refusal import module_path, shape_of, source_line
 from .rewrite import Forms
@@ -49,7 +50,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. FLOPs are of one call, by form and by room; bytes are of one cache."""
+    """What `explain` found. FLOPs are of one call, by form as it runs in a process and by room of the
+    model's graph; bytes are of one cache."""
 
     rooms: Mapping[str, int]
     room_flops: Mapping[str, int]
@@ -93,7 +95,9 @@ def explain(forms: Forms) -> Explanation:
         rooms=Counter(room_of.values()),
         room_flops=room_flops,
         events=tuple(event for node in module.graph.nodes for event in events_of(forms, node)),
-        form_flops={kind: graph_flops(form.module) for kind, form in forms.by_kind.items()},
+        form_flops={
+            kind: graph_flops(in_process(form, forms.plan.form_options).module) for kind, form in forms.by_kind.items()
+        },
         cache_bytes=forms.cache_bytes,
         num_tokens=forms.plan.num_tokens,
         num_active=forms.plan.budgets.num_active,

@@ -57,7 +57,7 @@ def _embedding(rows: Node) -> Node | None:
     width, of_channels, *patch = shape_of(weight)
     grid = shape_of(embedding)[2:]
     flat = shape_of(tokens) == (batch, width, prod(grid)) and dim in (2, -1)
-    # Groups, what is transposed and what is cut off at the edges have other sizes.
+    # Groups, and what is cut off at the edges, have other sizes.
     whole = of_channels == channels and tuple(size) == tuple(g * p for g, p in zip(grid, patch, strict=True))
     return embedding if flat and whole and shape_of(embedding)[:2] == (batch, width) else None
 

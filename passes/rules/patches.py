@@ -74,7 +74,8 @@ def is_patchify(node: Node) -> bool:
     if node.target not in CONVOLUTIONS:
         return False
     kernel, stride, padding, dilation = _geometry(node)
-    return kernel == stride and set(padding) <= {0} and set(dilation) <= {1}
+    transposed = _argument(node, "transposed", False)
+    return not transposed and kernel == stride and set(padding) <= {0} and set(dilation) <= {1}
 
 
 def input_state(node: Node, grid: tuple[int, int, int]) -> AxisState:
