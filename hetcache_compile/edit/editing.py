@@ -27,8 +27,7 @@ from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import hetcache_backend
 from ..runtime.session import session
-from ..runtime.stats import Stats
-from ..runtime.timing import Stopwatch
+from ..runtime.stats import Stats, Stopwatch
 from .media import GREY, Frames, Playback, to_frames, to_pictures
 
 STRENGTHS = ("strength", "denoise_strength")

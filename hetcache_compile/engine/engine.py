@@ -32,7 +32,7 @@ from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.dispatch import check_finite, time_value
 from ..runtime.session import Call, Session, current_session
-from ..runtime.timing import Stopwatch
+from ..runtime.stats import Stopwatch
 from .manifest import FormSpec, Manifest, TensorSpec, check_files
 from .runners import RUNNERS, TENSORRT_PROVIDERS, Runner, form_of
 

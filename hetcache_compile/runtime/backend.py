@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 
 from ..compilation.options import BackendOptions, Compiled
 from .context import own_session
-from .dispatch import CompiledGraph
 from .session import HetCacheWarning
+from .whole import DynamoGraph
 
 
 def warn_of_recompile_limit() -> None:
@@ -58,7 +58,7 @@ def hetcache_backend(
     Raises:
         ValueError: there is no such option or mode.
     """
-    compiled = CompiledGraph(graph, BackendOptions.of(options, mode))
+    compiled = DynamoGraph(graph, BackendOptions.of(options, mode))
     warn_of_recompile_limit()
     if own_session() is None:
         compiled.plain = compiled.compiler(graph, list(example_inputs))

@@ -45,8 +45,8 @@ from ..record.signature import model_signature
 from .branches import Branch, holds, remember
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles, preparing
 from .session import Call, Session, Turn, current_session
+from .stats import Stopwatch
 from .streaming import can_stream, free_bytes, host_buffers
-from .timing import Stopwatch
 from .weights import Weights
 
 PART = "a part of a model"
@@ -114,7 +114,7 @@ class CompiledGraph:
         self.preparer = Preparer(self.unwrapped.graph, options)
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
-        self._broken_by = graph_break_of(graph)
+        self.broken_by = graph_break_of(graph)
         self._varying = varying_inputs(self.unwrapped.graph, self.preparer.floats)
         self._plain: dict[Hashable, Compiled] = {}
         self._weights: dict[Hashable, Weights] = {}
@@ -126,11 +126,15 @@ class CompiledGraph:
         session = current_session()
         if session is None:
             return self.run_plain(given)
-        session.tried_calls += 1
         inputs = self.unwrapped(given)
         shapes = self._varying(inputs)
         key = (shapes, session.route_key)
         route = self._routes.get(key)
+        if not isinstance(route, Route):
+            run = self.aside(session, route)
+            if run is not None:
+                return run(given)
+        session.tried_calls += 1
         if route is None:
             route = self._routes[key] = self.find_route(session, given, inputs, shapes)
             if isinstance(route, Refused):
@@ -148,6 +152,15 @@ class CompiledGraph:
                 session.agree_on_refusal(route.reason)
         session.refused(route.reason, route.cause, route.topic)
         return self.run_plain(given)
+
+    def aside(self, session: Session, refused: Refused | None) -> Callable[[Sequence[Any]], Any] | None:
+        """What runs in place of this call, uncounted, where something else answers for it.
+
+        Args:
+            session: the open one.
+            refused: why the graph runs plainly, if that is known.
+        """
+        return None
 
     def run_plain(self, inputs: Sequence[Any]) -> Any:
         """The graph as Dynamo captured it, compiled by the inner compiler."""
@@ -173,8 +186,8 @@ class CompiledGraph:
         reason = why_not_shared_here()
         if reason is not None:
             return Refused(reason, PARALLEL)
-        if self._broken_by:
-            return Refused(part_of_a_model(self._broken_by), PART)
+        if self.broken_by:
+            return Refused(part_of_a_model(self.broken_by), PART)
         plan = session.plan
         with preparing(), normal_mode():
             try:

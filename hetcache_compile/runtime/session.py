@@ -28,8 +28,7 @@ from ..record.record import BranchKey, Record, RecordedCalls, RecordedStep, chec
 from .branches import Branch, Track
 from .clock import Clock, Reading, Timeline
 from .context import BRANCH, LOCK, OPEN, SESSION, observe_diffusers, own_session, reset
-from .stats import Stats
-from .timing import Stopwatch
+from .stats import Stats, Stopwatch
 
 ALONE = 2
 """Steps that a model makes alone before another one that begins is taken for the next expert."""
