@@ -95,7 +95,7 @@ class Known(TorchFunctionMode):
         return traced
 
     def _indexed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
-        """The arguments, with no mask of known value as an index."""
+        """The arguments, with no mask and no number of known value as an index."""
         return (args[0], self._positions(args[1])) if func is torch.Tensor.__getitem__ else args
 
     def _remember(self, traced: Any, real: Any, inputs: frozenset[int]) -> None:
@@ -104,7 +104,9 @@ class Known(TorchFunctionMode):
                 self.values[id(a)] = Value(a, b, inputs)
 
     def _positions(self, index: Any) -> Any:
-        """An index in which a mask of known value is the positions where it holds."""
+        """An index in which a mask of known value is the positions where it holds, and a slice ends at a number."""
+        if isinstance(index, slice):
+            return slice(*map(self._number, (index.start, index.stop, index.step)))
         if isinstance(index, tuple):
             parts = map(self._positions, index)
             return tuple(p for part in parts for p in (part if isinstance(part, tuple) else (part,)))
@@ -116,6 +118,15 @@ class Known(TorchFunctionMode):
             positions = value.real.nonzero(as_tuple=True)
         self._remember(positions, positions, value.inputs)
         return positions
+
+    def _number(self, value: Any) -> Any:
+        """The number that a tensor of known value holds. Python does not ask a tensor that ends a slice."""
+        known = self.values.get(id(value))
+        if known is None:
+            return value
+        self.assumed |= known.inputs
+        with _disable_current_modes():
+            return known.real.item()
 
 
 def _is_large(func: Any, args: Any, kwargs: Any) -> bool:

@@ -154,6 +154,8 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         with torch.no_grad(), warnings.catch_warnings(), _DataByDetach():
             # torch warns of a class of its own when it copies its trees. Neither we nor users can mend that.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            # It says so of a table that a model keeps from its first call: here a copy of the model does.
+            warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
             exported: ExportedProgram = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
             exported = exported.run_decompositions(composites_of_others(exported.graph_module))
     except Exception as error:

@@ -34,7 +34,7 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         owners = list(_owners(model))
-        places = [(owner, key) for owner in owners for key in owner if key not in NOT_COMPARED]
+        places = [(owner, key) for owner in owners for key in owner if not _is_apart(owner, key)]
         self._owners = [owner for owner, _ in places]
         self._keys = [key for _, key in places]
         self._values = self._now()
@@ -71,8 +71,13 @@ def _owners(model: nn.Module) -> Iterator[Mapping[Any, Any]]:
         yield vars(module)
         yield module._modules
         for key, value in vars(module).items():
-            if key not in NOT_COMPARED:
+            if not _is_apart(vars(module), key):
                 yield from _objects(value, DEPTH, seen)
+
+
+def _is_apart(owner: Mapping[Any, Any], key: Any) -> bool:
+    """Whether an attribute is not compared. Hooks of accelerate, which are renewed for each edit, wrap `forward`."""
+    return key in NOT_COMPARED or (key == "forward" and "_hf_hook" in owner)
 
 
 def _objects(value: Any, depth: int, seen: set[int]) -> Iterator[Mapping[Any, Any]]:

@@ -13,12 +13,13 @@ What Dynamo guards for its graphs is looked at here in each call: the arguments,
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -34,12 +35,16 @@ from ..compilation.options import BackendOptions
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from .branches import Remembered, holds, remember
 from .context import reset
-from .dispatch import PART, CompiledGraph, Refused, part_of_a_model, reason_of, signature_of
+from .dispatch import PART, CompiledGraph, Refused, reason_of, signature_of
 from .prepare import Prepared, Preparer, preparing
 from .session import Session, current_session
 
-MOST_CAPTURES = 8
-"""Captures of a model for arguments of one kind that differ in the values that were assumed."""
+MOST_CAPTURES = 16
+"""Captures that are kept of a model; the one not used for longest goes first."""
+MOST_UNUSED = 6
+"""Captures in a row of which no call but the first could use one. Then what is assumed changes from call to call."""
+BETWEEN = {eval_frame.__file__, CompiledGraph.__call__.__code__.co_filename, __file__}
+"""Files between the code that calls a graph and what is asked here."""
 ASIDE: ContextVar[bool] = ContextVar("hetcache_aside", default=False)
 """Whether parts of a model that is refused as a whole run: all is said."""
 
@@ -61,12 +66,13 @@ class DynamoGraph(CompiledGraph):
         if call is None or session.parallel is not None:
             return None
         if not call.taken:
-            if not self.broken_by or call.model in self._only_in_parts:
+            broken_by = self.broken_by or call.part
+            if not broken_by or call.model in self._only_in_parts:
                 return None
             if why_only_in_parts(call.model):
                 self._only_in_parts.add(call.model)
                 return None
-            call.take_over(session, self.options, self.broken_by)
+            call.take_over(session, self.options, broken_by)
         return self._run_eagerly
 
     def _run_eagerly(self, inputs: Sequence[Any]) -> Any:
@@ -84,6 +90,7 @@ class RunningCall:
         attribute: where it keeps that.
         args: of the call.
         kwargs: of the call.
+        part: why what is called now is a part of the model, if the model's own code runs in Python.
     """
 
     model: nn.Module
@@ -91,12 +98,15 @@ class RunningCall:
     attribute: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    part: str
 
     @classmethod
     def on_the_stack(cls) -> RunningCall | None:
         """The innermost one, if it is of a module."""
+        frames: list[FrameType] = []
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and not _is_compiled_call(frame):
+            frames.append(frame)
             frame = frame.f_back
         if frame is None:
             return None
@@ -105,12 +115,17 @@ class RunningCall:
         model = getattr(function, "__self__", None)
         if not isinstance(model, nn.Module):
             return None
+        given = known["args"], known["kwargs"], _why_a_part(model, frames)
         if function.__name__ == "_call_impl":
-            return cls(model, model, "_compiled_call_impl", known["args"], known["kwargs"])
+            return cls(model, model, "_compiled_call_impl", *given)
+        compiled = frame.f_code
         while frame is not None:
             holder = frame.f_locals.get("self")
             if isinstance(holder, eval_frame.OptimizedModule) and holder._orig_mod is model:
-                return cls(model, holder, "forward", known["args"], known["kwargs"])
+                for attribute in ("forward", "_old_forward"):  # the latter behind a hook of accelerate
+                    held = getattr(holder, attribute, None)
+                    if isinstance(held, WholeModel) or getattr(held, "__code__", None) is compiled:
+                        return cls(model, holder, attribute, *given)
             frame = frame.f_back
         return None
 
@@ -125,7 +140,7 @@ class RunningCall:
         The model runs once before it is captured: some keep tables from their first call.
         """
         compiled = getattr(self.holder, self.attribute)
-        whole = WholeModel(self.model, compiled, options, broken_by)
+        whole = WholeModel(self.model, compiled, options, broken_by, runs_hook=self.attribute != "_old_forward")
         setattr(self.holder, self.attribute, whole)
         try:
             with torch.no_grad():
@@ -142,6 +157,21 @@ def _is_compiled_call(frame: FrameType) -> bool:
     """Whether a frame is the one of `torch.compile` around a call."""
     code = frame.f_code
     return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
+
+
+def _why_a_part(model: nn.Module, frames: Sequence[FrameType]) -> str:
+    """Whether the code that calls a graph is another than the model's, and that is on the stack."""
+    own = _place(inspect.unwrap(type(model).forward).__code__)
+    places = [_place(frame.f_code) for frame in frames if frame.f_code.co_filename not in BETWEEN]
+    if own not in places[1:] or places[0] == own:
+        return ""
+    file, line, name = places[0]
+    return f"it leaves the model's forward to Python, and hands over {name} at {file}:{line}"
+
+
+def _place(code: CodeType) -> tuple[str, int, str]:
+    """Where code stands; Dynamo's own copy of it stands there too."""
+    return code.co_filename, code.co_firstlineno, code.co_name
 
 
 def why_only_in_parts(model: nn.Module) -> str:
@@ -189,11 +219,17 @@ class _Captured(Preparer):
 
 
 class Capture:
-    """A model captured for arguments of one kind and, where it asked for them, their values."""
+    """A model captured for arguments of one kind, its `key`, and where it asked for them, their values."""
 
     def __init__(
-        self, model: nn.Module, options: BackendOptions, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        options: BackendOptions,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        key: Hashable,
     ) -> None:
+        self.key = key
         program = capture(model, args, kwargs)
         modules = dict(model.named_modules())
         self.places: list[tuple[dict[str, Any], str]] = []
@@ -244,31 +280,48 @@ class WholeModel:
         compiled: what was called before.
         options: of the backend.
         broken_by: why Dynamo cut the model.
+        runs_hook: whether a hook of accelerate on the model, which brings it to its device, is run from here.
     """
 
-    def __init__(self, model: nn.Module, compiled: Callable[..., Any], options: BackendOptions, broken_by: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        compiled: Callable[..., Any],
+        options: BackendOptions,
+        broken_by: str,
+        *,
+        runs_hook: bool,
+    ) -> None:
         self.model, self.compiled, self.options, self.broken_by = model, compiled, options, broken_by
         self._torchdynamo_orig_callable = model  # by which torch and others know that a model is compiled
+        self._runs_hook = runs_hook
         self._structure: Structure | None = None
-        self._captures: dict[Hashable, list[Capture]] = {}
+        self._captures: list[Capture] = []
+        self._num_unused = 0
         self._refused: dict[Hashable, Refused] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WholeModel:
+        """Itself, as functions are copied."""
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: with the forms that the open session asks for, or as it was compiled."""
         session = current_session()
         if session is None or session.parallel is not None or torch.compiler.is_compiling():
             return self.compiled(*args, **kwargs)
-        hook = getattr(self.model, "_hf_hook", None)  # of accelerate: brings the model to its device
         try:
-            if hook is None:
-                return self.cached(session, args, kwargs)
-            return hook.post_forward(self.model, self.cached(session, args, kwargs))
+            outputs = self.cached(session, args, kwargs)
         except _PlainlyError:
             token = ASIDE.set(True)
             try:
                 return self.compiled(*args, **kwargs)
             finally:
                 reset(ASIDE, token)
+        return outputs if self._hook is None else self._hook.post_forward(self.model, outputs)
+
+    @property
+    def _hook(self) -> Any:
+        return getattr(self.model, "_hf_hook", None) if self._runs_hook else None
 
     def cached(self, session: Session, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Make a call in a session.
@@ -276,9 +329,8 @@ class WholeModel:
         Raises:
             _PlainlyError: it is refused.
         """
-        hook = getattr(self.model, "_hf_hook", None)
-        if hook is not None:
-            args, kwargs = hook.pre_forward(self.model, *args, **kwargs)
+        if self._hook is not None:
+            args, kwargs = self._hook.pre_forward(self.model, *args, **kwargs)
         kwargs = dict(sorted(kwargs.items()))
         if self._structure is None or not self._structure.holds():
             self._structure = Structure(self.model)
@@ -286,35 +338,48 @@ class WholeModel:
             self._refused.clear()
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         key = (str(spec), _kinds(leaves), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-        known = next((known for known in self._captures.get(key, ()) if known.fits(leaves)), None)
-        found = known or self._capture(key, args, kwargs)
-        if isinstance(found, Refused):
-            session.tried_calls += 1
-            session.refused(found.reason, found.cause, found.topic)
-            raise _PlainlyError
-        return found(leaves)
+        refused = self._refused.get(key)
+        if refused is None:
+            known = next((known for known in self._captures if known.key == key and known.fits(leaves)), None)
+            if known is not None:
+                self._num_unused = 0
+                self._captures.remove(known)
+                self._captures.append(known)
+                return known(leaves)
+            try:
+                known = self._capture(key, args, kwargs)
+            except Exception as error:
+                reason = (
+                    f"Dynamo hands this model over in parts, because {self.broken_by}. It runs uncached as a whole "
+                    f"too, because {reason_of(error)}"
+                )
+                refused = self._refused[key] = Refused(reason, PART, error)
+            else:
+                return known(leaves)
+        session.tried_calls += 1
+        session.refused(refused.reason, refused.cause, refused.topic)
+        raise _PlainlyError
 
-    def _capture(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture | Refused:
-        if key in self._refused:
-            return self._refused[key]
-        captures = self._captures.setdefault(key, [])
-        try:
-            why = why_only_in_parts(self.model)
-            if why:
-                raise UnsupportedGraphError([Refusal(why)])
-            odd = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if not _is_known(leaf)), None)
-            if odd is not None:
-                raise UnsupportedGraphError([Refusal(f"it is given an object of type {type(odd).__name__}")])
-            if len(captures) >= MOST_CAPTURES:
-                names = ", ".join(captures[-1].names)
-                raise UnsupportedGraphError([Refusal(f"it asks for the values of {names}, which change at each call")])
-            with preparing(), torch.inference_mode(False):
-                captures.append(Capture(self.model, self.options, args, kwargs))
-        except Exception as error:
-            reason = f"{self.broken_by}, and as a whole {reason_of(error)}"
-            self._refused[key] = Refused(part_of_a_model(reason), PART, error)
-            return self._refused[key]
-        return captures[-1]
+    def _capture(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+        """Capture the model for a call.
+
+        Raises:
+            UnsupportedGraphError: it cannot be captured.
+        """
+        why = why_only_in_parts(self.model)
+        odd = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if not _is_known(leaf)), None)
+        if odd is not None:
+            why = f"it is given an object of type {type(odd).__name__}"
+        if self._num_unused >= MOST_UNUSED:
+            names = ", ".join(self._captures[-1].names)
+            why = f"what it computes depends on the values of {names}, which are others in each call"
+        if why:
+            raise UnsupportedGraphError([Refusal(why)])
+        with preparing(), torch.inference_mode(False):
+            capture = Capture(self.model, self.options, args, kwargs, key)
+        self._num_unused += 1
+        self._captures = [*self._captures[1 - MOST_CAPTURES :], capture]
+        return capture
 
 
 def _kinds(leaves: Sequence[Any]) -> Hashable:

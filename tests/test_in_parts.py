@@ -1,0 +1,297 @@
+"""Models that Dynamo cannot follow to the end: captured whole, cached as planned, and never stale."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backend_checks import CountingInner, Kwargs, check, compiled, expected, plan_of, run, tiny_calls
+from models import TEXT_TOKENS, TinyDiT
+from test_offload import ELSEWHERE
+from torch import nn
+
+import hetcache_compile as hetcache
+from hetcache_compile.capture.structure import Structure
+from hetcache_compile.runtime import whole
+from hetcache_compile.runtime.session import HetCacheWarning, Session
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Padded(TinyDiT):
+    """Drops padded text by the value of a mask, makes a table on a device by name, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: torch.Tensor | None = None
+        self.gains = {"default": 1.0}
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            with torch.device("cpu"):
+                self.table = torch.linspace(0.5, 1, 13)
+        words = text[:, : int(text_mask.sum())] * self.table * self.gains["default"]
+        return super().forward(latents, words)
+
+
+class Looping(Padded):
+    """Breaks in a loop: Dynamo leaves its forward to Python, and compiles what that calls."""
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        for sample in text_mask:
+            text = self.embed_text(text)[:, : int(sample.sum())].mean(2, keepdim=True) * text[:, : int(sample.sum())]
+        return super().forward(latents, text, text_mask[:, : text.shape[1]])
+
+
+def calls_of(steps: str, words: int = 7, first: int = 0) -> list[Kwargs]:
+    mask = torch.arange(TEXT_TOKENS)[None] < words
+    return [{**kwargs, "text_mask": mask.clone()} for kwargs in tiny_calls(steps, first)]
+
+
+def letters(session: Session) -> str:
+    return "".join(kind.letter for kind in session.stats.kinds)
+
+
+def beside(model: Any) -> Any:
+    return compiled(model)
+
+
+def in_place(model: Any) -> Any:
+    model.compile(backend="hetcache", options={"inner": "eager"})
+    return model
+
+
+def truths_of(model: Any, steps: str, calls: list[Kwargs]) -> list[torch.Tensor]:
+    return expected(hetcache.rewrite(model, plan_of(steps), (), calls[0]), steps, calls)
+
+
+@pytest.mark.parametrize("way", [beside, in_place])
+@pytest.mark.parametrize("build", [Padded, Looping])
+def test_it_is_cached(build: Callable[[], Any], way: Callable[[Any], Any]) -> None:
+    """From the first call of the first session on; what was compiled is called outside as it was before."""
+    steps, model = "FPRPF", build()
+    calls = calls_of(steps)
+    truths, plain = truths_of(model, steps, calls), run(build(), calls)
+    fast = way(model)
+    for _ in range(2):
+        with warnings.catch_warnings(), hetcache.session(plan_of(steps), strict=True) as session:
+            warnings.simplefilter("error", HetCacheWarning)
+            outputs = run(fast, calls)
+        assert letters(session) == steps
+        check(outputs, truths)
+        check(run(fast, calls), plain)
+
+
+def test_after_it_was_compiled_outside() -> None:
+    steps, model, inner = "FPR", Padded(), CountingInner()
+    calls = calls_of(steps)
+    fast = compiled(model, inner)
+    run(fast, calls[:1])
+    of_parts = inner.graphs
+    assert of_parts
+    with hetcache.session(plan_of(steps), strict=True) as session:
+        check(run(fast, calls), truths_of(model, steps, calls))
+    assert letters(session) == steps
+    assert fast.forward.compiled is not fast.forward
+    of_forms = inner.graphs - of_parts
+    run(fast, calls[:1])
+    assert inner.graphs == of_parts + of_forms
+
+
+def test_guidance_with_masks_of_its_own() -> None:
+    """A capture for each length of text; they are found again in later edits."""
+    steps, model = "FPRF", Padded()
+    fast, texts = compiled(model), {"cond": calls_of(steps), "uncond": calls_of(steps, words=3, first=100)}
+    for kwargs, other in zip(texts["uncond"], texts["cond"], strict=True):
+        kwargs["latents"] = other["latents"]
+    truths = {name: truths_of(model, steps, calls) for name, calls in texts.items()}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    for _ in range(3):
+        outputs = {name: [] for name in texts}
+        with hetcache.session(plan_of(steps), strict=True) as session:
+            for step in range(len(steps)):
+                for name, calls in texts.items():
+                    outputs[name] += run(fast, [calls[step]])
+        assert letters(session) == "FFPPRRFF"
+    for name, truth in truths.items():
+        check(outputs[name], truth)
+    assert len(fast.forward._captures) == 2
+
+
+def doubled(model: Any) -> None:
+    model.gains["default"] = 2.0
+
+
+def rescaled(model: Any) -> None:
+    model.embed_text.weight.mul_(2)
+
+
+def another_weight(model: Any) -> None:
+    model.embed_text.weight = nn.Parameter(model.embed_text.weight * 2)
+
+
+def another_layer(model: Any) -> None:
+    model.embed_text = nn.Sequential(model.embed_text, nn.LayerNorm(22))
+
+
+@pytest.mark.parametrize("change", [doubled, rescaled, another_weight, another_layer])
+def test_a_changed_model_is_seen(change: Callable[[Any], None]) -> None:
+    model, calls = Padded(), calls_of("FPPP")
+    fast = compiled(model)
+    with hetcache.session(plan_of("FPPP"), strict=True) as session:
+        run(fast, calls[:2])
+        change(model)
+        outputs = run(fast, calls[2:])
+        check(outputs[:1], run(model, calls[2:3]))
+    assert letters(session) == "FPFP"
+
+
+@pytest.mark.parametrize("way", ["before", "after", "in place"])
+def test_a_model_that_moves_before_each_call(way: str) -> None:
+    from accelerate import cpu_offload_with_hook
+    from accelerate.hooks import remove_hook_from_module
+
+    steps, model = "FPRPF", Padded()
+    calls = calls_of(steps)
+    truths = truths_of(model, steps, calls)
+    if way == "before":
+        cpu_offload_with_hook(model, ELSEWHERE)
+    fast = in_place(model) if way == "in place" else compiled(model)
+    hooked = fast if way == "after" else model
+    captured = None
+    for edit in range(3):
+        if edit or way != "before":  # pipelines renew hooks at the end of each edit
+            remove_hook_from_module(hooked)
+            cpu_offload_with_hook(hooked, ELSEWHERE)
+        with hetcache.session(plan_of(steps), strict=True) as session:
+            outputs = run(fast, calls)
+        if edit:
+            assert letters(session) == steps
+            check(outputs, truths)
+        slot = fast.forward if isinstance(fast, torch._dynamo.OptimizedModule) else fast._compiled_call_impl
+        taken = slot if isinstance(slot, whole.WholeModel) else fast._old_forward
+        assert len(taken._captures) == 1
+        captured = captured or taken._captures[0]
+        assert taken._captures[0] is captured, "captured anew"
+
+
+class Numpy(nn.LayerNorm):
+    """What no capture can follow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * int(np.abs(x.mean((0, 1)).numpy()).argmax())
+
+
+class Broken(nn.LayerNorm):
+    """Breaks the graph in the middle of the model, so that no part is a model."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+class Hooked(Broken):
+    """A hook that does more than compute, as that of group offloading, which moves weights."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_forward_pre_hook(lambda *_: None)
+
+
+class Asking(Padded):
+    """Branches on what is another in each call."""
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(latents * float(latents.sum().sin()), text, text_mask)
+
+
+WHOLE = "Dynamo hands this model over in parts.*uncached as a whole too.*"
+
+
+@pytest.mark.parametrize(
+    ("build", "norm", "why"),
+    [
+        (Padded, Numpy, WHOLE + "numpy"),
+        (Asking, Broken, WHOLE + "depends on the values of .*latents.*, which are others in each call"),
+        (Padded, Hooked, "Dynamo hands over a part of a model"),
+    ],
+)
+def test_what_is_refused_whole_too(
+    build: Callable[[], Any], norm: Callable[..., Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs as it was compiled, part by part, and the reason is said once."""
+    monkeypatch.setattr(whole, "MOST_UNUSED", 2)
+    model, inner = build(), CountingInner()
+    model.norm = norm(22)
+    calls = calls_of("FPPPPP")
+    plain, fast = run(model, calls), compiled(model, inner)
+    with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FPPPPP")) as session:
+        warnings.simplefilter("always")
+        check(run(fast, calls), plain)
+    texts = [str(warning.message) for warning in caught if "parts" in str(warning.message) or "part " in str(warning)]
+    assert len(texts) == 1, texts
+    assert re.search(why, texts[0], re.DOTALL), texts
+    assert letters(session) == ("FF" if build is Asking else "")
+    of_edit = inner.graphs
+    check(run(fast, calls), plain)
+    assert inner.graphs == of_edit, "its parts were not compiled in the session"
+    with (
+        pytest.raises(hetcache.SessionError, match=r"in parts|a part"),
+        hetcache.session(plan_of("FPPPPP"), strict=True),
+    ):
+        run(fast, calls)
+    check(run(fast, calls), plain)
+
+
+def test_an_error_leaves_what_was_compiled() -> None:
+    model, (kwargs,) = Padded(), calls_of("F")
+    fast = compiled(model)
+    before = fast.forward
+    with pytest.raises(hetcache.NonFiniteError), hetcache.session(plan_of("FP")):
+        fast(**{**kwargs, "latents": kwargs["latents"] * torch.nan})
+    assert fast.forward is before
+    with hetcache.session(plan_of("FP"), strict=True) as session:
+        run(fast, calls_of("FP"))
+    assert letters(session) == "FP"
+
+
+def test_a_structure() -> None:
+    """Weights may hold anything, and be others of the same kind; all else that a call depends on may not change."""
+    model = Padded()
+    model.table = torch.ones(3)
+    model.extra = type("Extra", (), {})()
+    model.extra.scale = 1.0
+    known = Structure(model)
+    rescaled(model)
+    another_weight(model)
+    model.gains["default"] = float("1.0")
+    assert known.holds()
+    changes: list[Callable[[], Any]] = [
+        lambda: setattr(model.extra, "scale", True),
+        lambda: setattr(model, "table", torch.ones(3)),
+        lambda: model.gains.update(other=1.0),
+        lambda: doubled(model),
+        lambda: setattr(model, "more", None),
+        lambda: model.double(),
+        lambda: model.norm.train(),
+        lambda: model.norm.register_forward_hook(lambda *_: None),
+        lambda: another_layer(model),
+        lambda: model.register_parameter("another", None),
+        lambda: model.register_buffer("also", torch.ones(2)),
+    ]
+    for number, change in enumerate(changes):
+        known = Structure(model)
+        assert known.holds()
+        change()
+        assert not known.holds(), number
