@@ -65,3 +65,60 @@ def test_packed_tokens_of_another_number(dim: int) -> None:
     message = f"the plan's token grid (2, 3, 5) has 30 tokens, but dim {dim} of the token input hidden_states"
     with pytest.raises(hetcache.GridMismatchError, match=re.escape(message)):
         hetcache.rewrite(Packed(1), make_plan(), kwargs=packed_inputs(), token_inputs={"hidden_states": dim})
+
+
+class ByPlaces(nn.Module):
+    """Writes text and tokens into one sequence, at places that it is given, and reads the tokens out of it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(
+        self, hidden_states: torch.Tensor, text: torch.Tensor, places: torch.Tensor, text_places: torch.Tensor
+    ) -> torch.Tensor:
+        x = hidden_states.new_zeros(len(hidden_states), len(places) + len(text_places), WIDTH)
+        x = x.index_copy(1, text_places, text).index_copy(1, places.to(torch.int64), hidden_states)
+        return attend(*self.layer(x).chunk(3, -1)).index_select(1, places)
+
+
+def of_places(places: torch.Tensor) -> dict[str, torch.Tensor]:
+    others = torch.ones(TEXT + N, dtype=torch.bool).index_fill(0, places, False).nonzero().flatten()
+    return {**packed_inputs(), "places": places, "text_places": others}
+
+
+@pytest.mark.parametrize("first", [0, 3, TEXT])
+def test_a_sequence_that_is_packed_by_index(first: int) -> None:
+    """Where the places are runs they are slices; the text may lie on both sides."""
+    torch.manual_seed(0)
+    model, inputs, plan = ByPlaces(), of_places(first + torch.arange(N)), make_plan()
+    forms = hetcache.rewrite(model, plan, kwargs=inputs, token_inputs={"hidden_states": 1})
+    assert list(forms.program.assumed) == ["places", "text_places"]
+    _, cache = forms.full(**inputs)
+    active = torch.from_numpy(plan.active_index)
+    new = {**inputs, "hidden_states": inputs["hidden_states"].index_fill(1, active, 0.5)}
+    expected = model(**inputs).index_copy(1, active, model(**new).index_select(1, active))
+    torch.testing.assert_close(forms.partial(cache, **new)[0], expected, rtol=0, atol=1e-5)
+    moved = {**inputs, **{name: inputs[name].flip(0) for name in ("places", "text_places")}}
+    with pytest.raises(hetcache.SessionError, match="captured for another value of places"):
+        forms.full(**moved)
+
+
+def test_a_sequence_that_is_packed_in_no_order() -> None:
+    inputs = of_places(torch.randperm(TEXT + N, generator=torch.Generator().manual_seed(0))[:N])
+    with pytest.raises(hetcache.UnsupportedGraphError, match="index_copy"):
+        hetcache.rewrite(ByPlaces(), make_plan(), kwargs=inputs, token_inputs={"hidden_states": 1})
+
+
+def test_places_that_change_are_seen_in_a_session() -> None:
+    torch.manual_seed(0)
+    model, inputs = ByPlaces(), of_places(TEXT + torch.arange(N))
+    other = of_places(torch.arange(N))
+    options = {"inner": "eager", "token_inputs": {"hidden_states": 1}}
+    fast = torch.compile(model, backend="hetcache", options=options)
+    with torch.no_grad(), hetcache.session(make_plan()) as session:
+        torch.testing.assert_close(fast(**inputs), model(**inputs), rtol=0, atol=1e-5)
+        with pytest.warns(UserWarning, match="captured for another value of"):
+            torch.testing.assert_close(fast(**other), model(**other), rtol=0, atol=1e-5)
+        torch.testing.assert_close(fast(**inputs), model(**inputs), rtol=0, atol=1e-5)
+    assert (len(session.stats.kinds), session.refused_calls) == (2, 1)

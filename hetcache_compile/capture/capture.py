@@ -6,8 +6,11 @@ Composite operators (linear, norms, attention) stay whole: the passes read a gra
 from __future__ import annotations
 
 import copy
+import io
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SessionError
 from ..passes.analysis.normalise import normalise
+from ..passes.analysis.packed import slices_for_places
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError, module_path, source_line
 from .assumed_values import know
 
@@ -124,7 +128,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         state[spec.arg.name] = tensors[spec.target]
     assert exported.call_spec.out_spec is not None
     assert exported.call_spec.in_spec is not None
-    return Program(
+    program = Program(
         normalise(exported.graph_module),
         state,
         targets,
@@ -133,6 +137,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         exported.call_spec.out_spec,
         _assumed_values(assumed, inputs, args, kwargs),
     )
+    return with_places_settled(program, pytree.tree_leaves((tuple(args), dict(kwargs))))
 
 
 def _assumed_values(
@@ -151,7 +156,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         UnsupportedGraphError: there is none.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _DataByDetach():
+        with torch.no_grad(), warnings.catch_warnings(), _without_its_graph(), _DataByDetach():
             # torch warns of a class of its own when it copies its trees. Neither we nor users can mend that.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             # It says so of a table that a model keeps from its first call: here a copy of the model does.
@@ -163,6 +168,15 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         raise UnsupportedGraphError([Refusal(reason, module=type(model).__name__)]) from error
     _check_sizes(exported.graph_module)
     return exported
+
+
+@contextmanager
+def _without_its_graph() -> Iterator[None]:
+    """Where torch cannot go on it prints the graph that it has, thousands of lines: they are dropped."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        yield
+    sys.stderr.write(said.getvalue())
 
 
 class _DataByDetach(TorchFunctionMode):
@@ -183,6 +197,13 @@ def composites_of_others(module: GraphModule) -> dict[Any, Any]:
     return {op: known[op] for op in others if op in known}
 
 
+def with_places_settled(program: Program, leaves: Sequence[Any]) -> Program:
+    """The program with sequences that are packed by index packed by slices; it assumes the places (see `packed`)."""
+    values = dict(zip(program.inputs, leaves, strict=True))
+    settled = slices_for_places(program.module, values)
+    return replace(program, assumed={**program.assumed, **{name: values[name].clone() for name in sorted(settled)}})
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's text; errors of `torch.export` go on with the whole graph."""
     return next(iter(str(error).strip().splitlines()), "")
@@ -195,7 +216,9 @@ def with_input_names(program: Program, names: Sequence[str]) -> Program:
         by_name[old]._rename(new)
         by_name[old].target = by_name[old].name
     program.module.recompile()
-    return replace(program, inputs=tuple(by_name[old].name for old in program.inputs))
+    inputs = tuple(by_name[old].name for old in program.inputs)
+    assumed = {by_name[old].name: value for old, value in program.assumed.items()}
+    return replace(program, inputs=inputs, assumed=assumed)
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:

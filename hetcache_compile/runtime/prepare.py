@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..capture.capture import Program, capture, with_input_names
+from ..capture.capture import Program, capture, with_input_names, with_places_settled
 from ..capture.regional import capture_by_regions
 from ..capture.rewrite import check_weights, planned_token_inputs, write_form
 from ..compilation.cuda_graphs import Recorder
@@ -128,7 +128,8 @@ class Preparer:
         """
         names = [node.name for node in self.graph.graph.nodes if node.op == "placeholder"]
         graph = with_numbers(self.graph, inputs, self.floats)
-        program = capture_by_regions(graph) or capture(graph, tuple(inputs), {})
+        program = capture_by_regions(graph)
+        program = with_places_settled(program, inputs) if program else capture(graph, tuple(inputs), {})
         return Prepared(with_input_names(program, names))
 
     def analyse(self, prepared: Prepared, plan: Plan) -> Analysis:

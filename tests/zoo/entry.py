@@ -33,7 +33,8 @@ class Entry:
         build: makes the model, in eval mode and fp32, always with the same weights.
         inputs: keyword arguments of `forward`, batch 1, `return_dict=False` where the model knows it.
         grid: (T', H', W') of the tokens that are denoised; 1-D sequences are (T', 1, 1).
-        token_inputs: for latents that come packed, the dim of the tokens in each input that has them.
+        token_inputs: for latents that come packed, the dim of the tokens in each input that has them, or that and the
+            first row that is one.
         note: what the analysis of the token axis meets here.
     """
 
@@ -41,7 +42,7 @@ class Entry:
     build: Callable[[], nn.Module]
     inputs: Inputs
     grid: Grid
-    token_inputs: Mapping[str, int] | None = None
+    token_inputs: Mapping[str, int | tuple[int, int]] | None = None
     note: str = ""
 
 

@@ -12,7 +12,7 @@ from .entry import VIDEO, Draw, Entry, coordinates, latents, newer, seeded, toke
 
 QwenImage21Transformer2DModel = newer("QwenImage21Transformer2DModel")
 
-TEXT, AUDIO = 11, 17
+TEXT, AUDIO, REFERENCE = 11, 17, 3
 N = tokens(VIDEO)
 EVEN = (1, 4, 6)
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
@@ -62,6 +62,24 @@ def minimax_h3(seed: int = 0) -> dict[str, Any]:
         "audio_indices": order[kinds == 2],
         "text_indices": order[kinds == 0],
         "return_dict": False,
+    }
+
+
+def minimax_h3_referenced(seed: int = 0) -> dict[str, Any]:
+    """The rows of a reference are video too, and stand before the text: two runs of places."""
+    draw = Draw(seed)
+    kinds = torch.cat([torch.full((length,), kind) for kind, length in ((0, REFERENCE), (1, TEXT), (0, N), (2, AUDIO))])
+    order = torch.arange(len(kinds))
+    return {
+        **minimax_h3(seed),
+        "hidden_states": draw(1, REFERENCE + N, 20),
+        "timestep": torch.cat([torch.zeros(1), draw.timestep(2)]),
+        "timestep_indices": (order >= REFERENCE + TEXT).long() + (order >= REFERENCE + TEXT + N),
+        "token_tags": kinds,
+        "position_ids": torch.cat([coordinates((1, 1, REFERENCE)) - 1, places(TEXT, VIDEO, (AUDIO, 1, 1))]),
+        "video_indices": order[kinds == 0],
+        "audio_indices": order[kinds == 2],
+        "text_indices": order[kinds == 1],
     }
 
 
@@ -130,9 +148,17 @@ ENTRIES = (
         build_minimax_h3,
         minimax_h3,
         VIDEO,
-        {"hidden_states": 1, "video_indices": 0},
+        {"hidden_states": 1},
         note="tokens are copied into a sequence of text, video and audio at positions that are inputs (index_copy), "
         "and selected again; modulation is chosen for each token by an index; audio is an output too",
+    ),
+    Entry(
+        "MiniMaxH3Transformer3DModel (references)",
+        build_minimax_h3,
+        minimax_h3_referenced,
+        VIDEO,
+        {"hidden_states": (1, REFERENCE)},
+        note="the tokens of a reference come first in the latents, and stand elsewhere in the sequence",
     ),
     Entry(
         "QwenImage21Transformer2DModel",
