@@ -70,16 +70,25 @@ def test_packed_tokens_of_another_number(dim: int) -> None:
 class ByPlaces(nn.Module):
     """Writes text and tokens into one sequence, at places that it is given, and reads the tokens out of it again."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str = "index_copy") -> None:
         super().__init__()
+        self.way = way
         self.layer = nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(
         self, hidden_states: torch.Tensor, text: torch.Tensor, places: torch.Tensor, text_places: torch.Tensor
     ) -> torch.Tensor:
         x = hidden_states.new_zeros(len(hidden_states), len(places) + len(text_places), WIDTH)
-        x = x.index_copy(1, text_places, text).index_copy(1, places.to(torch.int64), hidden_states)
-        return attend(*self.layer(x).chunk(3, -1)).index_select(1, places)
+        if self.way == "index_copy":
+            x = x.index_copy(1, text_places, text).index_copy(1, places.to(torch.int64), hidden_states)
+        elif self.way == "index_put":
+            x[:, text_places] = text
+            x[:, places + torch.zeros_like(places)] = hidden_states
+        else:
+            x = x.scatter_add(1, text_places[None, :, None].expand_as(text), text)
+            x = x.scatter_add(-2, places[None, :, None].expand_as(hidden_states), hidden_states)
+        x = attend(*self.layer(x).chunk(3, -1))
+        return x.index_select(1, places) if self.way == "index_copy" else x[:, places]
 
 
 def of_places(places: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,14 +96,16 @@ def of_places(places: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**packed_inputs(), "places": places, "text_places": others}
 
 
+@pytest.mark.parametrize("way", ["index_copy", "index_put", "scatter_add"])
 @pytest.mark.parametrize("first", [0, 3, TEXT])
-def test_a_sequence_that_is_packed_by_index(first: int) -> None:
+def test_a_sequence_that_is_packed_by_index(first: int, way: str) -> None:
     """Where the places are runs they are slices; the text may lie on both sides."""
     torch.manual_seed(0)
-    model, inputs, plan = ByPlaces(), of_places(first + torch.arange(N)), make_plan()
+    model, inputs, plan = ByPlaces(way), of_places(first + torch.arange(N)), make_plan()
     forms = hetcache.rewrite(model, plan, kwargs=inputs, token_inputs={"hidden_states": 1})
     assert list(forms.program.assumed) == ["places", "text_places"]
-    _, cache = forms.full(**inputs)
+    full, cache = forms.full(**inputs)
+    torch.testing.assert_close(full, model(**inputs), rtol=0, atol=1e-6)
     active = torch.from_numpy(plan.active_index)
     new = {**inputs, "hidden_states": inputs["hidden_states"].index_fill(1, active, 0.5)}
     expected = model(**inputs).index_copy(1, active, model(**new).index_select(1, active))
@@ -104,10 +115,11 @@ def test_a_sequence_that_is_packed_by_index(first: int) -> None:
         forms.full(**moved)
 
 
-def test_a_sequence_that_is_packed_in_no_order() -> None:
+@pytest.mark.parametrize("way", ["index_copy", "index_put", "scatter_add"])
+def test_a_sequence_that_is_packed_in_no_order(way: str) -> None:
     inputs = of_places(torch.randperm(TEXT + N, generator=torch.Generator().manual_seed(0))[:N])
-    with pytest.raises(hetcache.UnsupportedGraphError, match="index_copy"):
-        hetcache.rewrite(ByPlaces(), make_plan(), kwargs=inputs, token_inputs={"hidden_states": 1})
+    with pytest.raises(hetcache.UnsupportedGraphError, match=r"its index|several indices|picks rows|reduces"):
+        hetcache.rewrite(ByPlaces(way), make_plan(), kwargs=inputs, token_inputs={"hidden_states": 1})
 
 
 def test_places_that_change_are_seen_in_a_session() -> None:
