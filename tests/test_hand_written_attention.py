@@ -325,7 +325,7 @@ LEFT_ALONE: dict[str, Op] = {
     "scaled by no positive number": by_matmul(lambda s: s * -SCALE),
     "weights are scaled": by_matmul(lambda s: s, lambda w: w * 2),
     "weights over one": by_matmul(lambda s: s, lambda w: w.cumsum(-1)),
-    "a larger mask": lambda x, _: ((x[:1] @ x[:1].mT + bias(x).expand(BATCH, -1, -1)).softmax(-1) @ x),
+    "a larger mask": lambda x, _: (x[:1] @ x[:1].mT + bias(x).expand(BATCH, -1, -1)).softmax(-1) @ x,
 }
 
 
