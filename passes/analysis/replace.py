@@ -89,7 +89,7 @@ class Replacement:
                 return False
             try:
                 changed[user] = self._value(user, {node: value})
-            except RuntimeError:  # no view of these strides
+            except (RuntimeError, ValueError):  # no view of these strides
                 return False
             if not self._fits(user, changed[user], changed):
                 return False
