@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,16 @@ from freezing import frozen_outputs
 from models_check import distance, random_plan, tensors, write
 from side_by_side import BATCH, GRID, WIDTH, Model, N, Op, inputs, make_plan
 from torch import Tensor, einsum, nn
+from torch.fx import GraphModule, Node
 
 import hetcache_compile as hetcache
 from hetcache_compile.capture.capture import Program, capture
+from hetcache_compile.capture.regional import capture_by_regions
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
 from hetcache_compile.passes.analysis.flops import node_flops
+from hetcache_compile.passes.forms.merge import MergeContext
 from hetcache_compile.passes.ir.axis import Attend
+from hetcache_compile.passes.ir.regions import regions_of
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -254,7 +260,7 @@ def keywords() -> dict[str, Tensor]:
     return {"x": x, "text": text}
 
 
-def attentions(program: Program) -> list[torch.fx.Node]:
+def attentions(program: Program) -> list[Node]:
     """All but the one of the model around it."""
     return program.module.graph.find_nodes(op="call_function", target=ATTENTION)[1:]
 
@@ -412,12 +418,12 @@ def test_it_counts_the_same_work(name: str) -> None:
 
 
 class Blocks(nn.Module):
-    """Two blocks of attention by hand alone; to the outside like any other model."""
+    """Blocks with attention by hand, and no other."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 2) -> None:
         super().__init__()
         self.patch = nn.Conv3d(3, WIDTH, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(_Block() for _ in range(2))
+        self.blocks = nn.ModuleList(_Block() for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
@@ -435,8 +441,43 @@ class _Block(nn.Module):
         return x + self.out(split(self.norm(x), 11))
 
 
+def test_blocks_are_still_captured_once() -> None:
+    torch._dynamo.reset()
+    found: list[tuple[Program, Program | None]] = []
+
+    def backend(graph: GraphModule, args: Sequence[Any]) -> Any:
+        found.append((capture(graph, tuple(args), {}), capture_by_regions(graph)))
+        return graph
+
+    with torch.no_grad():
+        torch.compile(Blocks(4).eval(), backend=backend, fullgraph=True)(inputs()[0])
+    ((whole, regional),) = found
+    assert regional is not None
+    assert operators(regional) == operators(whole)
+    assert operators(regional)[ATTENTION] == 4
+    regions = regions_of(regional.module.graph, lambda node: node.meta.get("val"))
+    assert max(Counter(region.key for region in regions).values()) == 4
+
+
+def operators(program: Program) -> Counter[Any]:
+    return Counter(node.target for node in program.module.graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("merging", ["boxes", "kmeans"])
+def test_its_context_can_be_merged(merging: str) -> None:
+    """Exact, where each cluster has one member."""
+    model, _ = captured(FUSED["basic"])
+    plan, kwargs, count = make_plan(), keywords(), N - N // 3
+    forms = hetcache.rewrite(model, plan, kwargs=kwargs)
+    by_kind = {kind: MergeContext(count, count, merging)(form) for kind, form in forms.by_kind.items()}
+    merged = replace(forms, by_kind=by_kind, plan=replace(plan, context_cluster=np.arange(count), merging=merging))
+    with torch.no_grad():
+        expected, cache = merged.full(**kwargs)
+        assert distance(merged.partial(cache, **kwargs)[0], expected) < TOLERANCE
+
+
 def test_rewrite_and_the_backend() -> None:
-    """The backend captures the block once, and gives what the forms of `rewrite` do."""
+    """Both give the same."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, plan = Blocks().eval(), make_plan()
