@@ -191,8 +191,9 @@ def split(x: Tensor, rows: int, mask: Tensor | None = None) -> Tensor:
     return unfolded(result)
 
 
-def sub_quadratic(x: Tensor, rows: int, mask: Tensor | None = None) -> Tensor:
+def sub_quadratic(x: Tensor, rows: int, mask: Tensor | None = None, mask_rows: int | None = None) -> Tensor:
     """Chunks of queries are put together; keys come transposed."""
+    mask_rows = mask_rows or rows
     q, k, v = map(folded, qkv(x))
     keys = k.transpose(1, 2)
 
@@ -200,7 +201,8 @@ def sub_quadratic(x: Tensor, rows: int, mask: Tensor | None = None) -> Tensor:
         query = q[:, start : start + rows]
         scores = torch.baddbmm(torch.empty(1, 1, 1), query.float(), keys.float(), alpha=SCALE, beta=0)
         if mask is not None:
-            scores += mask if mask.shape[-2] == 1 else mask[..., start : start + rows, :]
+            place = start // rows * mask_rows
+            scores += mask if mask.shape[-2] == 1 else mask[..., place : place + mask_rows, :]
         return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
 
     chunks = [chunk(start) for start in range(0, N, rows)]
@@ -357,6 +359,37 @@ def test_attention_with_a_mask_of_tokens_is_computed_whole() -> None:
 def masked_by_tokens(x: Tensor, _: Tensor) -> Tensor:
     q, k, v = map(heads, qkv(x))
     return joined((q @ k.mT + x[:, None, None, :, 0]).softmax(-1) @ v)
+
+
+def two_in_another_order(x: Tensor, _: Tensor) -> Tensor:
+    """The first softmax is used last; both have one mask."""
+    q, k, v = map(heads, qkv(x))
+    mask = ~allowed(x)
+    first, second = ((a @ b.mT).masked_fill(mask, -1e4).softmax(-1) for a, b in ((q, k), (k, q)))
+    after = second @ v
+    return joined(first @ after.sin())
+
+
+def a_mask_for_two(x: Tensor, _: Tensor) -> Tensor:
+    """Three dims become four where it is used last, first."""
+    mask = bias(x)[None]
+    return basic(split(x, 7, mask[0]) + sub_quadratic(x, N, mask), mask[0]) + sub_quadratic(x.cos(), 11, mask)
+
+
+@pytest.mark.parametrize(("op", "count"), [(two_in_another_order, 2), (a_mask_for_two, 4)])
+def test_several_that_share_operands(op: Op, count: int) -> None:
+    model, program = captured(op)
+    assert len(attentions(program)) == count
+    analysis = analyse(program.module, GRID)
+    assert analysis.whole == {}
+    assert max(errors(model, program, analysis)) < 2 * TOLERANCE
+
+
+def test_slices_with_other_masks_are_not_joined() -> None:
+    """One row of the mask is for all queries of a slice. The slices are computed whole."""
+    model, program = captured(lambda x, _: sub_quadratic(x, 15, bias(x)[None, :2], 1))
+    assert len(attentions(program)) == 2
+    assert max(errors(model, program, analyse(program.module, GRID))) < TOLERANCE
 
 
 def test_attention_to_the_text_stays_exact() -> None:

@@ -158,6 +158,8 @@ def _joined_slices(write: Replacement, made: Sequence[Node]) -> list[Node]:
         mask = masks[0] if len(set(masks)) == 1 and not _has_rows(masks[0]) else _sliced(masks, -2)
         if query is None or len(others) != 1 or (mask is None and set(masks) != {None}):
             continue
+        if _has_rows(mask) and shape_of(mask)[-2] != shape_of(query)[-2]:  # type: ignore[arg-type]
+            continue  # a row for each slice
         whole = write.before(node)(ATTENTION, query, *parts[0].args[1:3], mask, *parts[0].args[4:], **parts[0].kwargs)
         if write.put(node, whole):
             left = dict.fromkeys([*(one for one in left if one not in parts), whole])

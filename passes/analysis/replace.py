@@ -36,7 +36,7 @@ WRITES: tuple[Any, ...] = (aten.copy.default, aten.slice_scatter.default)
 class Replacement:
     """Writes nodes in front of others, and puts them in their place.
 
-    An equal call is written once. Each node gets a fake value, the traces of the node that it stands in front of, and
+    An equal call is written once, if it stands before all that need it. Each node gets a fake value, the traces of the node that it stands in front of, and
     the name of the pass.
     """
 
@@ -45,11 +45,12 @@ class Replacement:
         self.known: dict[tuple[Any, str, str], Node] = {}
 
     def before(self, place: Node) -> AddNode:
-        """`call(op, *args, **kwargs)` adds a node in front of `place`; later places come later in the graph."""
+        """`call(op, *args, **kwargs)` adds a node in front of `place`, if none does the same there already."""
 
         def call(op: Any, *args: Any, **kwargs: Any) -> Node:
             key = op, repr(args), repr(kwargs)
-            if key not in self.known or self.known[key]._erased:
+            known = self.known.get(key)
+            if known is None or known._erased or not known < place:
                 with self.module.graph.inserting_before(place):
                     node = self.module.graph.call_function(op, args, kwargs)
                 node.meta = {trace: place.meta[trace] for trace in TRACES if trace in place.meta}
