@@ -44,13 +44,13 @@ def fuse_attention(module: GraphModule) -> PassResult:
             result = _result(write.before(found.place), found, attention)
             if write.put(found.place, result):
                 made.append(attention)
-    if not made:
+    if not write.known:
         return PassResult(module, False)
     module.graph.eliminate_dead_code(has_side_effect)
     for attention in _joined_slices(write, made):
         _raise(write, attention)
     module.graph.eliminate_dead_code(has_side_effect)
-    return PassResult(module, True)
+    return PassResult(module, bool(made))
 
 
 def _written(call: AddNode, found: HandWritten) -> Node:

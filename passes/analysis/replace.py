@@ -36,8 +36,8 @@ WRITES: tuple[Any, ...] = (aten.copy.default, aten.slice_scatter.default)
 class Replacement:
     """Writes nodes in front of others, and puts them in their place.
 
-    An equal call is written once, if it stands before all that need it. Each node gets a fake value, the traces of the node that it stands in front of, and
-    the name of the pass.
+    An equal call is written once, if it stands before all that need it. Each node gets a fake value, the traces of the
+    node that it stands in front of, and the name of the pass.
     """
 
     def __init__(self, module: GraphModule, name: str) -> None:
