@@ -23,7 +23,9 @@ from hetcache_compile.passes.analysis.normalise import (
     drop_asserts,
     drop_dead_code,
     drop_empty_operands,
+    drop_overwritten,
     drop_whole_slices,
+    fuse_attention,
     normalise,
     share_subexpressions,
 )
@@ -363,11 +365,30 @@ def unused(x: torch.Tensor) -> torch.Tensor:
     return x.sin()
 
 
+def written(x: torch.Tensor, *slices: slice) -> torch.Tensor:
+    """Zeros that are written over, slice by slice."""
+    result = torch.zeros_like(x)
+    for rows in slices:
+        result = torch.slice_scatter(result, x[:, rows], 1, rows.start, rows.stop)
+    return result.sin()
+
+
+def weights(x: torch.Tensor) -> torch.Tensor:
+    return (x @ x.mT).softmax(-1)
+
+
 Pass = Callable[[GraphModule], PassResult]
 EFFECTIVE: dict[str, tuple[Pass, Function, tuple[torch.Tensor, ...], list[str]]] = {
     "asserts": (drop_asserts, asserted, (X,), ["eq", "all", "sin"]),
     "padding by nothing": (drop_empty_operands, lambda x, y: torch.cat([y, x, y], 1).sin(), (X, NOTHING), ["sin"]),
     "whole slices": (drop_whole_slices, lambda x: aten.slice(aten.slice(x, 1, 0, END), 2).sin(), (X,), ["sin"]),
+    "one copy": (drop_overwritten, lambda x: aten.copy(torch.zeros_like(x), x.sin()), (X,), ["zeros_like", "sin"]),
+    "all slices": (
+        drop_overwritten,
+        lambda x: written(x, slice(3, 5), slice(0, 3)),
+        (X,),
+        ["zeros_like", "slice", "slice_scatter", "slice", "cat", "sin"],
+    ),
     "equal expressions": (share_subexpressions, lambda x: x[1:].sin() * x[1:].sin(), (X,), ["slice", "sin", "mul"]),
     "equal keywords": (share_subexpressions, lambda x: [x.sum(1, dtype=torch.int8) for _ in "ab"], (X,), ["sum"]),
     "dead code": (drop_dead_code, unused, (X,), ["sin"]),
@@ -391,6 +412,11 @@ ALONE: dict[str, tuple[Pass, Function, tuple[torch.Tensor, ...]]] = {
     "two operands": (drop_empty_operands, lambda x: torch.cat([x, x], 1), (X,)),
     "an empty operand of another type": (drop_empty_operands, lambda x, y: torch.cat([x, y.double()], 1), (X, NOTHING)),
     "parts": (drop_whole_slices, lambda x: (x[1:], x[:, ::2]), (X,)),
+    "some slices": (drop_overwritten, lambda x: written(x, slice(0, 3), slice(4, 5)), (X,)),
+    "slices that overlap": (drop_overwritten, lambda x: written(x, slice(0, 3), slice(2, 5)), (X,)),
+    "a copy to another type": (drop_overwritten, lambda x: aten.copy(torch.zeros(3, 5, 7).double(), x), (X,)),
+    "a copy of a row": (drop_overwritten, lambda x: aten.copy(torch.zeros_like(x), x[0]), (X,)),
+    "weights of attention that are shown": (fuse_attention, lambda x: (weights(x), weights(x).sum() * x), (X,)),
     "other arguments": (share_subexpressions, lambda x: (x[1:], x[:, 1:], x.sum(0), x.sum(0, True)), (X,)),
     "other keywords": (share_subexpressions, lambda x: (x.sum(0), x.sum(0, dtype=torch.float64)), (X,)),
     "1 and 1.0": (share_subexpressions, lambda x: (x + 1, x + 1.0), (COUNT,)),

@@ -1,6 +1,7 @@
-"""Tidy a captured graph without changing one bit of what it computes.
+"""Tidy a captured graph without changing one bit of what it computes, but for attention written by hand.
 
-`PASSES` is the whole pipeline. A pass takes a module and returns a `PassResult`.
+`PASSES` is the whole pipeline. A pass takes a module and returns a `PassResult`. Only `fuse_attention` rounds
+otherwise than the model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..ir.pipeline import run_passes
 from ..ir.refusal import shape_of
+from .fuse_attention import fuse_attention
+from .replace import Replacement, rows_of
 
 aten = torch.ops.aten
 
@@ -58,6 +61,48 @@ def drop_whole_slices(module: GraphModule) -> PassResult:
         module.graph.erase_node(node)
         modified = True
     return PassResult(module, modified)
+
+
+def drop_overwritten(module: GraphModule) -> PassResult:
+    """A tensor that is written over, all of it, is what it is written from.
+
+    1. By one copy, as in `x[:] = y`.
+    2. Slice by slice, as in `x[:, 0:3] = y; x[:, 3:7] = z`.
+    """
+    write, modified = Replacement(module, "drop_overwritten"), False
+    for node in list(module.graph.find_nodes(op="call_function", target=aten.copy.default)):
+        source = node.args[1]
+        if isinstance(source, Node) and shape_of(source) == shape_of(node) and _same_dtype(source, node):
+            modified |= write.put(node, source)  # case 1
+    for node in list(module.graph.find_nodes(op="call_function", target=aten.slice_scatter.default)):
+        if any(user.target is aten.slice_scatter.default and user.args[0] is node for user in node.users):
+            continue  # not the last of them
+        sources = _written_slices(node)
+        if sources:
+            dim = node.args[2] if len(node.args) > 2 else 0
+            modified |= write.put(node, write.before(node)(aten.cat.default, sources, dim))  # case 2
+    return PassResult(module, modified)
+
+
+def _written_slices(node: Node) -> list[Node] | None:
+    """What is written into a tensor, in its order along a dim, if that is all of it and nothing is written twice."""
+    parts: list[tuple[int, int, Node]] = []
+    dims, last, size = set(), node, 0
+    while last.target is aten.slice_scatter.default and not last.kwargs:
+        arguments: tuple[Any, ...] = last.args
+        base, source, *where = arguments
+        dim, start, end = rows_of(where, shape_of(last))
+        if end is None or not _same_dtype(source, base):
+            return None
+        size = shape_of(last)[dim]
+        parts.append((start, end, source))
+        dims.add(dim)
+        last = base
+    parts.sort(key=lambda part: part[0])
+    ends = [0, *(end for _, end, _ in parts)]
+    if len(dims) != 1 or [start for start, _, _ in parts] != ends[:-1] or ends[-1] != size:
+        return None
+    return [source for _, _, source in parts]
 
 
 def drop_size_hints(module: GraphModule) -> PassResult:
@@ -121,6 +166,8 @@ PASSES: list[Callable[[GraphModule], PassResult]] = [
     drop_whole_slices,
     drop_size_hints,
     name_squeezed_dims,
+    drop_overwritten,
+    fuse_attention,
     share_subexpressions,
     drop_dead_code,
 ]

@@ -241,7 +241,7 @@ ENTRIES = (
         t5_film,
         GRID,
         {"decoder_input_tokens": 1},
-        note="attention is matmul, softmax, matmul; the cross mask has one row for each token; the output is a bare "
+        note="attention is baddbmm, softmax, bmm; the cross mask has one row for each token; the output is a bare "
         "tensor",
     ),
 )
