@@ -54,4 +54,4 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def _product_flops(rows: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    return 2 * prod(out_shape) * int(rows[-1])
+    return int(2 * prod(out_shape) * rows[-1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from math import prod
 
-
 from ..ir.axis import FREE, AxisState, Flow, Parts, Place, Tokens
 from ..ir.refusal import shape_of
 from .reshape import move

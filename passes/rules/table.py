@@ -220,7 +220,9 @@ RULES: dict[Any, Rule] = {
 def rule_of(op: Any) -> Rule | None:
     """The rule for what a node calls, or None."""
     known = RULES.get(op)
-    return quantised.NAMED.get(op.name()) if known is None and isinstance(op, OpOverload) else known
+    if known is not None or not isinstance(op, OpOverload):
+        return known
+    return quantised.NAMED.get(op.name())  # type: ignore[no-untyped-call]
 
 
 def register_attention(op: Any, rows: int) -> None:
