@@ -118,7 +118,7 @@ class CompiledGraph:
         self._broken_by = graph_break_of(graph)
         self._varying = varying_inputs(self.unwrapped.graph, self.preparer.floats)
         places = enumerate(self.unwrapped.graph.graph.find_nodes(op="placeholder"))
-        self._held = frozenset(number for number, node in places if is_held(node.name))
+        self._held = frozenset(n for n, node in places if is_held(node.name)) - self.preparer.floats
         self._plain: dict[Hashable, Compiled] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._prepared: dict[Hashable, Prepared] = {}

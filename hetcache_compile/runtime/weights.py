@@ -58,7 +58,7 @@ class Weights:
     def __init__(self, inputs: Sequence[Any], parts: Collection[int] = (), held: Collection[int] = ()) -> None:
         numbers = [n for n, value in enumerate(inputs) if n in parts or isinstance(value, torch.nn.Parameter)]
         self._first = numbers[0] if numbers else None
-        numbers += sorted({*held} - {*numbers})
+        numbers += [n for n in sorted({*held} - {*numbers}) if isinstance(inputs[n], torch.Tensor)]
         self._numbers = numbers
         self._counted = not any(inputs[number].is_inference() for number in numbers)
         count = 1 if 0 < len(numbers) <= FEW else -(-len(numbers) // WINDOW)
