@@ -219,6 +219,20 @@ def test_forms_of_weights_with_attributes() -> None:
         forms.full(**kwargs)
 
 
+class Cut(Nf4):
+    """What `torch.compile` cannot look through, as bitsandbytes with a threshold for outliers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_a_model_that_dynamo_cuts_is_refused() -> None:
+    model = with_layers(Cut)
+    with pytest.raises(hetcache.UnsupportedGraphError, match="Dynamo cannot capture it"):
+        hetcache.rewrite(model, plan_of("FPR"), (), call(model, seed=0))
+
+
 def test_products_count() -> None:
     """A plan's speed is estimated from FLOPs: those of a product with quantised weights are those of a linear layer."""
     model, plain = with_layers(Nf4), wan(**CONFIG)

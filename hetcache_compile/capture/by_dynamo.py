@@ -83,8 +83,9 @@ def _call(
     # Every capture counts as one more compilation of the model.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=torch.iinfo(torch.int32).max):
         result = compiled(*args, **kwargs)
-    ((graph, inputs, outputs),) = kept
-    return graph, inputs, outputs, result
+    if len(kept) != 1:
+        raise RuntimeError(f"it is cut into {len(kept)} graphs: TORCH_LOGS=graph_breaks says where")
+    return *kept[0], result
 
 
 def _places(results: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
