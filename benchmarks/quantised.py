@@ -68,12 +68,12 @@ def flux() -> FluxTransformer2DModel:
 
 def flux_call(seed: int) -> dict[str, Any]:
     """A call of 105 packed tokens, as `plan_of` has them."""
-    draw = torch.Generator().manual_seed(seed)
+    draw, text = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)  # one prompt for all steps
     places = torch.cartesian_prod(torch.arange(3.0), torch.arange(5.0), torch.arange(7.0))
     return {
         "hidden_states": torch.randn(1, 105, 64, generator=draw),
-        "encoder_hidden_states": torch.randn(1, 11, 64, generator=draw),
-        "pooled_projections": torch.randn(1, 64, generator=draw),
+        "encoder_hidden_states": torch.randn(1, 11, 64, generator=text),
+        "pooled_projections": torch.randn(1, 64, generator=text),
         "timestep": torch.tensor([1 - seed / 10]),
         "guidance": torch.tensor([3.5]),
         "img_ids": places,
