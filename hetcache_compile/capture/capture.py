@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import SessionError
 from ..passes.analysis.normalise import normalise
@@ -69,6 +70,8 @@ class Program:
                 continue
             if (now.shape, now.dtype, now.device) != (tensor.shape, tensor.dtype, tensor.device):
                 raise SessionError(f"{target} has another shape, type or device than before: rewrite the model anew")
+            if is_more_than_data(now):
+                raise SessionError(f"{target} is another one, and so is what hangs on it: rewrite the model anew")
             changed[name] = now
         return replace(self, state={**self.state, **changed}) if changed else self
 
@@ -94,6 +97,15 @@ class Program:
                 )
         names = (node.name for node in self.module.graph.nodes if node.op == "placeholder")
         return [self.state[name] if name in self.state else by_name[name] for name in names]
+
+
+def is_more_than_data(tensor: Any) -> bool:
+    """Whether a weight is of a class of its own that is not made of plain tensors (see `subclasses`)."""
+    return (
+        isinstance(tensor, nn.Parameter)
+        and type(tensor) is not nn.Parameter
+        and not is_traceable_wrapper_subclass(tensor)
+    )
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:

@@ -22,7 +22,8 @@ from ..passes.ir.form import Form
 from ..passes.ir.graphs import device_of
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError, shape_of
 from ..plan.plan import Plan
-from .capture import Program, capture
+from .by_dynamo import capture_model
+from .capture import Program
 
 Cache = dict[str, torch.Tensor]
 
@@ -114,7 +115,9 @@ class Forms:
         missing = [entry.input_name for entry in form.reads if entry.input_name not in cache]
         if missing:
             raise SessionError(f"the cache lacks {', '.join(missing)}: pass what a full step returned")
-        results = form.module(*inputs, *indices, *(cache[entry.input_name] for entry in form.reads))
+        # A form has the operators that a weight's class asked for when it was captured.
+        with torch._C.DisableTorchFunctionSubclass():
+            results = form.module(*inputs, *indices, *(cache[entry.input_name] for entry in form.reads))
         num_outputs = len(results) - len(form.writes)
         written = {e.input_name: t for e, t in zip(form.writes, results[num_outputs:], strict=True)}
         return pytree.tree_unflatten(results[:num_outputs], self.program.out_spec), {**cache, **written}
@@ -175,7 +178,7 @@ def rewrite(
         GridMismatchError: the plan is for another grid.
     """
     model = getattr(model, "_orig_mod", model)
-    program = capture(model, args, kwargs or {})
+    program = capture_model(model, args, kwargs or {})
     token_inputs = token_inputs or planned_token_inputs(program, plan)
     return replace(write_forms(program, analyse(program.module, plan.grid, token_inputs), plan), model=model)
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..capture.capture import Program, capture
+from ..capture.by_dynamo import capture_model
+from ..capture.capture import Program, is_more_than_data
 from ..capture.rewrite import planned_token_inputs
 from ..errors import PlanError
 from ..passes.analysis.analyse import analyse
@@ -73,9 +74,10 @@ class Footprint:
             raise PlanError(
                 "the memory of a cache is that of a model call: give the prompt, and all else that the pipeline needs"
             )
+        _check_callable(first.model, pipe._execution_device)
         try:
             with redirect_stderr(StringIO()):  # torch prints the graph of an attempt that another one follows
-                program = capture(first.model, *_where_weights_are(first.model, first.args, first.kwargs))
+                program = capture_model(first.model, *_where_weights_are(first.model, first.args, first.kwargs))
         except UnsupportedGraphError as error:
             raise PlanError(f"the memory of the cache cannot be counted: {error}") from error
         results: Any = program.module.graph.output_node().args[0]
@@ -110,6 +112,16 @@ class Footprint:
         window = READ_AND_FETCHED * max(layers.values(), default=0)
         total = sum(entry.num_bytes for entry in entries)
         return replace(plan, counted=CacheSize(plan.form_options, total, layers.total(), window, self.branches))
+
+
+def _check_callable(model: Any, device: torch.device) -> None:
+    """Raise `PlanError` where capture calls the model (see `capture.by_dynamo`), and that would be on the host."""
+    weight = next(filter(is_more_than_data, model.parameters()), None)
+    if weight is not None and weight.device.type != device.type:
+        raise PlanError(
+            f"the memory of the cache cannot be counted while the model is on {weight.device}: its weights are of "
+            f"{type(weight).__name__}, of which a call is made. Leave memory= out, or move the model to {device} first"
+        )
 
 
 def _where_weights_are(model: Any, args: Any, kwargs: Any) -> Any:

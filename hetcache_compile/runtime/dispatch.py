@@ -31,6 +31,7 @@ from ..errors import (
     is_out_of_memory,
 )
 from ..passes.analysis.analyse import Analysis
+from ..passes.analysis.inputs import is_held
 from ..passes.ir.axis import AxisState
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.graphs import device_of
@@ -116,6 +117,8 @@ class CompiledGraph:
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self.broken_by = graph_break_of(graph)
         self._varying = varying_inputs(self.unwrapped.graph, self.preparer.floats)
+        places = enumerate(self.unwrapped.graph.graph.find_nodes(op="placeholder"))
+        self._held = frozenset(n for n, node in places if is_held(node.name)) - self.preparer.floats
         self._plain: dict[Hashable, Compiled] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._prepared: dict[Hashable, Prepared] = {}
@@ -193,7 +196,8 @@ class CompiledGraph:
             try:
                 if shapes not in self._prepared:
                     self._prepared[shapes] = self.preparer.capture(inputs)
-                    self._weights[shapes] = Weights(self.unwrapped.watched(given, inputs), self.unwrapped.parts)
+                    watched = self.unwrapped.watched(given, inputs)
+                    self._weights[shapes] = Weights(watched, self.unwrapped.parts, self._held)
                 prepared = self._prepared[shapes]
                 analysis = self.preparer.analyse(prepared, plan)
                 roles = self.preparer.roles(prepared, analysis, inputs)
@@ -273,7 +277,9 @@ class CompiledGraph:
             indices = [
                 session.index(name, route.device, p, kind=turn.weighed_as, step=turn.step) for name in form.indices
             ]
-            results.append(own_outputs(run(*picked, *indices, *own), own))
+            # A form has the operators that a weight's class asked for when Dynamo looked through it.
+            with torch._C.DisableTorchFunctionSubclass():
+                results.append(own_outputs(run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
         if turn.recorded is not None and turn.corrects:
             settle(turn.branch)
@@ -527,7 +533,8 @@ def told_of_memory(needed: str) -> Iterator[None]:
 def signature_at(route: Route, inputs: Sequence[Any]) -> str:
     """What a record knows a model by, of a call's inputs."""
     program = route.prepared.program
-    return model_signature(program.module.graph, [*program.state.values(), *route.weights.of(inputs)])
+    with torch._C.DisableTorchFunctionSubclass():
+        return model_signature(program.module.graph, [*program.state.values(), *route.weights.of(inputs)])
 
 
 def settle(branch: Branch) -> None:

@@ -127,7 +127,7 @@ class Preparer:
             UnsupportedGraphError: it cannot be captured.
         """
         names = [node.name for node in self.graph.graph.nodes if node.op == "placeholder"]
-        graph = with_numbers(self.graph, inputs, self.floats)
+        graph = without_grad_modes(with_numbers(self.graph, inputs, self.floats))
         program = capture_by_regions(graph)
         program = with_places_settled(program, inputs) if program else capture(graph, tuple(inputs), {})
         return Prepared(with_input_names(program, names))
@@ -252,6 +252,23 @@ def with_numbers(graph: GraphModule, inputs: Sequence[Any], floats: frozenset[in
                 _put(item, float(value))
                 graph.graph.erase_node(item)
     graph.recompile()
+    return graph
+
+
+def without_grad_modes(graph: GraphModule) -> GraphModule:
+    """The graph, a copy, without nodes that switch gradients off and on: a form runs without any.
+
+    Where gradients are on, Dynamo writes an autograd function down with them, in a graph of its own inside, and
+    `torch.export` cannot take those apart.
+    """
+    inner = {name: part for name, part in graph.named_children() if isinstance(part, GraphModule)}
+    for name, part in inner.items():
+        setattr(graph, name, without_grad_modes(graph_module(part, copy.deepcopy(part.graph))))
+    switches = graph.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    for node in switches:
+        graph.graph.erase_node(node)
+    if switches:
+        graph.recompile()
     return graph
 
 

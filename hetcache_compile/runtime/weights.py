@@ -52,12 +52,14 @@ class Weights:
     Args:
         inputs: of a call.
         parts: positions of plain tensors that a weight is made of.
+        held: positions of other tensors that modules hold, such as the scales of a quantised weight.
     """
 
-    def __init__(self, inputs: Sequence[Any], parts: Collection[int] = ()) -> None:
+    def __init__(self, inputs: Sequence[Any], parts: Collection[int] = (), held: Collection[int] = ()) -> None:
         numbers = [n for n, value in enumerate(inputs) if n in parts or isinstance(value, torch.nn.Parameter)]
-        self._numbers = numbers
         self._first = numbers[0] if numbers else None
+        numbers += [n for n in sorted({*held} - {*numbers}) if isinstance(inputs[n], torch.Tensor)]
+        self._numbers = numbers
         self._counted = not any(inputs[number].is_inference() for number in numbers)
         count = 1 if 0 < len(numbers) <= FEW else -(-len(numbers) // WINDOW)
         # Of one number alone an itemgetter makes no tuple.
@@ -77,6 +79,10 @@ class Weights:
             inputs: of the call.
             thorough: whether to look at every weight.
         """
+        with torch._C.DisableTorchFunctionSubclass():  # a weight may be of a class with its own idea of an operator
+            return self._generation(model, inputs, thorough)
+
+    def _generation(self, model: Any, inputs: Sequence[Any], thorough: bool) -> int:
         seen = self._models.get(model)
         if seen is None:
             self._models[model] = Seen(self._all(inputs))

@@ -28,7 +28,7 @@ from ..ir.axis import (
 from ..ir.refusal import GridMismatchError, Refusal, UnsupportedGraphError, module_path, refuse, shape_of
 from ..rules.patches import input_state, is_patchify
 from ..rules.rule import Query
-from ..rules.table import RULES
+from ..rules.table import rule_of
 from .cut_rows import along_pieces, cut_out
 from .inputs import TokenInputs, find_token_inputs, no_tokens, resolve_token_inputs
 
@@ -133,7 +133,7 @@ def _walk_once(
         pieces = [state for operand in node.all_input_nodes if isinstance(state := states[operand], Piece)]
         flow: Flow | Refusal | None
         if pieces:
-            rule = RULES.get(node.target)
+            rule = rule_of(node.target)
             flow = along_pieces(node, states, grid, rule) if rule else None
             if flow is None:
                 misused = misused.union(*(piece.cuts for piece in pieces))
@@ -170,7 +170,7 @@ def _flow(
     if node.op == "output":
         return Flow(FREE, tuple(leaves))
     carries_tokens = bool(leaves) or any(_has_token_parts(states[o]) for o in operands)
-    rule = RULES.get(node.target)
+    rule = rule_of(node.target)
     if node.op != "call_function" or rule is None:
         if not carries_tokens:
             return Flow(FREE)

@@ -91,8 +91,17 @@ def _is_data(node: Node) -> bool:
 
 
 def is_state(name: str) -> bool:
-    """Whether a placeholder is a weight or buffer of the model, by the name that `torch.export` or Dynamo gives it."""
-    return re.match(r"[pbc]_|.*_(parameters|buffers)_", name) is not None
+    """Whether a placeholder is a weight or buffer of the model, by the name that `torch.export` or Dynamo gives it.
+
+    So is a tensor that a module inside the model holds in some other way, such as the scales of a quantised weight.
+    """
+    return re.match(r"[pbc]_|.*_(parameters|buffers|modules)_", name) is not None
+
+
+def is_held(name: str) -> bool:
+    """Whether a placeholder of Dynamo is a tensor that a module holds, and no buffer: a weight or what hangs on one."""
+    held = re.match(r".*_(parameters|buffers|modules)_", name)
+    return held is not None and held[1] != "buffers"
 
 
 def no_tokens(module: GraphModule, grid: tuple[int, int, int]) -> list[Refusal]:

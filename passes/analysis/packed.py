@@ -15,7 +15,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..ir.graphs import AddNode
 from ..ir.refusal import shape_of
+from .replace import Replacement
 
 aten = torch.ops.aten
 MOST_RUNS = 16
@@ -35,18 +37,18 @@ def slices_for_places(module: GraphModule, values: Mapping[str, Any]) -> set[str
 
     Returns the names of the inputs that the graph is right for only if they have these values.
     """
-    known = _Known(values)
+    known, write = _Known(values), Replacement(module, "slices_for_places")
     lengths: set[int] = set()
     for node in [node for node in module.graph.nodes if node.target in WRITES]:
         found = _places(node, known)
         if found is not None:
             dim, runs = found
             lengths.add(shape_of(node)[dim])
-            _replace(node, _written(node, dim, runs))
+            write.put(node, _written(write.before(node), node, dim, runs))
     for node in [node for node in module.graph.nodes if node.target in READS] if lengths else []:
         found = _places(node, known)
         if found is not None and shape_of(node.args[0])[found[0]] in lengths:
-            _replace(node, _read(node, *found))
+            write.put(node, _read(write.before(node), node, *found))
     if known.used:
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -136,39 +138,24 @@ def runs_of(places: torch.Tensor) -> list[tuple[int, int]]:
     return [] if len(runs) > MOST_RUNS or overlap or (runs and min(runs)[0] < 0) else runs
 
 
-def _written(node: Node, dim: int, runs: Sequence[tuple[int, int]]) -> Node:
+def _written(call: AddNode, node: Node, dim: int, runs: Sequence[tuple[int, int]]) -> Node:
     """What a node writes, put into slices."""
     base: Any = node.args[0]
-    source = _source(node)
     row = 0
-    with node.graph.inserting_before(node):
-        for start, end in runs:
-            rows: Any = source
-            if len(runs) > 1:
-                rows = _call(node, aten.slice.Tensor, source, dim, row, row + end - start)
-            if node.target is aten.scatter_add.default:
-                rows = _call(node, aten.add.Tensor, _call(node, aten.slice.Tensor, base, dim, start, end), rows)
-            whole = shape_of(rows) == shape_of(base)
-            base = rows if whole else _call(node, aten.slice_scatter.default, base, rows, dim, start, end)
-            row += end - start
+    for start, end in runs:
+        rows: Any = _source(node)
+        if len(runs) > 1:
+            rows = call(aten.slice.Tensor, rows, dim, row, row + end - start)
+        if node.target is aten.scatter_add.default:
+            rows = call(aten.add.Tensor, call(aten.slice.Tensor, base, dim, start, end), rows)
+        whole = shape_of(rows) == shape_of(base)
+        base = rows if whole else call(aten.slice_scatter.default, base, rows, dim, start, end)
+        row += end - start
     assert isinstance(base, Node)
     return base
 
 
-def _read(node: Node, dim: int, runs: Sequence[tuple[int, int]]) -> Node:
+def _read(call: AddNode, node: Node, dim: int, runs: Sequence[tuple[int, int]]) -> Node:
     """What a node reads, taken in slices."""
-    with node.graph.inserting_before(node):
-        rows = [_call(node, aten.slice.Tensor, node.args[0], dim, start, end) for start, end in runs]
-        return rows[0] if len(rows) == 1 else _call(node, aten.cat.default, rows, dim)
-
-
-def _replace(node: Node, new: Node) -> None:
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-
-
-def _call(node: Node, target: Any, *args: Any) -> Node:
-    """A node in the place of another one, from the same line of the model's code."""
-    new = node.graph.call_function(target, args)
-    new.meta = {**node.meta, "val": target(*map_arg(args, lambda used: used.meta["val"]))}
-    return new
+    rows = [call(aten.slice.Tensor, node.args[0], dim, start, end) for start, end in runs]
+    return rows[0] if len(rows) == 1 else call(aten.cat.default, rows, dim)

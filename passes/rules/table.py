@@ -4,7 +4,7 @@ A rule takes a `Query` and returns a `Flow`, or a string that says why the opera
 tokens alone; then it is computed whole, on operands whose inactive rows come from the cache. Rules are asked only
 about nodes that touch a token axis, or that may give birth to one; any other node is computed whole and needs no
 rule. To add an operator, find its family in `RULES` at the end of this file (or of `dims`, `indexing`, `attention`),
-and give the oracle a sample in `samples`.
+and give the oracle a sample in `samples`. Operators that a library brings along stand in `quantised`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from ..ir.axis import FREE, Flow, Never, Tokens
 from ..ir.refusal import shape_of
-from . import attention, dims, indexing
+from . import attention, dims, indexing, quantised
 from .patches import CONVOLUTIONS, convolution
 from .rule import Query, Rule, align, move_dims, works_along, wrap
 
@@ -214,6 +215,14 @@ RULES: dict[Any, Rule] = {
     aten.topk.default: largest,
     aten.sort.default: largest,
 }
+
+
+def rule_of(op: Any) -> Rule | None:
+    """The rule for what a node calls, or None."""
+    known = RULES.get(op)
+    if known is not None or not isinstance(op, OpOverload):
+        return known
+    return quantised.NAMED.get(op.name())  # type: ignore[no-untyped-call]
 
 
 def register_attention(op: Any, rows: int) -> None:

@@ -27,7 +27,7 @@ from ..ir.axis import FREE, AxisState, Edit, Enter, Flow, Leave, OnGrid, Place, 
 from ..ir.cache import CacheEntry
 from ..ir.contract import Budgets
 from ..rules.rule import Query, Rule
-from ..rules.table import RULES
+from ..rules.table import RULES, rule_of
 from ..writing.write import write_full, write_partial
 
 aten = torch.ops.aten
@@ -175,7 +175,9 @@ class Trace:
     def _call(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         node = self.graph.call_function(op, args, kwargs)
         node.meta["val"] = self._fake(node)
-        flow = (self.rules.get(op) or RULES[op])(Query(node, self.states, self.grid))
+        rule = self.rules.get(op) or rule_of(op)
+        assert rule is not None, op
+        flow = rule(Query(node, self.states, self.grid))
         if isinstance(flow, Reborn):
             ends = tuple(Leave(o, s) for o in node.all_input_nodes if isinstance(s := self.states[o], Tokens))
             flow = Flow(flow.tokens, (*ends, Enter(flow.tokens)))
