@@ -6,9 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from io import StringIO
 from typing import Any
 
 import torch
@@ -76,8 +74,7 @@ class Footprint:
             )
         _check_callable(first.model, pipe._execution_device)
         try:
-            with redirect_stderr(StringIO()):  # torch prints the graph of an attempt that another one follows
-                program = capture_model(first.model, *_where_weights_are(first.model, first.args, first.kwargs))
+            program = capture_model(first.model, *_where_weights_are(first.model, first.args, first.kwargs))
         except UnsupportedGraphError as error:
             raise PlanError(f"the memory of the cache cannot be counted: {error}") from error
         results: Any = program.module.graph.output_node().args[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..capture.capture import Program, capture
+from ..capture.capture import Program, capture, is_more_than_data
 from ..capture.structure import SCALARS, Structure
 from ..compilation.options import BackendOptions
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
@@ -86,7 +86,7 @@ class RunningCall:
 
     Attributes:
         model: what `torch.compile` was given.
-        holder: the object that calls what was compiled: an `OptimizedModule`, or the model after `model.compile()`.
+        holder: the object that calls what was compiled: an `OptimizedModule`, or the model itself, compiled in place.
         attribute: where it keeps that.
         args: of the call.
         kwargs: of the call.
@@ -180,9 +180,9 @@ def why_only_in_parts(model: nn.Module) -> str:
         hooked = module._forward_hooks or module._forward_pre_hooks
         if hooked or ("forward" in vars(module) and (name or not hasattr(module, "_hf_hook"))):
             return f"hooks on {name or 'the model'}"
-    if any(map(is_traceable_wrapper_subclass, model.parameters())):
-        return "its weights are a tensor subclass"
-    return ""
+    weights: Iterator[Any] = model.parameters()
+    odd = {type(w).__name__ for w in weights if is_traceable_wrapper_subclass(w) or is_more_than_data(w)}
+    return f"weights of the class {odd.pop()}" if odd else ""
 
 
 class _PlainlyError(Exception):
