@@ -113,6 +113,27 @@ def test_flux_fill(hetcache_command, flux_fill, tmp_path) -> None:
     assert "See edit.png beside it" in page
 
 
+@pytest.mark.wide
+def test_flux_fill_compiled_ahead(hetcache_command, flux_fill, tmp_path) -> None:
+    """A picture's forms too, by the pipeline's own guidance."""
+    files = save_inputs(tmp_path, (1, 16, 24), "FluxFillPipeline")
+    plan, made = tmp_path / "a.hetplan", tmp_path / "compiled"
+    hetcache_command("plan", "--model", flux_fill, *files, "-o", plan, "--steps", 3, "--schedule", "FPR", *FLUX_SIZE)
+    of_model = (flux_fill, "--plan", plan, "-o", made, *FLUX_SIZE, "--dtype", "float32")
+    status, out, err = hetcache_command("compile", *of_model, "--call", "nothing=1")
+    assert status == 2
+    assert "takes no nothing" in err
+    status, out, err = hetcache_command("compile", *of_model)
+    assert status == 0, err
+    assert "MiB to " in out
+    status, _, err = hetcache_command(
+        "edit", "--model", flux_fill, *files, "--prompt", "a cat", "--plan", plan, *FLUX_SIZE, "--dtype", "float32",
+        "--no-baseline", "--compiled", made, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["steps"] == {"FULL": 2, "PARTIAL": 1, "REUSE": 0}
+
+
 @pytest.mark.parametrize("name", ["mask.png", "mask.npy"])
 def test_a_plan_of_a_picture_needs_its_mask_alone(name, hetcache_command, flux_fill, tmp_path) -> None:
     """The size is the mask's own, cut to whole tokens of the usual size; the plan is that of the picture."""

@@ -253,13 +253,13 @@ class Capture:
         self._last: dict[int, Remembered] = {}
 
     def fits(self, leaves: Sequence[Any]) -> bool:
-        """Whether the assumed inputs have the assumed values. The very tensors of the call before do."""
+        """Whether the assumed inputs have the assumed values. Those of the call before do, unless written since."""
         for number, value in self.assumed.items():
-            known = self._last.get(number)
-            same = known is not None and known[0] is leaves[number] and holds(known, leaves[number])
-            if not same and not holds(value, leaves[number]):
+            leaf, known = leaves[number], self._last.get(number)
+            same = known is not None and known[0] is leaf and not leaf.is_inference() and holds(known, leaf)
+            if not same and not holds(value, leaf):
                 return False
-            self._last[number] = remember([leaves[number]])[0]
+            self._last[number] = remember([leaf])[0]
         return True
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
