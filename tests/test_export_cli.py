@@ -152,9 +152,11 @@ class OrtStatusError(Exception):
     ("place", "error", "stage"),
     [
         ("capture.capture.export", MemoryError(), "rewriting"),
-        ("export.lowering.fold_constants._evaluate", MemoryError(), "rewriting"),
+        pytest.param("export.lowering.fold_constants._evaluate", MemoryError(), "rewriting", marks=pytest.mark.wide),
         ("export.onnx.to_onnx.optimizer.optimize", MemoryError("std::bad_alloc"), "writing ONNX"),
-        ("export.onnx.files.onnx.checker.check_model", MemoryError(), "writing ONNX"),
+        pytest.param(
+            "export.onnx.files.onnx.checker.check_model", MemoryError(), "writing ONNX", marks=pytest.mark.wide
+        ),
         (
             "engine.runners.OrtRunner.prepare",
             OrtStatusError("[ONNXRuntimeError] : 6 : bad allocation"),

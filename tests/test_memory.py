@@ -76,7 +76,10 @@ def test_what_a_session_keeps_is_known_without_a_form(
     assert set(expected) == set(kept.reads)
 
 
-@pytest.mark.parametrize(("name", "guided"), [("FluxInpaintPipeline", True), ("WanVideoToVideoPipeline", False)])
+@pytest.mark.parametrize(
+    ("name", "guided"),
+    [pytest.param("FluxInpaintPipeline", True, marks=pytest.mark.wide), ("WanVideoToVideoPipeline", False)],
+)
 def test_the_size_is_that_of_the_session(name: str, guided: bool) -> None:
     row = BY_NAME[name]
     plan = mixed(plan_of(row, guided=guided, memory="any", cache_dtype="int8"))

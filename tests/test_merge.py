@@ -252,7 +252,7 @@ def test_an_attention_with_a_mask_is_refused_before_the_first_step_and_runs_with
     assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 0}
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.wide)])
 def test_the_backend_clusters_as_the_functional_forms_do_and_anew_for_each_edit(inner: str) -> None:
     """The second edit has another mask with the same budgets: nothing is compiled for it."""
     torch._dynamo.reset()

@@ -206,12 +206,11 @@ def test_hooks_on_parts_of_a_model_are_one_warning(hooks: str, monkeypatch: pyte
 
 
 class Breaks(TinyDiT):
-    """Cut in two by a call that Dynamo cannot follow."""
+    """Cut in two by what neither Dynamo nor `torch.export` can follow."""
 
     def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
         output = super().forward(latents, text)
-        torch._dynamo.graph_break()
-        return output + 1
+        return output + (1 if output.numpy().size else 0) * len(output.numpy().tolist())
 
 
 def test_graph_breaks_are_one_warning() -> None:
@@ -220,7 +219,7 @@ def test_graph_breaks_are_one_warning() -> None:
     with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FPRPR")) as session:
         warnings.simplefilter("always")
         check(run(fast, calls), run(model, calls))
-    said = [text for text in messages(caught) if "Dynamo hands over a part of a model" in text]
+    said = [text for text in messages(caught) if "Dynamo hands this model over in parts" in text]
     assert len(said) == 1
     assert "test_session.py" in said[0]
     assert session.stats.kinds == []

@@ -65,8 +65,11 @@ STEPS = "FPRFP"
 
 @pytest.mark.parametrize(
     ("options", "regional"),
-    [({}, True), ({"cache_dtype": "int8", "context_extrapolation": 1}, True), ({"cache_dtype": "fp8"}, False)],
-    ids=["as computed", "int8, predicted", "fp8, compiled whole"],
+    [
+        pytest.param({}, True, id="as computed", marks=pytest.mark.wide),
+        pytest.param({"cache_dtype": "int8", "context_extrapolation": 1}, True, id="int8, predicted"),
+        pytest.param({"cache_dtype": "fp8"}, False, id="fp8, compiled whole"),
+    ],
 )
 def test_results_are_the_same(device: Device, options: dict[str, Any], regional: bool) -> None:
     model = vace(num_layers=3, vace_layers=(0,))

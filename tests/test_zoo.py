@@ -15,7 +15,15 @@ from zoo.entry import Entry
 EXPECTED = {row["name"]: row for row in json.loads(JSON.read_text())} if JSON.exists() else {}
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+ROWS = [
+    pytest.param(entry, id=entry.name, marks=[pytest.mark.wide] if number % 2 else [])
+    for number, entry in enumerate(ENTRIES)
+]
+"""Of relatives that stand beside each other, every second one is run with all other tests, and the rest with
+`make test-wide`."""
+
+
+@pytest.mark.parametrize("entry", ROWS)
 def test_model(entry: Entry) -> None:
     """Exact to fp32 rounding on frozen inputs and on new ones, or refused for the reason in the table."""
     verdict, expected = check(entry), EXPECTED[entry.name]
