@@ -93,6 +93,14 @@ def scaled_operands(x: Tensor, _: Tensor) -> Tensor:
     return joined(torch.matmul(q * SCALE**0.5, (k * SCALE**0.5).mT).softmax(dim=3) @ v)
 
 
+def scaled_for_heads(x: Tensor, _: Tensor) -> Tensor:
+    """In float32, by a tensor."""
+    q, k, v = map(heads, qkv(x))
+    scale = SCALE * torch.tensor([10.0, 1.3]).to(torch.promote_types(x.dtype, torch.float32))[:, None, None]
+    kind = scale.dtype
+    return joined(((q.to(kind) @ k.to(kind).mT) * scale).softmax(-1).to(x.dtype) @ v)
+
+
 def keys_with_rows_last(x: Tensor, _: Tensor) -> Tensor:
     q, k, v = qkv(x)
     keys = k.unflatten(-1, (HEADS, -1)).permute(0, 2, 3, 1)
@@ -228,6 +236,7 @@ FUSED: dict[str, Op] = {
     "where not": by_matmul(lambda s: torch.where(~allowed(s[0]), torch.full((), -1e4), s)),
     "dropout off": by_matmul(lambda s: s, lambda w: F.dropout(w, 0.5, training=False)),
     "dropout of nothing": by_matmul(lambda s: s, lambda w: F.dropout(w, 0.0, training=True)),
+    "scaled for each head": scaled_for_heads,
     "types": by_matmul(lambda s: s.double() * SCALE, lambda w: w.float()),
     "baddbmm": by_baddbmm,
     "baddbmm of a mask": by_baddbmm_masked,
@@ -320,7 +329,18 @@ def of_its_own_scores(x: Tensor, _: Tensor) -> Tensor:
     return joined((scores + scores).softmax(-1) @ v)
 
 
+def masked_in_two_views(x: Tensor, _: Tensor) -> Tensor:
+    """As attention in shifted windows: a bias for heads, then a mask for windows."""
+    q, k, v = map(heads, qkv(x))
+    scores = q @ k.mT + bias(x)[None].expand(HEADS, -1, -1)
+    scores = scores.view(1, BATCH, HEADS, N, N) + bias(x).expand(BATCH, -1, -1)[:, None][None]
+    return joined(scores.view(-1, HEADS, N, N).softmax(-1) @ v)
+
+
 LEFT_ALONE: dict[str, Op] = {
+    "masked in two views": masked_in_two_views,
+    "filled twice": by_matmul(lambda s: s.masked_fill(~allowed(s[0]), -1e4).masked_fill(allowed(s[0]).mT, -1e9)),
+    "filled, and a mask that counts": by_matmul(lambda s: s.masked_fill(~allowed(s[0]), -1e4) + bias(s[0])),
     "weights are shown": shows_weights,
     "scores are shown": shows_scores,
     "twice its scores": of_its_own_scores,
@@ -407,18 +427,22 @@ def test_attention_to_the_text_stays_exact() -> None:
 # Rounding, and what else is counted.
 
 
+HALF = ["plain", "plus a mask", "filled", "filled plus a mask", "baddbmm", "basic", "split", "scaled for each head"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["plain", "plus a mask", "filled", "filled plus a mask", "baddbmm", "basic", "split"])
+@pytest.mark.parametrize("name", HALF)
 def test_half_precision_loses_no_more_than_the_model(name: str, dtype: torch.dtype) -> None:
     """Against float64. The model's own inputs are the same numbers in both."""
     torch.manual_seed(1)
     x = (4 * torch.randn(BATCH, N, WIDTH)).to(dtype)
     with torch.no_grad():
         text = torch.zeros(1)
-        module = capture(_Alone(FUSED[name]), (x, text), {}).module
+        program = capture(_Alone(FUSED[name]), (x, text), {})
+        module = program.module
         assert module.graph.find_nodes(op="call_function", target=ATTENTION)
         truth = FUSED[name](x.double(), text)
-        own, fused = FUSED[name](x, text), module(x, text)[0]
+        own, fused = FUSED[name](x, text), module(*program.flat_inputs((x, text), {}))[0]
     assert fused.dtype == own.dtype == dtype
     errors = [float((result.double() - truth).abs().mean()) for result in (own, fused)]
     assert errors[1] < 1.1 * errors[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -133,6 +135,68 @@ def doubled(model: Any) -> None:
     model.gains["default"] = 2.0
 
 
+class Nested(Padded):
+    """Reads numbers from everywhere."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [Part(), {"of": (Part(),)}]
+        self.deep = Part()
+        self.deep.inner = Part()
+        self.deep.inner.inner = Part()
+        self.tensor = {"adapter": torch.ones(())}
+        self.layers = [nn.Linear(13, 13)]
+        self.first, self.second = nn.Linear(13, 13), nn.Linear(13, 13)
+        self.second.weight = self.first.weight
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        factor = self.scale * self.parts[0].scale * self.parts[1]["of"][0].scale * self.deep.inner.inner.scale * FLAG
+        words = text[:, : int(text_mask.sum())] * factor * self.tensor["adapter"]
+        words = words + self.layers[0](words) + self.second(self.first(words))
+        return super().forward(latents, words, text_mask[:, : words.shape[1]])
+
+
+class Part:
+    """A plain object; one of its attributes has no namespace."""
+
+    __slots__ = ("__dict__", "scale")
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+FLAG = 1.0
+NESTED: dict[str, Callable[[Any], Any]] = {
+    "in a list": lambda m: setattr(m.parts[0], "scale", 3.0),
+    "in a tuple in a dict in a list": lambda m: setattr(m.parts[1]["of"][0], "scale", 3.0),
+    "deep": lambda m: setattr(m.deep.inner.inner, "scale", 3.0),
+    "of the class": lambda m: setattr(type(m), "scale", 3.0),
+    "of the Python module": lambda m: globals().update(FLAG=3.0),
+    "a plain tensor in place": lambda m: m.tensor["adapter"].fill_(3.0),
+    "a module in a list": lambda m: setattr(m.layers[0], "weight", nn.Parameter(m.layers[0].weight * 3)),
+    "a module in a list, in place": lambda m: m.layers[0].weight.mul_(3),
+    "untied": lambda m: setattr(m.second, "weight", nn.Parameter(m.first.weight * 3)),
+}
+
+
+@pytest.mark.parametrize("change", NESTED.values(), ids=NESTED)
+def test_a_change_anywhere_is_seen(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Nested, "scale", 1.0)
+    monkeypatch.setitem(globals(), "FLAG", 1.0)
+    model, calls = Nested(), calls_of("FPP")
+    fast = compiled(model)
+    with hetcache.session(plan_of("FPP"), strict=True) as session:
+        run(fast, calls[:2])
+        before = run(model, calls[2:])
+        change(model)
+        truth = run(model, calls[2:])
+        assert (truth[0] - before[0]).abs().max() > 0.1
+        check(run(fast, calls[2:]), truth)
+    assert letters(session) == "FPF"
+
+
 def rescaled(model: Any) -> None:
     model.embed_text.weight.mul_(2)
 
@@ -216,7 +280,7 @@ class Asking(Padded):
         return super().forward(latents * float(latents.sum().sin()), text, text_mask)
 
 
-WHOLE = "Dynamo hands this model over in parts.*uncached as a whole too.*"
+WHOLE = "Dynamo hands this model over in parts.*as a whole either.*"
 
 
 @pytest.mark.parametrize(
@@ -254,6 +318,117 @@ def test_what_is_refused_whole_too(
     check(run(fast, calls), plain)
 
 
+class Counts(Padded):
+    """Each call changes what the next one computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(latents, text * self.calls, text_mask)
+
+
+def test_a_model_that_counts_its_calls_runs_as_it_is() -> None:
+    model, calls = Counts(), calls_of("FPPF")
+    plain = run(Counts(), calls)
+    fast = compiled(model)
+    with pytest.warns(HetCacheWarning, match="each call changes what it is"), hetcache.session(plan_of("FFFF")):
+        check(run(fast, calls), plain)
+    assert model.calls == 4
+
+
+def test_a_change_at_each_call_is_forgotten_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "MOST_UNUSED", 2)
+    model, calls = Padded(), calls_of("FPRF")
+    fast = compiled(model)
+    with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FPRF")):
+        warnings.simplefilter("always")
+        for number, kwargs in enumerate(calls):
+            model.gains["default"] = 1.0 + number
+            check(run(fast, [kwargs]), run(model, [kwargs]))
+    assert any("its attributes are others in each call" in str(warning.message) for warning in caught)
+    with hetcache.session(plan_of("FPRF"), strict=True) as session:
+        run(fast, calls)
+    assert letters(session) == "FPRF"
+
+
+def test_a_list_made_anew_is_no_change() -> None:
+    model, calls = Padded(), calls_of("FPRF")
+    fast = compiled(model)
+    with hetcache.session(plan_of("FPRF"), strict=True) as session:
+        for kwargs in calls:
+            model.sizes = [1, 2, {"of": "three"}]
+            run(fast, [kwargs])
+    assert letters(session) == "FPRF"
+    assert len(fast.forward._captures) == 1
+
+
+def test_masks_that_are_filled_anew_in_inference_mode() -> None:
+    model, calls = Padded(), calls_of("FF")
+    fast = compiled(model)
+    with torch.inference_mode():
+        mask = torch.arange(TEXT_TOKENS)[None] < 7
+        for words in (7, 4):
+            mask[:, words:] = False
+            with hetcache.session(plan_of("FF"), strict=True):
+                given = [{**kwargs, "text_mask": mask} for kwargs in calls]
+                check(run(fast, given), run(model, given))
+
+
+def test_another_thread_captures() -> None:
+    model = Padded()
+    fast = compiled(model)
+    kinds: list[str] = []
+    errors: list[BaseException] = []
+
+    def edit(words: int) -> None:
+        try:
+            with torch.no_grad(), hetcache.session(plan_of("FPRF"), strict=True) as session:
+                run(fast, calls_of("FPRF", words))
+            kinds.append(letters(session))
+        except BaseException as error:
+            traceback.print_exc()
+            errors.append(error)
+
+    edit(7)
+    busy = threading.Thread(target=lambda: [edit(words) for words in (3, 4, 5)])
+    busy.start()
+    while busy.is_alive():
+        edit(7)
+    assert errors == []
+    assert set(kinds) == {"FPRF"}
+
+
+class Lengths(TinyDiT):
+    """Writes into a small input, or into a table, before it asks for a number."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        length = length.clone() if self.way != "a table" else torch.zeros(1, dtype=torch.int64).add_(length)
+        part = length[:1]
+        if self.way == "a view":
+            part += 4
+        elif self.way == "an entry":
+            length[0] = 7
+        else:
+            length += 4
+        return super().forward(latents, text[:, : int(length.sum())])
+
+
+@pytest.mark.parametrize("way", ["in place", "an entry", "a view", "a table"])
+def test_numbers_that_are_written_in_place(way: str) -> None:
+    model, calls = Lengths(way), [{**kwargs, "length": torch.tensor([3])} for kwargs in tiny_calls("FFF")]
+    fast = compiled(model)
+    with warnings.catch_warnings(), hetcache.session(plan_of("FFF")):
+        warnings.simplefilter("ignore")
+        check(run(fast, calls), run(model, calls))
+
+
 def test_an_error_leaves_what_was_compiled() -> None:
     model, (kwargs,) = Padded(), calls_of("F")
     fast = compiled(model)
@@ -280,6 +455,9 @@ def test_a_structure() -> None:
     changes: list[Callable[[], Any]] = [
         lambda: setattr(model.extra, "scale", True),
         lambda: setattr(model, "table", torch.ones(3)),
+        lambda: model.table.mul_(2),
+        lambda: setattr(model.out, "weight", nn.Parameter(model.out.weight.t().contiguous().t())),
+        lambda: setattr(model.out, "weight", type("Own", (nn.Parameter,), {})(model.out.weight)),
         lambda: model.gains.update(other=1.0),
         lambda: doubled(model),
         lambda: setattr(model, "more", None),

@@ -10,6 +10,7 @@ from side_by_side import BATCH, TEXT, WIDTH, N, attend, make_plan
 from torch import nn
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture.capture import capture
 
 
 class Packed(nn.Module):
@@ -120,6 +121,19 @@ def test_a_sequence_that_is_packed_in_no_order(way: str) -> None:
     inputs = of_places(torch.randperm(TEXT + N, generator=torch.Generator().manual_seed(0))[:N])
     with pytest.raises(hetcache.UnsupportedGraphError, match=r"its index|several indices|picks rows|reduces"):
         hetcache.rewrite(ByPlaces(way), make_plan(), kwargs=inputs, token_inputs={"hidden_states": 1})
+
+
+@pytest.mark.parametrize("shape", [(1, 3, WIDTH), (2, 3, 1), (2, 0, WIDTH)])
+def test_what_is_added_to_a_part_of_the_rows_at_places(shape: tuple[int, ...]) -> None:
+    """To one sample, to one feature, or to none: no slice of whole rows."""
+
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+            return x.scatter_add(1, places[None, :, None].expand_as(text), text)
+
+    given = torch.zeros(2, 6, WIDTH), torch.ones(shape), torch.arange(shape[1])
+    program = capture(Adds(), given, {})
+    assert torch.equal(program.module(*program.flat_inputs(given, {}))[0], Adds()(*given))
 
 
 def test_places_that_change_are_seen_in_a_session() -> None:

@@ -14,6 +14,7 @@ they change.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ ASKING = {
     torch.Tensor.item,
     torch.Tensor.tolist,
 }
+IN_PLACE = re.compile(r"__setitem__|__i\w+__|.*[^_]_")
 LARGEST = 2**24
 """Numbers in a result that is computed at capture. A larger one, such as a mask of all tokens against all, is left to
 the graph."""
@@ -74,7 +76,11 @@ class Known(TorchFunctionMode):
             traced = func(*args, **kwargs)
             self._remember(traced, real, frozenset())
             return traced
-        if not known or len(known) < len(found) or _changes_its_operand(func, known):
+        if known and (len(known) < len(found) or any(value.traced is not value.real for value in known)):
+            for changed in _changed_by(func, args, kwargs):
+                self._forget(changed)
+                known = []
+        if not known or len(known) < len(found):
             return func(*self._indexed(func, args), **kwargs)
         inputs = frozenset[int]().union(*(value.inputs for value in known))
         constant = all(value.traced is value.real for value in known)
@@ -93,6 +99,16 @@ class Known(TorchFunctionMode):
         traced = func(*self._indexed(func, args), **kwargs)
         self._remember(traced, real, inputs)
         return traced
+
+    def _forget(self, tensor: torch.Tensor) -> None:
+        """What is in the memory of a tensor is not known any more."""
+        known = self.values.get(id(tensor))
+        if known is None:
+            return
+        memory = known.real.untyped_storage().data_ptr()
+        changed = [key for key, value in self.values.items() if value.real.untyped_storage().data_ptr() == memory]
+        for key in changed:
+            del self.values[key]
 
     def _indexed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments, with no mask and no number of known value as an index."""
@@ -142,11 +158,16 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _changes_its_operand(func: Any, known: Sequence[Value]) -> bool:
-    """Whether an in-place operator would write into an input of the caller; constants are copies."""
+def _changed_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operator writes into."""
     name = getattr(func, "__name__", "")
-    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    return in_place and any(value.traced is not value.real for value in known)
+    in_place = re.fullmatch(r"__setitem__|__i\w+__|.*[^_]_", name) and name not in (
+        "__index__",
+        "__invert__",
+        "__int__",
+    )
+    written = [args[0] if in_place and args else None, kwargs.get("out")]
+    return [tensor for tensor in pytree.tree_leaves(written) if _is_tensor(tensor)]
 
 
 def is_constant(value: Any) -> bool:

@@ -116,9 +116,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
     assumed: set[int] = set()
     try:
-        exported = export(_sharing_weights(model), args, kwargs)
+        exported = export(sharing_weights(model), args, kwargs)
     except UnsupportedGraphError:
-        knowing = _sharing_weights(model)
+        knowing = sharing_weights(model)
         if knowing is model:
             raise
         assumed = know(knowing, args, kwargs)
@@ -233,7 +233,7 @@ def with_input_names(program: Program, names: Sequence[str]) -> Program:
     return replace(program, inputs=inputs, assumed=assumed)
 
 
-def _sharing_weights(model: nn.Module) -> nn.Module:
+def sharing_weights(model: nn.Module) -> nn.Module:
     """A copy of `model` with the same weights, or itself where it cannot be copied.
 
     A model may keep tables from its first call, in an attribute or in a `functools.lru_cache`. Those of a captured

@@ -1,14 +1,18 @@
 """Whether a model is still the one that a graph was captured of, but for what its weights hold.
 
-Dynamo guards what its graphs rely on. A graph that was captured without it relies on the same: which modules there are,
-their attributes (a LoRA adapter's scale, the active adapter), and the type, device and shape of weights.
+Dynamo guards what its graphs rely on. For a graph that was captured without it, this looks at what a model's code can
+read: the modules, their attributes and those of their classes (a LoRA adapter's scale, the active adapter), what these
+hold in turn, the flags that the code reads of its Python modules, and the kind of each weight. Not seen are values in
+closures, and arrays of NumPy that are written in place.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType, ModuleType
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -16,80 +20,129 @@ from torch import nn
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
-OPAQUE = (type, FunctionType, MethodType, ModuleType, torch.Tensor, nn.Module)
+OPAQUE = (type, FunctionType, MethodType, ModuleType, Enum)
 """What is known by identity alone."""
+OF_LIBRARIES = ("torch", "builtins", "logging", "threading", "weakref", "functools", "numpy")
+"""Whose objects, and whose classes' attributes, say nothing of the model."""
 TENSORS = ("_parameters", "_buffers")
 OF_MODULES = frozenset({"training", "_modules", "_forward_hooks", "_forward_pre_hooks"})
 """What a call depends on among the attributes that every module has."""
 NOT_COMPARED = frozenset({*vars(nn.Module()), "_hf_hook", "_old_forward", "_compiled_call_impl"}) - OF_MODULES
 """Attributes that hold weights, which may be others, or say where the model lies and who calls it."""
-DEPTH = 2
-"""How far objects within objects are looked at: a module's processor, and what that holds."""
-
-_facts = operator.attrgetter("dtype", "device", "shape")
 
 
 class Structure:
-    """What `model` is now; cheap to compare with what it is later."""
+    """What `model` is now.
+
+    Equal structures describe the same. To look whether nothing changed takes 3 ms for 1,100 modules: by identity, and
+    only where something is another object, by what there is.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        owners = list(_owners(model))
-        places = [(owner, key) for owner in owners for key in owner if not _is_apart(owner, key)]
-        self._owners = [owner for owner, _ in places]
-        self._keys = [key for _, key in places]
-        self._values = self._now()
-        held = [value for value in self._values if isinstance(value, CONTAINERS)]
-        self._contents = [(value, _frozen(value)) for value in held if value]
-        self._sized = [*owners, *held]
+        self._model = model
+        self._own = {id(module) for module in model.modules()}
+        self._owners: list[Mapping[Any, Any]] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
+        self._slots: list[tuple[Any, str, Any]] = []
+        self._namespaces: list[Mapping[Any, Any]] = []
+        self._sequences: list[tuple[Any, tuple[Any, ...]]] = []
+        self._plain_tensors: list[torch.Tensor] = []
+        self._seen: dict[int, int] = {}
+        self._weights: list[dict[str, torch.Tensor | None]] = []
+        self._classes: dict[type, Any] = {}
+        self._described = [self._describe(model), *self._classes.values()]
+        self._sized = [*self._namespaces, *(sequence for sequence, _ in self._sequences)]
         self._sizes = list(map(len, self._sized))
-        self._tensors = [vars(module)[name] for module in model.modules() for name in TENSORS]
-        self._facts = self._facts_now()
+        self._versions = list(map(_version, self._plain_tensors))
+        self._facts = _facts_of(self._weights)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both describe the same."""
+        return isinstance(other, Structure) and (self._described, self._facts) == (other._described, other._facts)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def holds(self) -> bool:
-        """Whether it is that still."""
-        if list(map(len, self._sized)) != self._sizes:
-            return False
-        now = self._now()
-        if not all(map(operator.is_, now, self._values)) and not all(map(_same, now, self._values)):
-            return False
-        return all(_frozen(value) == known for value, known in self._contents) and self._facts_now() == self._facts
+        """Whether the model is that still."""
+        return self._is_untouched() or Structure(self._model) == self
 
-    def _now(self) -> list[Any]:
-        return [owner.get(key, _MISSING) for owner, key in zip(self._owners, self._keys, strict=True)]
+    def _is_untouched(self) -> bool:
+        now = [owner.get(key, _MISSING) for owner, key in zip(self._owners, self._keys, strict=True)]
+        return (
+            all(map(operator.is_, now, self._values))
+            and list(map(len, self._sized)) == self._sizes
+            and all(all(map(operator.is_, sequence, held)) for sequence, held in self._sequences)
+            and all(getattr(holder, name, _MISSING) is held for holder, name, held in self._slots)
+            and list(map(_version, self._plain_tensors)) == self._versions
+            and _facts_of(self._weights) == self._facts
+        )
 
-    def _facts_now(self) -> list[Any]:
-        return [(key, t if t is None else _facts(t)) for held in self._tensors for key, t in held.items()]
+    def _describe(self, value: Any) -> Any:
+        """What a value is, in terms that can be compared; the way to look whether it changed is kept."""
+        if isinstance(value, SCALARS):
+            return type(value), value
+        if id(value) in self._seen:
+            return self._seen[id(value)]
+        if isinstance(value, torch.Tensor):
+            self._plain_tensors.append(value)
+            return _Identity(value), _version(value)
+        if isinstance(value, OPAQUE):
+            return _Identity(value)
+        self._seen[id(value)] = len(self._seen)
+        if isinstance(value, dict):
+            return type(value), self._describe_namespace(value, list(value))
+        if isinstance(value, CONTAINERS):
+            self._sequences.append((value, tuple(value)))
+            return type(value), [self._describe(held) for held in value]
+        if isinstance(value, nn.Module):
+            if id(value) in self._own:
+                self._weights += [vars(value)[name] for name in TENSORS]
+        elif type(value).__module__.partition(".")[0] in OF_LIBRARIES:
+            return _Identity(value)
+        self._describe_class(type(value))
+        held = vars(value) if hasattr(value, "__dict__") else {}
+        keys = [key for key in held if not _is_apart(held, key)]
+        if isinstance(value, nn.Module) and id(value) not in self._own:  # in a list, say: a graph has copies of these
+            keys += TENSORS
+        slots = [name for name in _slots_of(type(value)) if hasattr(value, name)]
+        self._slots += [(value, name, getattr(value, name)) for name in slots]
+        return (
+            _Identity(type(value)),
+            self._describe_namespace(held, keys),
+            [(name, self._describe(getattr(value, name))) for name in slots],
+        )
+
+    def _describe_namespace(self, owner: Mapping[Any, Any], keys: Sequence[Any]) -> list[Any]:
+        self._namespaces.append(owner)
+        self._watch(owner, keys)
+        return [(key if isinstance(key, SCALARS) else _Identity(key), self._describe(owner[key])) for key in keys]
+
+    def _describe_class(self, cls: type) -> None:
+        """The attributes of a class and of its bases, and the flags that its code reads of its Python module."""
+        if cls in self._classes or cls.__module__.partition(".")[0] in OF_LIBRARIES:
+            return
+        self._classes[cls] = None
+        for base in cls.__bases__:
+            self._describe_class(base)
+        own = vars(cls)
+        names = {name for value in own.values() for name in _names_in(_code_of(value))}
+        around = vars(sys.modules.get(cls.__module__, ModuleType("")))
+        flags = sorted(name for name in names if isinstance(around.get(name, around), SCALARS))
+        attributes = [name for name in own if not name.startswith(("__", "_abc_"))]
+        self._classes[cls] = (
+            self._describe_namespace(own, attributes),
+            [(name, self._describe(around[name])) for name in flags],
+        )
+        self._watch(around, flags)
+
+    def _watch(self, owner: Mapping[Any, Any], keys: Sequence[Any]) -> None:
+        self._owners += [owner] * len(keys)
+        self._keys += keys
+        self._values += [owner[key] for key in keys]
 
 
 _MISSING = object()
-
-
-def _owners(model: nn.Module) -> Iterator[Mapping[Any, Any]]:
-    """The namespaces of modules, of the modules in them, and of plain objects that these hold."""
-    seen: set[int] = set()
-    for module in model.modules():
-        yield vars(module)
-        yield module._modules
-        for key, value in vars(module).items():
-            if not _is_apart(vars(module), key):
-                yield from _objects(value, DEPTH, seen)
-
-
-def _is_apart(owner: Mapping[Any, Any], key: Any) -> bool:
-    """Whether an attribute is not compared. Hooks of accelerate, which are renewed for each edit, wrap `forward`."""
-    return key in NOT_COMPARED or (key == "forward" and "_hf_hook" in owner)
-
-
-def _objects(value: Any, depth: int, seen: set[int]) -> Iterator[Mapping[Any, Any]]:
-    """The namespace of a plain object, and of those in it."""
-    if not depth or isinstance(value, SCALARS + OPAQUE + CONTAINERS) or id(value) in seen:
-        return
-    held = getattr(value, "__dict__", None)
-    if isinstance(held, dict):
-        seen.add(id(value))
-        yield held
-        for inner in held.values():
-            yield from _objects(inner, depth - 1, seen)
 
 
 class _Identity:
@@ -104,19 +157,46 @@ class _Identity:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _frozen(value: Any) -> Any:
-    """What a container holds now: scalars by value, anything else by identity."""
-    if isinstance(value, SCALARS):
-        return type(value), value
-    if isinstance(value, dict):
-        return [(key, _frozen(inner)) for key, inner in value.items()]
-    if isinstance(value, CONTAINERS):
-        return [_frozen(inner) for inner in value]
-    return _Identity(value)
+def _is_apart(owner: Mapping[Any, Any], key: Any) -> bool:
+    """Whether an attribute is not compared. Hooks of accelerate, which are renewed for each edit, wrap `forward`."""
+    return key in NOT_COMPARED or (key == "forward" and "_hf_hook" in owner)
 
 
-def _same(now: Any, known: Any) -> bool:
-    """One object, or equal scalars."""
-    if now is known:
-        return True
-    return isinstance(known, (*SCALARS, tuple)) and _frozen(now) == _frozen(known)
+def _facts_of(weights: Sequence[dict[str, torch.Tensor | None]]) -> list[Any]:
+    """The kind of each weight, and which of them are one and the same."""
+    first: dict[int, int] = {}
+    return [
+        (name, t)
+        if t is None
+        else (name, type(t), t.dtype, t.device, t.shape, t.stride(), first.setdefault(id(t), len(first)))
+        for held in weights
+        for name, t in held.items()
+    ]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _slots_of(cls: type) -> list[str]:
+    """The attributes that instances have without a namespace."""
+    found = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    names = [name for slots in found for name in ([slots] if isinstance(slots, str) else slots)]
+    return [name for name in names if not name.startswith("__")]
+
+
+def _code_of(value: Any) -> CodeType | None:
+    """The code of a method, a static method or a property."""
+    function = getattr(value, "fget", getattr(value, "__func__", value))
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function.__code__ if isinstance(function, FunctionType) else None
+
+
+def _names_in(code: CodeType | None) -> Iterator[str]:
+    """What code calls by name, the functions in it too."""
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            yield from _names_in(constant if isinstance(constant, CodeType) else None)

@@ -7,8 +7,8 @@ place: from then on calls in sessions run the forms of the whole model. Outside 
 as a whole too, it is called as it was compiled. The model itself is not touched: what is replaced is what
 `torch.compile` put before it.
 
-What Dynamo guards for its graphs is looked at here in each call: the arguments, the values that were assumed
-(`capture.assumed_values`), and the model (`capture.structure`).
+In each call the arguments are looked at, the values that were assumed (`capture.assumed_values`), and what the model
+is (`capture.structure`), in the place of what Dynamo guards.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..capture.capture import Program, capture, is_more_than_data
-from ..capture.structure import SCALARS, Structure
+from ..capture.capture import Program, capture, is_more_than_data, sharing_weights
+from ..capture.structure import SCALARS, TENSORS, Structure
 from ..compilation.options import BackendOptions
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from .branches import Remembered, holds, remember
@@ -42,7 +42,7 @@ from .session import Session, current_session
 MOST_CAPTURES = 16
 """Captures that are kept of a model; the one not used for longest goes first."""
 MOST_UNUSED = 6
-"""Captures in a row of which no call but the first could use one. Then what is assumed changes from call to call."""
+"""Captures in a row of which no call but the first could use one. Then what they rely on changes from call to call."""
 BETWEEN = {eval_frame.__file__, CompiledGraph.__call__.__code__.co_filename, __file__}
 """Files between the code that calls a graph and what is asked here."""
 ASIDE: ContextVar[bool] = ContextVar("hetcache_aside", default=False)
@@ -55,7 +55,6 @@ class DynamoGraph(CompiledGraph):
     def __init__(self, graph: GraphModule, options: BackendOptions) -> None:
         super().__init__(graph, options)
         self.options = options
-
         self._only_in_parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def aside(self, session: Session, refused: Refused | None) -> Callable[[Sequence[Any]], Any] | None:
@@ -135,16 +134,12 @@ class RunningCall:
         return isinstance(getattr(self.holder, self.attribute), WholeModel)
 
     def take_over(self, session: Session, options: BackendOptions, broken_by: str) -> None:
-        """Let a `WholeModel` take the place of what was compiled, and make this call. What is left of it runs plainly.
-
-        The model runs once before it is captured: some keep tables from their first call.
-        """
+        """Let a `WholeModel` take the place of what was compiled, and make this call; its parts run plainly."""
         compiled = getattr(self.holder, self.attribute)
         whole = WholeModel(self.model, compiled, options, broken_by, runs_hook=self.attribute != "_old_forward")
         setattr(self.holder, self.attribute, whole)
         try:
-            with torch.no_grad():
-                self.model.forward(*self.args, **self.kwargs)
+            whole.rehearse(self.args, self.kwargs)
             whole.cached(session, self.args, self.kwargs)
         except _PlainlyError:
             return  # and it was said why
@@ -231,16 +226,8 @@ class Capture:
     ) -> None:
         self.key = key
         program = capture(model, args, kwargs)
-        modules = dict(model.named_modules())
-        self.places: list[tuple[dict[str, Any], str]] = []
-        weights = []
-        for placeholder, target in program.targets.items():
-            path, _, name = target.rpartition(".")
-            held = vars(modules[path]) if path in modules else {}
-            found = next((held[kind] for kind in ("_parameters", "_buffers") if name in held.get(kind, ())), None)
-            if found is not None:
-                self.places.append((found, name))
-                weights.append(placeholder)
+        found = {name: place for name, target in program.targets.items() if (place := place_of(model, target))}
+        weights, self.places = list(found), list(found.values())
         state = {name: value for name, value in program.state.items() if name not in weights}
         inputs = (*weights, *program.inputs)
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
@@ -272,6 +259,16 @@ class Capture:
         return pytree.tree_unflatten(outputs, self.out_spec)
 
 
+def place_of(model: nn.Module, target: str) -> tuple[dict[str, torch.Tensor], str] | None:
+    """The dict in which a module holds a weight or buffer, and its name there; None if it is none."""
+    path, _, name = target.rpartition(".")
+    try:
+        holder = vars(model.get_submodule(path))
+    except AttributeError:
+        return None
+    return next(((holder[kind], name) for kind in TENSORS if name in holder[kind]), None)
+
+
 class WholeModel:
     """What stands in the place of a compiled model that Dynamo hands over in parts.
 
@@ -297,8 +294,10 @@ class WholeModel:
         self._runs_hook = runs_hook
         self._structure: Structure | None = None
         self._captures: list[Capture] = []
-        self._num_unused = 0
+        self._unused = 0
+        self._session: weakref.ref[Session] | None = None
         self._refused: dict[Hashable, Refused] = {}
+        self._why_never = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WholeModel:
         """Itself, as functions are copied."""
@@ -306,8 +305,10 @@ class WholeModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: with the forms that the open session asks for, or as it was compiled."""
+        if torch.compiler.is_dynamo_compiling():  # in another function that is compiled
+            return self.compiled(*args, **kwargs)
         session = current_session()
-        if session is None or session.parallel is not None or torch.compiler.is_compiling():
+        if session is None or session.parallel is not None:
             return self.compiled(*args, **kwargs)
         try:
             outputs = self.cached(session, args, kwargs)
@@ -323,6 +324,30 @@ class WholeModel:
     def _hook(self) -> Any:
         return getattr(self.model, "_hf_hook", None) if self._runs_hook else None
 
+    def rehearse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Find out what a call does to the model beside its result, on a copy of it that shares its weights.
+
+        Some models make tables in their first call: then the model itself makes them too, now. One that is changed by
+        each call, as by a count of them, is no function of its arguments, and is never captured.
+        """
+        if self._hook is not None:
+            args, kwargs = self._hook.pre_forward(self.model, *args, **kwargs)
+        copy = sharing_weights(self.model)
+        if copy is self.model:
+            self._why_never = "it cannot be copied"
+            return
+        before = Structure(copy)
+        with torch.no_grad():
+            copy.forward(*args, **kwargs)
+            if before.holds():
+                return
+            after = Structure(copy)
+            copy.forward(*args, **kwargs)
+            if not after.holds():
+                self._why_never = "each call changes what it is"
+                return
+            self.model.forward(*args, **kwargs)
+
     def cached(self, session: Session, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Make a call in a session.
 
@@ -332,58 +357,94 @@ class WholeModel:
         if self._hook is not None:
             args, kwargs = self._hook.pre_forward(self.model, *args, **kwargs)
         kwargs = dict(sorted(kwargs.items()))
+        leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+        found = self._find(session, (str(spec), _kinds(leaves), _modes()), leaves, args, kwargs)
+        if isinstance(found, Refused):
+            session.tried_calls += 1
+            session.refused(found.reason, None, found.topic)
+            raise _PlainlyError
+        return found(leaves)
+
+    def _find(
+        self,
+        session: Session,
+        key: Hashable,
+        leaves: Sequence[Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Capture | Refused:
+        """The capture for a call, made if there is none, or why there can be none."""
+        if self._session is None or self._session() is not session:
+            self._session = weakref.ref(session)
+            self._unused = min(self._unused, MOST_UNUSED - 1)  # what changed at each call may be steady now
         if self._structure is None or not self._structure.holds():
             self._structure = Structure(self.model)
-            self._captures.clear()
-            self._refused.clear()
-        leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
-        key = (str(spec), _kinds(leaves), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-        refused = self._refused.get(key)
-        if refused is None:
-            known = next((known for known in self._captures if known.key == key and known.fits(leaves)), None)
-            if known is not None:
-                self._num_unused = 0
-                self._captures.remove(known)
-                self._captures.append(known)
-                return known(leaves)
-            try:
-                known = self._capture(key, args, kwargs)
-            except Exception as error:
-                reason = (
-                    f"Dynamo hands this model over in parts, because {self.broken_by}. It runs uncached as a whole "
-                    f"too, because {reason_of(error)}"
-                )
-                refused = self._refused[key] = Refused(reason, PART, error)
-            else:
-                return known(leaves)
-        session.tried_calls += 1
-        session.refused(refused.reason, refused.cause, refused.topic)
-        raise _PlainlyError
-
-    def _capture(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
-        """Capture the model for a call.
-
-        Raises:
-            UnsupportedGraphError: it cannot be captured.
-        """
-        why = why_only_in_parts(self.model)
-        odd = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if not _is_known(leaf)), None)
-        if odd is not None:
-            why = f"it is given an object of type {type(odd).__name__}"
-        if self._num_unused >= MOST_UNUSED:
-            names = ", ".join(self._captures[-1].names)
-            why = f"what it computes depends on the values of {names}, which are others in each call"
-        if why:
-            raise UnsupportedGraphError([Refusal(why)])
+            self._captures = []
+            self._refused = {}
+        found = self._known(key, leaves) or self._refused.get(key)
+        if found is None and self._unused >= MOST_UNUSED:
+            return self._refusal(self._what_changes(key))
+        if found is not None:
+            return found
         with preparing(), torch.inference_mode(False):
+            found = self._known(key, leaves)  # another thread may have been here
+            return found or self._capture(key, args, kwargs)
+
+    def _known(self, key: Hashable, leaves: Sequence[Any]) -> Capture | None:
+        """The capture that was made for such a call; it is the last to go then."""
+        captures = self._captures
+        found = next((capture for capture in captures if capture.key == key and capture.fits(leaves)), None)
+        if found is not None:
+            self._unused = 0
+            self._captures = [*(capture for capture in captures if capture is not found), found]
+        return found
+
+    def _capture(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture | Refused:
+        """Capture the model for a call, or say why it cannot be."""
+        self._unused += 1
+        try:
+            why = self._why_never or why_only_in_parts(self.model)
+            odd = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if not _is_known(leaf)), None)
+            if odd is not None:
+                why = f"it is given an object of type {type(odd).__name__}"
+            if why:
+                raise UnsupportedGraphError([Refusal(why)])
             capture = Capture(self.model, self.options, args, kwargs, key)
-        self._num_unused += 1
+        except Exception as error:
+            # Kept without the error itself, whose frames hold the arguments.
+            self._refused[key] = self._refusal(reason_of(error))
+            return self._refused[key]
         self._captures = [*self._captures[1 - MOST_CAPTURES :], capture]
         return capture
 
+    def _refusal(self, why: str) -> Refused:
+        reason = (
+            f"Dynamo hands this model over in parts, because {self.broken_by}. It cannot be cached as a whole either, "
+            f"because {why}"
+        )
+        return Refused(reason, PART)
+
+    def _what_changes(self, key: Hashable) -> str:
+        """Why no capture was of use to a later call."""
+        if not self._captures:
+            return "its attributes are others in each call"
+        last = self._captures[-1]
+        if last.key == key:
+            return f"what it computes depends on the values of {', '.join(last.names)}, which are others in each call"
+        return "its arguments that are no tensors, or the shapes of those that are, are others in each call"
+
+
+def _modes() -> Hashable:
+    """What changes the type of results beside the arguments."""
+    devices = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    return torch.get_default_dtype(), *devices
+
 
 def _kinds(leaves: Sequence[Any]) -> Hashable:
-    """What makes a call static: shapes, types and devices of tensors, values of anything else."""
+    """What makes a call static: shapes, types and devices of tensors, values of anything else.
+
+    Of an object of any other type only the type counts: a call with one is refused.
+    """
     return tuple(map(type, leaves)), signature_of([leaf for leaf in leaves if _is_known(leaf)])
 
 

@@ -77,14 +77,17 @@ def _result(call: AddNode, found: HandWritten, attention: Node) -> Node:
 def _uncast(found: HandWritten) -> tuple[Node, Node, Node, torch.dtype]:
     """Query, key, value and the type to compute in.
 
-    A model that casts queries and keys up means to keep scores in float32, as the operator does by itself. Where a
-    mask says more than the type of the operands can, they are cast up to its type.
+    A model that casts queries and keys up means to keep scores in float32, as the operator does by itself. Where they
+    are scaled by a tensor on the way, or a mask says more than the type of the operands can, they stay cast up.
     """
     q, k, v = found.scores.query.node, found.scores.key.node, found.value.node
     uncast = [node.args[0] if node.target in CASTS else node for node in (q, k)]
-    if all(isinstance(node, Node) and dtype_of(node) == dtype_of(v) for node in uncast):
+    factors = [factor for _, factor in found.scores.factors]
+    if not factors and all(isinstance(node, Node) and dtype_of(node) == dtype_of(v) for node in uncast):
         q, k = uncast  # type: ignore[assignment]
     dtype = torch.promote_types(torch.promote_types(dtype_of(q), dtype_of(k)), dtype_of(v))
+    for factor in factors:
+        dtype = torch.promote_types(dtype, dtype_of(factor)) if shape_of(factor) else dtype
     for mask in found.scores.masks:
         given = dtype_of(mask.node)
         if mask.value is None and given.is_floating_point:
@@ -106,7 +109,7 @@ def _mask(call: AddNode, masks: Sequence[Mask], dtype: torch.dtype, rank: int) -
         whole = call(aten.zeros_like.default, where, dtype=dtype) if whole is None else whole
         value = mask.value if mask.value == -float("inf") else FINITE
         whole = call(aten.masked_fill.Scalar, whole, where, value)
-    while whole is not None and len(shape_of(whole)) not in (2, rank):  # kernels know these two
+    while whole is not None and 2 != len(shape_of(whole)) < rank:  # kernels know these two
         whole = call(aten.unsqueeze.default, whole, 0)
     return whole
 

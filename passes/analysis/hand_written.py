@@ -32,6 +32,8 @@ COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.cont
 RESHAPES = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims,
 )  # fmt: skip
+VERY_LARGE = -1e8
+"""Nothing that is added to a score counts beside this."""
 MASKED_OUT = -1e4
 """A key whose score is this or less has no weight, beside a key that is not masked."""
 
@@ -197,9 +199,12 @@ def _scaled(node: Node, scores: Node, found: Scores) -> Scores | None:
 
 
 def _plus(node: Node, scores: Node, found: Scores) -> Scores | None:
-    """Plus a mask."""
+    """Plus a mask. After a fill with a number that is not very large it might undo that."""
     mask = node.args[1] if node.args[0] is scores else node.args[0]
     if not isinstance(mask, Node) or mask is scores or node.kwargs.get("alpha", 1) != 1:
+        return None
+    least = max(VERY_LARGE, torch.finfo(dtype_of(scores)).min)
+    if any(before.value is not None and before.value > least for before in found.masks):
         return None
     return _with_mask(node, found, Mask(mask))
 
@@ -215,11 +220,20 @@ def _filled(node: Node, scores: Node, found: Scores) -> Scores | None:
         value = value.args[1 if value.target is aten.full.default else 0] if value.target in NUMBERS else None
     if not isinstance(mask, Node) or not isinstance(value, int | float) or not value <= MASKED_OUT:
         return None
-    return _with_mask(node, found, Mask(mask, float(value), inverted))
+    filled = Mask(mask, float(value), inverted)
+    if _is_finite(filled) and any(_is_finite(before) and before.value != value for before in found.masks):
+        return None  # where all keys are masked, those of the larger number have all weight
+    return _with_mask(node, found, filled)
+
+
+def _is_finite(mask: Mask) -> bool:
+    return mask.value not in (None, -float("inf"))
 
 
 def _with_mask(node: Node, found: Scores, mask: Mask) -> Scores | None:
     shape = shape_of(mask.node)
+    if found.masks and shape_of(node)[:-2] != found.masked_lead:
+        return None  # masks of different views of the scores
     return replace(found, masks=(*found.masks, mask)) if shape and shape[-1] == shape_of(node)[-1] else None
 
 

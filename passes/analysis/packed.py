@@ -49,7 +49,7 @@ def slices_for_places(module: GraphModule, values: Mapping[str, Any]) -> set[str
         found = _places(node, known)
         if found is not None and shape_of(node.args[0])[found[0]] in lengths:
             write.put(node, _read(write.before(node), node, *found))
-    if known.used:
+    if write.known:
         module.graph.eliminate_dead_code()
         module.recompile()
     return known.used
@@ -106,7 +106,11 @@ def _places(node: Node, known: _Known) -> tuple[int, list[tuple[int, int]]] | No
     places = found[0]
     if node.target is aten.scatter_add.default:  # an index for each entry: the same for all along the other dims
         first = places[tuple(slice(None) if d == dim else slice(1) for d in range(places.ndim))]
-        if shape_of(_source(node)) != tuple(places.shape) or not torch.equal(places, first.expand_as(places)):
+        if (
+            not _fills(node, dim)
+            or shape_of(_source(node)) != tuple(places.shape)
+            or not torch.equal(places, first.expand_as(places))
+        ):
             return None
         places = first.flatten()
     elif node.target is aten.index_put.default and _is_broadcast(node, dim, len(places)):
@@ -115,6 +119,14 @@ def _places(node: Node, known: _Known) -> tuple[int, list[tuple[int, int]]] | No
     if runs:
         known.used |= found[1]
     return (dim, runs) if runs else None
+
+
+def _fills(node: Node, dim: int) -> bool:
+    """Whether what is written has all of the base's entries along the other dims."""
+    base, source = shape_of(node), shape_of(_source(node))
+    return len(base) == len(source) and all(
+        b == s or d == dim for d, (b, s) in enumerate(zip(base, source, strict=True))
+    )
 
 
 def _is_broadcast(node: Node, dim: int, count: int) -> bool:
@@ -132,10 +144,12 @@ def runs_of(places: torch.Tensor) -> list[tuple[int, int]]:
     if places.ndim != 1 or places.dtype == torch.bool:
         return []
     rows = places.tolist()
+    if not rows:
+        return []
     starts = [n for n, place in enumerate(rows) if n == 0 or place != rows[n - 1] + 1]
     runs = [(rows[a], rows[b - 1] + 1) for a, b in zip(starts, [*starts[1:], len(rows)], strict=True)]
     overlap = sum(end - start for start, end in runs) != len(set(rows))
-    return [] if len(runs) > MOST_RUNS or overlap or (runs and min(runs)[0] < 0) else runs
+    return [] if len(runs) > MOST_RUNS or overlap or min(runs)[0] < 0 else runs
 
 
 def _written(call: AddNode, node: Node, dim: int, runs: Sequence[tuple[int, int]]) -> Node:
