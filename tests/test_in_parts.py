@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -389,7 +388,6 @@ def test_another_thread_captures() -> None:
                 run(fast, calls_of("FPRF", words))
             kinds.append(letters(session))
         except BaseException as error:
-            traceback.print_exc()
             errors.append(error)
 
     edit(7)
@@ -398,7 +396,7 @@ def test_another_thread_captures() -> None:
     while busy.is_alive():
         edit(7)
     assert errors == []
-    assert set(kinds) == {"FPRF"}
+    assert set(kinds) <= {"FPRF", "FFRF"}, "more than one call that was not planned to be is FULL"
 
 
 class Lengths(TinyDiT):

@@ -109,13 +109,13 @@ class RunningCall:
             frame = frame.f_back
         if frame is None:
             return None
-        known = frame.f_locals
-        function = known["fn"]
+        known = frame.f_locals  # by these names in torch 2.11 to 2.15
+        function = known.get("fn")
         model = getattr(function, "__self__", None)
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or not {"args", "kwargs"} <= known.keys():
             return None
         given = known["args"], known["kwargs"], _why_a_part(model, frames)
-        if function.__name__ == "_call_impl":
+        if getattr(function, "__name__", "") == "_call_impl":
             return cls(model, model, "_compiled_call_impl", *given)
         compiled = frame.f_code
         while frame is not None:
