@@ -45,6 +45,8 @@ MOST_UNUSED = 6
 """Captures in a row of which no call but the first could use one. Then what they rely on changes from call to call."""
 BETWEEN = {eval_frame.__file__, CompiledGraph.__call__.__code__.co_filename, __file__}
 """Files between the code that calls a graph and what is asked here."""
+CALL = nn.Module._call_impl.__code__
+"""What runs while a module is called."""
 ASIDE: ContextVar[bool] = ContextVar("hetcache_aside", default=False)
 """Whether parts of a model that is refused as a whole run: all is said."""
 
@@ -119,7 +121,8 @@ class RunningCall:
             return cls(model, model, "_compiled_call_impl", *given)
         compiled = frame.f_code
         while frame is not None:
-            holder = frame.f_locals.get("self")
+            # Frames that Dynamo made are not asked for their locals: in some torch that is not safe.
+            holder = frame.f_locals.get("self") if frame.f_code is CALL else None
             if isinstance(holder, eval_frame.OptimizedModule) and holder._orig_mod is model:
                 for attribute in ("forward", "_old_forward"):  # the latter behind a hook of accelerate
                     held = getattr(holder, attribute, None)
