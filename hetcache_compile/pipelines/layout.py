@@ -154,10 +154,12 @@ def _first_row(arguments: Mapping[str, Any], length: int, count: int) -> int:
 
 
 def _ids(arguments: Mapping[str, Any], length: int) -> Iterator[torch.Tensor]:
-    """Tensors that say of each token where it stands, `[length, axes]`."""
-    for ids in list(arguments.values())[1:]:
-        if isinstance(ids, torch.Tensor) and ids.ndim in (2, 3) and length == ids.shape[-2] and 2 < ids.shape[-1] < 6:
-            yield ids.reshape(-1, *ids.shape[-2:])[0].double()
+    """Tensors that say of each token where it stands, `[length, axes]`. Rows for the text may stand before those."""
+    others = [value for value in list(arguments.values())[1:] if isinstance(value, torch.Tensor)]
+    texts = {0, *(value.shape[1] for value in others if value.ndim > 2)}
+    for ids in others:
+        if ids.ndim in (2, 3) and ids.shape[-2] - length in texts and 2 < ids.shape[-1] < 6:
+            yield ids.reshape(-1, *ids.shape[-2:])[0, -length:].double()
 
 
 def _packed(arguments: Mapping[str, Any], length: int, name: str) -> Grid:

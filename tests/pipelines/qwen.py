@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     QwenImageControlNetInpaintPipeline,
@@ -17,11 +18,13 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from zoo.entry import Grid, seeded
+from zoo.entry import Grid, newer, seeded
 
 from .parts import CHANNELS, IMAGE, IMAGE_GRID, TEXT, TEXT_WIDTH, flow, packed_row
 from .row import STEPS, Masking, embeds, mask_picture, picture
 
+Krea2Pipeline = newer("Krea2Pipeline")
+Krea2Transformer2DModel = newer("Krea2Transformer2DModel")
 PACKED = 4 * CHANNELS
 SHAPE = (1, 24, PACKED)
 BLOCK: dict[str, Any] = {
@@ -96,6 +99,36 @@ def edit_inpaint() -> dict[str, Any]:
     return call(AREA, image=picture(AREA), mask_image=mask_picture(AREA, AREA_GRID), strength=0.6)
 
 
+def krea2_parts() -> dict[str, Any]:
+    """Text comes as the states of several layers of its encoder."""
+    config = {
+        "in_channels": PACKED,
+        "num_layers": 1,
+        "attention_head_dim": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 53,
+        "timestep_embed_dim": 26,
+        "text_hidden_dim": TEXT_WIDTH - 1,
+        "num_text_layers": 3,
+        "text_num_attention_heads": 4,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 29,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (2, 4, 6),
+    }
+    return parts(transformer=seeded(lambda: Krea2Transformer2DModel(**config)))
+
+
+def krea2_call() -> dict[str, Any]:
+    """Without guidance; the last words of both texts are padding."""
+    texts = {f"{prefix}prompt_embeds": embeds(TEXT, 3, TEXT_WIDTH - 1, seed=s) for s, prefix in enumerate(PREFIXES)}
+    masks = {f"{prefix}prompt_embeds_mask": torch.arange(TEXT)[None] < TEXT - 2 for prefix in PREFIXES}
+    return {**texts, **masks, "guidance_scale": 0.0, "height": 16, "width": 24, "num_inference_steps": STEPS}
+
+
+PREFIXES = ("", "negative_")
 MASKED = {"mask_argument": "mask_image", "source_argument": "image", "masking": Masking.BLEND}
 qwen_row = partial(packed_row, shape=SHAPE, guided={"true_cfg_scale": 3.0})
 ROWS = (
@@ -133,4 +166,5 @@ ROWS = (
         source_argument="control_image",
         masking=Masking.HIDE,
     ),
+    packed_row(Krea2Pipeline, krea2_parts, krea2_call, shape=SHAPE, guided={"guidance_scale": 3.0}),
 )
