@@ -209,6 +209,7 @@ def test_blocks_that_store_into_each_others_tensors_are_captured_whole(programs:
 # The backend
 
 
+@pytest.mark.wide
 def test_a_deep_model_in_a_session(fresh: None) -> None:
     """With regions and without: the same bits, and few graphs are compiled."""
     model = deep(5)

@@ -108,6 +108,7 @@ def test_what_cannot_be_built_is_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.wide
 def test_an_engine_must_have_the_inputs_and_outputs_of_the_manifest():
     folder = exported.export("fp32", 20)
     manifest = Manifest.load(folder)
