@@ -17,8 +17,8 @@ from models import Case
 
 from hetcache_compile import Forms, Plan
 from hetcache_compile.capture.capture import Program, capture
-from hetcache_compile.capture.rewrite import write_forms
-from hetcache_compile.passes.analysis.analyse import Analysis, analyse
+from hetcache_compile.capture.rewrite import analysed, write_forms
+from hetcache_compile.passes.analysis.analyse import Analysis
 from hetcache_compile.passes.forms.pipeline import FormOptions
 
 SLOW = (
@@ -64,7 +64,7 @@ class Captured:
 def _capture(case: Case) -> Captured:
     model = case.build()
     program = capture(model, (), case.call(model, seed=0))
-    return Captured(case, model, program, analyse(program.module, case.grid))
+    return Captured(case, model, *analysed(program, case.grid, None))
 
 
 @pytest.fixture(scope="session", autouse=True)

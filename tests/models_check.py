@@ -13,8 +13,8 @@ from zoo.entry import Entry
 
 import hetcache_compile as hetcache
 from hetcache_compile.capture.capture import Program, capture
-from hetcache_compile.capture.rewrite import Forms
-from hetcache_compile.passes.analysis.analyse import Analysis, analyse
+from hetcache_compile.capture.rewrite import Forms, analysed
+from hetcache_compile.passes.analysis.analyse import Analysis
 from hetcache_compile.passes.ir.axis import Accumulate, Attend
 from hetcache_compile.passes.writing.write import WRITERS
 from hetcache_compile.plan.plan import Plan
@@ -79,7 +79,7 @@ def check(entry: Entry) -> Verdict:
     except hetcache.UnsupportedGraphError as error:
         return Verdict(entry.name, "not capturable", reason=str(error.reasons[0]).splitlines()[0])
     try:
-        analysis = analyse(program.module, entry.grid, entry.token_inputs)
+        program, analysis = analysed(program, entry.grid, entry.token_inputs)
     except hetcache.UnsupportedGraphError as error:
         return Verdict(entry.name, "refused", reason="; ".join(str(r).splitlines()[0] for r in error.reasons))
     except hetcache.GridMismatchError as error:

@@ -49,7 +49,7 @@ class Coverage:
         except GridMismatchError:
             return
         self.whole.update(f"{refusal.op}: {refusal.reason}" for refusal in analysis.whole.values())
-        for node in module.graph.nodes:
+        for node in analysis.module.graph.nodes:
             states = (analysis.states[operand] for operand in node.all_input_nodes)
             if node.op == "call_function" and any(isinstance(state, Tokens | Parts | Piece) for state in states):
                 self.met[str(node.target)].add(name)

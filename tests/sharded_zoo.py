@@ -23,8 +23,7 @@ from zoo import ENTRIES
 from zoo.entry import Entry
 
 from hetcache_compile.capture.capture import Program, capture
-from hetcache_compile.capture.rewrite import Forms, write_forms
-from hetcache_compile.passes.analysis.analyse import analyse
+from hetcache_compile.capture.rewrite import Forms, analysed, write_forms
 from hetcache_compile.passes.forms.collectives import SENT, Ranks, sent_bytes
 
 GROUP = "0"
@@ -90,7 +89,7 @@ def main(sizes: list[int], names: list[str]) -> int:
     captured = []
     for entry in (entry for entry in ENTRIES if entry.name in names):
         program = capture(entry.build(), (), entry.inputs())
-        analysis = analyse(program.module, entry.grid, entry.token_inputs)
+        program, analysis = analysed(program, entry.grid, entry.token_inputs)
         count = int(np.prod(entry.grid))
         plan = random_plan(entry.grid, count // 3, count - count // 3, seed=1)
         captured.append((entry, program, analysis, plan, write_forms(program, analysis, plan)))

@@ -35,6 +35,7 @@ from zoo import ENTRIES
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
 from hetcache_compile.capture.capture import capture
+from hetcache_compile.capture.rewrite import analysed
 from hetcache_compile.passes.analysis.analyse import analyse
 from hetcache_compile.passes.ir.axis import Tokens
 from hetcache_compile.passes.writing.batch import join_samples, take_samples
@@ -137,8 +138,8 @@ def test_some_samples_of_a_batch_are_those_of_the_whole_batch(name: str) -> None
         return torch.cat([a, b]) if isinstance(a, torch.Tensor) and a.shape[:1] == (1,) else a
 
     kwargs = pytree.tree_map(both, first, second)
-    program = capture(model, (), kwargs)
-    sources = analyse(program.module, entry.grid, entry.token_inputs).token_sources
+    program, analysis = analysed(capture(model, (), kwargs), entry.grid, entry.token_inputs)
+    sources = analysis.token_sources
     module, states = take_samples(program.module, sources, 2, 1)
     inputs = program.flat_inputs((), kwargs)
     parts = [module(*inputs, torch.tensor([sample])) for sample in range(2)]

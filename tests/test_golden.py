@@ -25,7 +25,6 @@ from hetcache_compile.passes.analysis.normalise import (
     drop_empty_operands,
     drop_overwritten,
     drop_whole_slices,
-    fuse_attention,
     normalise,
     share_subexpressions,
 )
@@ -373,10 +372,6 @@ def written(x: torch.Tensor, *slices: slice) -> torch.Tensor:
     return result.sin()
 
 
-def weights(x: torch.Tensor) -> torch.Tensor:
-    return (x @ x.mT).softmax(-1)
-
-
 Pass = Callable[[GraphModule], PassResult]
 EFFECTIVE: dict[str, tuple[Pass, Function, tuple[torch.Tensor, ...], list[str]]] = {
     "asserts": (drop_asserts, asserted, (X,), ["eq", "all", "sin"]),
@@ -416,7 +411,6 @@ ALONE: dict[str, tuple[Pass, Function, tuple[torch.Tensor, ...]]] = {
     "slices that overlap": (drop_overwritten, lambda x: written(x, slice(0, 3), slice(2, 5)), (X,)),
     "a copy to another type": (drop_overwritten, lambda x: aten.copy(torch.zeros(3, 5, 7).double(), x), (X,)),
     "a copy of a row": (drop_overwritten, lambda x: aten.copy(torch.zeros_like(x), x[0]), (X,)),
-    "weights of attention that are shown": (fuse_attention, lambda x: (weights(x), weights(x).sum() * x), (X,)),
     "other arguments": (share_subexpressions, lambda x: (x[1:], x[:, 1:], x.sum(0), x.sum(0, True)), (X,)),
     "other keywords": (share_subexpressions, lambda x: (x.sum(0), x.sum(0, dtype=torch.float64)), (X,)),
     "1 and 1.0": (share_subexpressions, lambda x: (x + 1, x + 1.0), (COUNT,)),

@@ -20,8 +20,10 @@ from torch.fx import GraphModule, Node
 import hetcache_compile as hetcache
 from hetcache_compile.capture.capture import Program, capture
 from hetcache_compile.capture.regional import capture_by_regions
+from hetcache_compile.capture.rewrite import analysed
 from hetcache_compile.passes.analysis.analyse import Analysis, analyse
 from hetcache_compile.passes.analysis.flops import node_flops
+from hetcache_compile.passes.analysis.fuse_attention import fuse_attention
 from hetcache_compile.passes.forms.merge import MergeContext
 from hetcache_compile.passes.ir.axis import Attend
 from hetcache_compile.passes.ir.regions import regions_of
@@ -263,7 +265,14 @@ FUSED: dict[str, Op] = {
 def captured(op: Op, **models: Any) -> tuple[Model, Program]:
     torch.manual_seed(0)
     model = Model({"attention": op}).eval()
-    return model, capture(model, (), keywords())
+    return model, fused(capture(model, (), keywords()))
+
+
+def fused(program: Program) -> Program:
+    """What `analyse` does where it must; the tokens are born of the patches."""
+    births = program.module.graph.find_nodes(op="call_function", target=aten.conv3d.default)
+    fuse_attention(program.module, births)
+    return program
 
 
 def keywords() -> dict[str, Tensor]:
@@ -359,7 +368,11 @@ LEFT_ALONE: dict[str, Op] = {
 
 @pytest.mark.parametrize("op", LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_anything_else_stays(op: Op) -> None:
-    model, program = captured(op)
+    torch.manual_seed(0)
+    model = Model({"attention": op}).eval()
+    program = capture(model, (), keywords())
+    before = str(program.module.graph)
+    assert str(fused(program).module.graph) == before
     assert attentions(program) == []
     if op is not LEFT_ALONE["dropout"]:
         kwargs = keywords()
@@ -418,10 +431,31 @@ def test_attention_to_the_text_stays_exact() -> None:
         return joined((q @ k.mT).masked_fill(torch.arange(text.shape[1]) > 7, -1e4).softmax(-1) @ v)
 
     model, program = captured(to_text)
-    assert len(attentions(program)) == 1
+    assert attentions(program) == []
     analysis = analyse(program.module, GRID)
     assert len(analysis.of_type(Attend)) == 1
     assert max(errors(model, program, analysis)) < TOLERANCE
+
+
+def test_only_attention_to_tokens_changes_and_only_where_it_must() -> None:
+    """FULL is the model's bit for bit where nothing else has to change: text that attends to text, tokens to text."""
+
+    def text_alone(x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = map(heads, qkv(text))
+        text = joined((q @ k.mT).softmax(-1) @ v)
+        return joined((heads(x) @ heads(text).mT).softmax(-1) @ heads(text))
+
+    for ops, count in (({"text": text_alone}, 1), ({"text": text_alone, "tokens": FUSED["plain"]}, 2)):
+        torch.manual_seed(0)
+        model, kwargs = Model(ops).eval(), keywords()
+        program = capture(model, (), kwargs)
+        found, analysis = analysed(program, GRID, None)
+        assert program.module.graph.find_nodes(op="call_function", target=ATTENTION)[1:] == []
+        assert len(found.module.graph.find_nodes(op="call_function", target=ATTENTION)) == count
+        assert (found.module is program.module) == (count == 1)
+        with torch.no_grad():
+            full, _ = write(found, analysis, random_plan(GRID, 10, N - 10, seed=1)).full(**kwargs)
+            assert all(map(torch.equal, full[:2], model(**kwargs)[:2]))
 
 
 # Rounding, and what else is counted.
@@ -440,6 +474,7 @@ def test_half_precision_loses_no_more_than_the_model(name: str, dtype: torch.dty
         text = torch.zeros(1)
         program = capture(_Alone(FUSED[name]), (x, text), {})
         module = program.module
+        fuse_attention(module, module.graph.find_nodes(op="placeholder"))
         assert module.graph.find_nodes(op="call_function", target=ATTENTION)
         truth = FUSED[name](x.double(), text)
         own, fused = FUSED[name](x, text), module(*program.flat_inputs((x, text), {}))[0]
@@ -503,7 +538,8 @@ def test_blocks_are_still_captured_once() -> None:
     found: list[tuple[Program, Program | None]] = []
 
     def backend(graph: GraphModule, args: Sequence[Any]) -> Any:
-        found.append((capture(graph, tuple(args), {}), capture_by_regions(graph)))
+        regional = capture_by_regions(graph)
+        found.append((fused(capture(graph, tuple(args), {})), fused(regional) if regional else None))
         return graph
 
     with torch.no_grad():

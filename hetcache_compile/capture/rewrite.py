@@ -180,7 +180,16 @@ def rewrite(
     model = getattr(model, "_orig_mod", model)
     program = capture_model(model, args, kwargs or {})
     token_inputs = token_inputs or planned_token_inputs(program, plan)
-    return replace(write_forms(program, analyse(program.module, plan.grid, token_inputs), plan), model=model)
+    program, analysis = analysed(program, plan.grid, token_inputs)
+    return replace(write_forms(program, analysis, plan), model=model)
+
+
+def analysed(
+    program: Program, grid: tuple[int, int, int], token_inputs: TokenInputs | None
+) -> tuple[Program, Analysis]:
+    """The analysis of a program, and the program with the graph that was analysed. For errors see `analyse`."""
+    analysis = analyse(program.module, grid, token_inputs)
+    return replace(program, module=analysis.module), analysis
 
 
 def planned_token_inputs(program: Program, plan: Plan) -> TokenInputs | None:

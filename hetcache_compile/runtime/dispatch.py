@@ -50,6 +50,9 @@ from .stats import Stopwatch
 from .streaming import can_stream, free_bytes, host_buffers
 from .weights import Weights
 
+ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int)
+"""What a model that attends has: the operator, or what attention by hand is made of."""
+
 PART = "a part of a model"
 PARALLEL = "a model that shares its work itself"
 ASSUMED = "another value of an input that the graph depends on"
@@ -224,8 +227,8 @@ class CompiledGraph:
         prepared = self._prepared.get(shapes)
         if prepared is None or self.preparer.time_of(prepared) is None:
             return False
-        attention = torch.ops.aten.scaled_dot_product_attention.default
-        return bool(prepared.program.module.graph.find_nodes(op="call_function", target=attention))
+        graph = prepared.program.module.graph
+        return any(graph.find_nodes(op="call_function", target=operator) for operator in ATTENTION)
 
     def run_step(self, session: Session, route: Route, given: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """One call inside a session: choose the form, make it if need be, run it on the branch's buffers."""

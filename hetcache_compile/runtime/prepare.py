@@ -23,12 +23,12 @@ from torch.utils import _pytree as pytree
 
 from ..capture.capture import Program, capture, with_input_names, with_places_settled
 from ..capture.regional import capture_by_regions
-from ..capture.rewrite import check_weights, planned_token_inputs, write_form
+from ..capture.rewrite import analysed, check_weights, planned_token_inputs, write_form
 from ..compilation.cuda_graphs import Recorder
 from ..compilation.options import BackendOptions, Compiled
 from ..compilation.regional import compile_by_regions, compile_whole
 from ..errors import SessionError
-from ..passes.analysis.analyse import Analysis, analyse
+from ..passes.analysis.analyse import Analysis
 from ..passes.analysis.inputs import is_state
 from ..passes.analysis.time_input import time_input
 from ..passes.forms.collectives import Ranks
@@ -142,7 +142,11 @@ class Preparer:
         key = plan.grid, *plan.token_inputs.items()
         if key not in prepared.analyses:
             token_inputs = self.options.token_inputs or planned_token_inputs(prepared.program, plan)
-            prepared.analyses[key] = analyse(prepared.program.module, plan.grid, token_inputs)
+            program, analysis = analysed(prepared.program, plan.grid, token_inputs)
+            if program.module is not prepared.program.module:
+                prepared.program = program
+                prepared.analyses.clear()  # they know the nodes of the graph before
+            prepared.analyses[key] = analysis
         return prepared.analyses[key]
 
     def time_of(self, prepared: Prepared) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,11 +26,13 @@ from ..ir.axis import (
     Reborn,
     Tokens,
 )
+from ..ir.graphs import graph_module
 from ..ir.refusal import GridMismatchError, Refusal, UnsupportedGraphError, module_path, refuse, shape_of
 from ..rules.patches import input_state, is_patchify
 from ..rules.rule import Query
 from ..rules.table import rule_of
 from .cut_rows import along_pieces, cut_out
+from .fuse_attention import fuse_attention
 from .inputs import TokenInputs, find_token_inputs, no_tokens, resolve_token_inputs
 
 __all__ = ["Analysis", "GridMismatchError", "analyse", "attention_modules"]
@@ -43,6 +46,9 @@ COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtenso
 class Analysis:
     """The token axis of a graph: a state for each node, and the edits a partial form makes at it."""
 
+    module: GraphModule
+    """The graph: that which was given, or a copy in which attention of tokens that is written by hand is one
+    operator."""
     grid: tuple[int, int, int]
     states: Mapping[Node, AxisState]
     edits: Mapping[Node, tuple[Edit, ...]]
@@ -61,6 +67,10 @@ class Analysis:
 def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: TokenInputs | None = None) -> Analysis:
     """Find the token axis of a normalised graph.
 
+    Where an operator would have to be computed whole or refused, attention by hand whose keys come from tokens becomes
+    one operator in a copy, and the copy is analysed. Other attention by hand keeps the model's own operators, and with
+    them its rounding.
+
     Args:
         module: functional ATen graph with static shapes in `meta["val"]`.
         grid: the token grid (T', H', W'); N = T'·H'·W' tokens.
@@ -72,18 +82,29 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Token
         GridMismatchError: the model makes another grid than `grid`.
     """
     _check_of_one_process(module)
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    known, refusals = resolve_token_inputs(placeholders, token_inputs or {}, grid)
-    analysis, more = walk(module, grid, known)
-    if not token_inputs and not analysis.of_type(Enter) and not more:
-        known = find_token_inputs(placeholders, grid)
-        analysis, more = walk(module, grid, known)
-    refusals += more
+    analysis, refusals = _analyse(module, grid, token_inputs or {})
+    if refusals or analysis.whole:
+        fused = graph_module(module, copy.deepcopy(module.graph))
+        born = {node.name for node, _ in analysis.of_type(Enter)}
+        if fuse_attention(fused, [node for node in fused.graph.nodes if node.name in born]).modified:
+            analysis, refusals = _analyse(fused, grid, token_inputs or {})
     if not refusals:
-        refusals = _nothing_to_cache(module, analysis)
+        refusals = _nothing_to_cache(analysis)
     if refusals:
         raise UnsupportedGraphError(refusals)
     return analysis
+
+
+def _analyse(
+    module: GraphModule, grid: tuple[int, int, int], token_inputs: TokenInputs
+) -> tuple[Analysis, list[Refusal]]:
+    """`analyse` of the graph as it is, and all refusals."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    known, refusals = resolve_token_inputs(placeholders, token_inputs, grid)
+    analysis, more = walk(module, grid, known)
+    if not token_inputs and not analysis.of_type(Enter) and not more:
+        analysis, more = walk(module, grid, find_token_inputs(placeholders, grid))
+    return analysis, refusals + more
 
 
 def _check_of_one_process(module: GraphModule) -> None:
@@ -149,7 +170,7 @@ def _walk_once(
     after, kept = after_tokens(module, states, edits)
     for node, operands in kept.items():
         edits[node] = (*edits.get(node, ()), *map(Keep, operands))
-    return Analysis(grid, states, edits, _token_sources(module, edits), after, whole), refusals, misused
+    return Analysis(module, grid, states, edits, _token_sources(module, edits), after, whole), refusals, misused
 
 
 def _flow(
@@ -256,10 +277,10 @@ def _token_sources(module: GraphModule, edits: Mapping[Node, tuple[Edit, ...]]) 
     return tuple(node.name for node in order)
 
 
-def _nothing_to_cache(module: GraphModule, analysis: Analysis) -> list[Refusal]:
+def _nothing_to_cache(analysis: Analysis) -> list[Refusal]:
     """A graph that every rule accepts may still hold nothing to save."""
     if not analysis.of_type(Enter):
-        return no_tokens(module, analysis.grid)
+        return no_tokens(analysis.module, analysis.grid)
     if not analysis.of_type(Attend) and not analysis.of_type(Accumulate):
         return [
             Refusal("no attention has keys and values along the token axis: there is no context to cache"),

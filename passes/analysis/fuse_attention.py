@@ -5,13 +5,14 @@ operator for the whole attention the table of rules knows that keys and values m
 says what is found.
 
 The results are those of the model up to rounding, and not bit for bit: the kernels of one operator add up in another
-order. They round no more than the model does, as they keep scores in float32 whatever its type. In a row whose keys are
-all masked by minus infinity the model has no numbers, and the operator may have zeros.
+order. So `analyse` asks for it only where it must. They round no more than the model does, as they keep scores in
+float32 whatever its type. In a row whose keys are all masked by minus infinity the model has no numbers, and the
+operator may have zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -32,14 +33,19 @@ FINITE = -1e30
 """What is added to a masked score. In float32 and bfloat16 it leaves nothing of the score, and two of it are finite."""
 
 
-def fuse_attention(module: GraphModule) -> PassResult:
-    """Attention written by hand becomes one operator; so do its slices of queries, where a loop computes them."""
-    module.graph.eliminate_dead_code()  # a use that nobody needs is none
+def fuse_attention(module: GraphModule, births: Iterable[Node]) -> PassResult:
+    """Attention written by hand becomes one operator; so do its slices of queries, where a loop computes them.
+
+    Args:
+        module: normalised, and changed in place.
+        births: nodes of it in which tokens are born. Attention to what does not come from them, such as text, stays.
+    """
+    from_tokens = _reached(module, births)
     write = Replacement(module, "fuse_attention")
     made: list[Node] = []
     for node in list(module.graph.nodes):
         found = find_attention(node)
-        if found is not None:
+        if found is not None and not from_tokens.isdisjoint((found.scores.key.node, found.value.node)):
             attention = _written(write.before(found.place), found)
             result = _result(write.before(found.place), found, attention)
             if write.put(found.place, result):
@@ -51,6 +57,15 @@ def fuse_attention(module: GraphModule) -> PassResult:
         _raise(write, attention)
     module.graph.eliminate_dead_code(has_side_effect)
     return PassResult(module, bool(made))
+
+
+def _reached(module: GraphModule, births: Iterable[Node]) -> set[Node]:
+    """These nodes, and all that depend on them."""
+    reached = set(births)
+    for node in module.graph.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
 
 
 def _written(call: AddNode, found: HandWritten) -> Node:

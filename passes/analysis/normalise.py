@@ -1,7 +1,6 @@
-"""Tidy a captured graph without changing one bit of what it computes, but for attention written by hand.
+"""Tidy a captured graph without changing one bit of what it computes.
 
-`PASSES` is the whole pipeline. A pass takes a module and returns a `PassResult`. Only `fuse_attention` rounds
-otherwise than the model.
+`PASSES` is the whole pipeline. A pass takes a module and returns a `PassResult`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..ir.pipeline import run_passes
 from ..ir.refusal import shape_of
-from .fuse_attention import fuse_attention
 from .replace import Replacement, rows_of
 
 aten = torch.ops.aten
@@ -167,7 +165,6 @@ PASSES: list[Callable[[GraphModule], PassResult]] = [
     drop_size_hints,
     name_squeezed_dims,
     drop_overwritten,
-    fuse_attention,
     share_subexpressions,
     drop_dead_code,
 ]

@@ -199,7 +199,7 @@ def check_rows(whole: OpCall, sizes: Sizes, rules: Mapping[Any, Rule] = RULES) -
     """
     trace = Trace(whole, sizes, rules)
     active, context = choose_rows(sizes)
-    analysis = Analysis(trace.grid, trace.states, trace.edits)
+    analysis = Analysis(trace.module, trace.grid, trace.states, trace.edits)
     budgets = Budgets(len(active), len(context))
     partial = write_partial(trace.module, analysis, budgets)
     outputs = trace.module(*trace.tensors)
