@@ -18,8 +18,8 @@ from torch import nn
 
 import hetcache_compile as hetcache
 from hetcache_compile.capture.structure import Structure
-from hetcache_compile.runtime import whole
 from hetcache_compile.runtime.session import HetCacheWarning, Session
+from hetcache_compile.runtime.whole import model as model_in_parts
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -243,7 +243,7 @@ def test_a_model_that_moves_before_each_call(way: str) -> None:
             assert letters(session) == steps
             check(outputs, truths)
         slot = fast.forward if isinstance(fast, torch._dynamo.OptimizedModule) else fast._compiled_call_impl
-        taken = slot if isinstance(slot, whole.WholeModel) else fast._old_forward
+        taken = slot if isinstance(slot, model_in_parts.WholeModel) else fast._old_forward
         assert len(taken._captures) == 1
         captured = captured or taken._captures[0]
         assert taken._captures[0] is captured, "captured anew"
@@ -294,7 +294,7 @@ def test_what_is_refused_whole_too(
     build: Callable[[], Any], norm: Callable[..., Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It runs as it was compiled, part by part, and the reason is said once."""
-    monkeypatch.setattr(whole, "MOST_UNUSED", 2)
+    monkeypatch.setattr(model_in_parts, "MOST_UNUSED", 2)
     model, inner = build(), CountingInner()
     model.norm = norm(22)
     calls = calls_of("FPPPPP")
@@ -339,7 +339,7 @@ def test_a_model_that_counts_its_calls_runs_as_it_is() -> None:
 
 
 def test_a_change_at_each_call_is_forgotten_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "MOST_UNUSED", 2)
+    monkeypatch.setattr(model_in_parts, "MOST_UNUSED", 2)
     model, calls = Padded(), calls_of("FPRF")
     fast = compiled(model)
     with warnings.catch_warnings(record=True) as caught, hetcache.session(plan_of("FPRF")):

@@ -28,6 +28,7 @@ from ..passes.analysis.normalise import normalise
 from ..passes.analysis.packed import slices_for_places
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError, module_path, source_line
 from .assumed_values import know
+from .offloading import REGISTRY, StandIns, computes_as_written, lies_elsewhere, only_offloads
 
 DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 """What reading the data of a tensor calls."""
@@ -108,17 +109,25 @@ def is_more_than_data(tensor: Any) -> bool:
     )
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None = None
+) -> Program:
     """Capture one call of `model` with static shapes.
+
+    Args:
+        model: the model.
+        args: of the call.
+        kwargs: of the call.
+        device: where it runs, if weights of it come there only to be used.
 
     Raises:
         UnsupportedGraphError: the call cannot be captured, or it changes a buffer.
     """
     assumed: set[int] = set()
     try:
-        exported = export(sharing_weights(model), args, kwargs)
+        exported = export(sharing_weights(model, device), args, kwargs)
     except UnsupportedGraphError:
-        knowing = sharing_weights(model)
+        knowing = sharing_weights(model, device)
         if knowing is model:
             raise
         assumed = know(knowing, args, kwargs)
@@ -233,15 +242,25 @@ def with_input_names(program: Program, names: Sequence[str]) -> Program:
     return replace(program, inputs=inputs, assumed=assumed)
 
 
-def sharing_weights(model: nn.Module) -> nn.Module:
+def sharing_weights(model: nn.Module, device: torch.device | None = None) -> nn.Module:
     """A copy of `model` with the same weights, or itself where it cannot be copied.
 
     A model may keep tables from its first call, in an attribute or in a `functools.lru_cache`. Those of a captured
-    call hold no data, and would spoil later calls of the model itself.
+    call hold no data, and would spoil later calls of the model itself. Hooks that move the model or its parts to the
+    device are no part of what is computed, and are left out.
+
+    Args:
+        model: the model.
+        device: weights that are not there are without numbers in the copy, and there.
     """
     if isinstance(model, GraphModule):  # keeps nothing
         return model
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    if device is not None:
+        shared |= _stand_ins(model, device)
+    for module in model.modules():
+        if only_offloads(vars(module)):
+            shared[id(vars(module)[REGISTRY])] = vars(module)[REGISTRY]
     offload = getattr(model, "_hf_hook", None)
     if offload is not None:
         shared[id(offload)] = offload  # it holds the model that it moves away: another one
@@ -253,7 +272,17 @@ def sharing_weights(model: nn.Module) -> nn.Module:
         # A hook of accelerate moves the model to its device before each call, which is no part of what is computed.
         own: Any = shared_model._old_forward
         shared_model.forward = own
+    for module in shared_model.modules():
+        if only_offloads(vars(module)) and computes_as_written(module):
+            vars(module).pop("forward", None)
     return shared_model
+
+
+def _stand_ins(model: nn.Module, device: torch.device) -> dict[int, torch.Tensor]:
+    """Weights and buffers for a copy of a model, by the identity of those that are not on the device."""
+    stand_ins = StandIns(device)
+    found = {id(p): nn.Parameter(stand_ins.like(p), False) for p in model.parameters() if lies_elsewhere(p, device)}
+    return found | {id(b): stand_ins.like(b) for b in model.buffers() if lies_elsewhere(b, device)}
 
 
 def _check_sizes(module: GraphModule) -> None:

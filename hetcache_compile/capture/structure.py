@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .offloading import REGISTRY, only_offloads
+
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
 OPAQUE = (type, FunctionType, MethodType, ModuleType, Enum)
@@ -65,7 +67,13 @@ class Structure:
 
     def holds(self) -> bool:
         """Whether the model is that still."""
-        return self._is_untouched() or Structure(self._model) == self
+        if self._is_untouched():
+            return True
+        now = Structure(self._model)
+        if now != self:
+            return False
+        vars(self).update(vars(now))  # and look there from now on
+        return True
 
     def _is_untouched(self) -> bool:
         now = [owner.get(key, _MISSING) for owner, key in zip(self._owners, self._keys, strict=True)]
@@ -101,6 +109,8 @@ class Structure:
         elif type(value).__module__.partition(".")[0] in OF_LIBRARIES:
             return _Identity(value)
         self._describe_class(type(value))
+        if isinstance(value, nn.Module) and only_offloads(vars(value)):
+            self._namespaces.append(vars(value)[REGISTRY].hooks)  # others may come, which do more
         held = vars(value) if hasattr(value, "__dict__") else {}
         keys = [key for key in held if not _is_apart(held, key)]
         if isinstance(value, nn.Module) and id(value) not in self._own:  # in a list, say: a graph has copies of these
@@ -158,8 +168,14 @@ class _Identity:
 
 
 def _is_apart(owner: Mapping[Any, Any], key: Any) -> bool:
-    """Whether an attribute is not compared. Hooks of accelerate, which are renewed for each edit, wrap `forward`."""
-    return key in NOT_COMPARED or (key == "forward" and "_hf_hook" in owner)
+    """Whether an attribute is not compared.
+
+    Hooks of accelerate, which are renewed for each edit, and those of group offloading, some of which take themselves
+    away, wrap `forward`.
+    """
+    if key in ("forward", REGISTRY):
+        return "_hf_hook" in owner or only_offloads(owner)
+    return key in NOT_COMPARED
 
 
 def _facts_of(weights: Sequence[dict[str, torch.Tensor | None]]) -> list[Any]:

@@ -17,7 +17,8 @@ from torch.fx import GraphModule
 from ..compilation.options import BackendOptions, Compiled
 from .context import own_session
 from .session import HetCacheWarning
-from .whole import DynamoGraph
+from .whole.dynamo import DynamoGraph
+from .whole.running import is_taken
 
 
 def warn_of_recompile_limit() -> None:
@@ -59,7 +60,8 @@ def hetcache_backend(
         ValueError: there is no such option or mode.
     """
     compiled = DynamoGraph(graph, BackendOptions.of(options, mode))
-    warn_of_recompile_limit()
+    if not is_taken():
+        warn_of_recompile_limit()
     if own_session() is None:
         compiled.plain = compiled.compiler(graph, list(example_inputs))
     return compiled

@@ -119,6 +119,7 @@ class CompiledGraph:
         self.plain: Compiled | None = None
         """The plain graph as Dynamo had it compiled, if it was captured outside a session."""
         self.broken_by = graph_break_of(graph)
+        self.not_whole = ""
         self._varying = varying_inputs(self.unwrapped.graph, self.preparer.floats)
         places = enumerate(self.unwrapped.graph.graph.find_nodes(op="placeholder"))
         self._held = frozenset(n for n, node in places if is_held(node.name)) - self.preparer.floats
@@ -193,7 +194,7 @@ class CompiledGraph:
         if reason is not None:
             return Refused(reason, PARALLEL)
         if self.broken_by:
-            return Refused(part_of_a_model(self.broken_by), PART)
+            return Refused(part_of_a_model(self.broken_by, self.not_whole), PART)
         plan = session.plan
         with preparing(), normal_mode():
             try:
@@ -213,13 +214,13 @@ class CompiledGraph:
                     return refused_by(error)  # some pipelines go on with fewer frames
                 if self._is_whole(shapes):
                     raise
-                return Refused(part_of_a_model(str(error)), PART, error)  # or an encoder, compiled too
+                return Refused(part_of_a_model(str(error), self.not_whole), PART, error)  # or an encoder, compiled too
             except SessionError:
                 raise
             except Exception as error:
                 if self._is_whole(shapes):
                     return refused_by(error)
-                return Refused(part_of_a_model(reason_of(error)), PART, error)
+                return Refused(part_of_a_model(reason_of(error), self.not_whole), PART, error)
         return Route(prepared, part, roles, (self, shapes), self._weights[shapes], device_of(inputs), analysis)
 
     def _is_whole(self, shapes: Hashable) -> bool:
@@ -454,21 +455,26 @@ def graph_break_of(graph: GraphModule) -> str:
     return f"{cause}{place}"
 
 
-def part_of_a_model(reason: str) -> str:
-    """What to say of a graph that is no whole model; a hook that calls it is on the stack."""
+def part_of_a_model(reason: str, not_whole: str) -> str:
+    """What to say of a graph that is no whole model; a hook that calls it is on the stack.
+
+    Args:
+        reason: why it is not cached.
+        not_whole: why the model was not captured as a whole in its place, if that was tried.
+    """
     help = (
-        "Hooks on parts of the model do that (group or sequential offloading, layerwise casting: use "
-        "pipe.enable_model_cpu_offload() instead), model.compile_repeated_blocks(), and graph breaks: "
-        "TORCH_LOGS=graph_breaks names them"
+        "Hooks on parts of the model do that (sequential offloading, layerwise casting: use "
+        "pipe.enable_model_cpu_offload() or pipe.enable_group_offload() instead), model.compile_repeated_blocks(), and "
+        "graph breaks: TORCH_LOGS=graph_breaks names them"
     )
     hooks = [f for f in traceback.extract_stack() if re.search(r"(diffusers|accelerate)[\\/]hooks\b", f.filename)]
     if hooks:
         help = (
             f"The hook {hooks[-1].name} at {hooks[-1].filename}:{hooks[-1].lineno} does that; for offloading use "
-            "pipe.enable_model_cpu_offload() in place of group or sequential offloading, or leave this model out of "
-            "it, with exclude_modules of pipe.enable_group_offload; and leave layerwise casting off"
+            "pipe.enable_model_cpu_offload(), or pipe.enable_group_offload() to memory, and leave layerwise casting off"
         )
-    return f"Dynamo hands over a part of a model, which runs uncached, because {reason}. {help}"
+    whole = f"The model cannot be captured as a whole, because {not_whole}. " if not_whole else ""
+    return f"Dynamo hands over a part of a model, which runs uncached, because {reason}. {whole}{help}"
 
 
 def buffers_for(

@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..capture.capture import Program, capture, with_input_names, with_places_settled
+from ..capture.offloading import StandIns
 from ..capture.regional import capture_by_regions
 from ..capture.rewrite import analysed, check_weights, planned_token_inputs, write_form
 from ..compilation.cuda_graphs import Recorder
@@ -40,7 +41,7 @@ from ..passes.ir.graphs import device_of, graph_module
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
-from .streaming import Streamed, can_stream, transfers_of, uses_of
+from .streaming import WEIGHT, Streamed, can_stream, transfers_of, uses_of
 
 LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
 """Held while anything is made: capture must not run while Dynamo compiles in another thread."""
@@ -113,10 +114,11 @@ class Preparer:
     Args:
         graph: as Dynamo captured it.
         options: of the backend.
+        offloaded: the inputs that are weights in the host's memory, by position.
     """
 
-    def __init__(self, graph: GraphModule, options: BackendOptions) -> None:
-        self.graph, self.options = graph, options
+    def __init__(self, graph: GraphModule, options: BackendOptions, offloaded: frozenset[int] = frozenset()) -> None:
+        self.graph, self.options, self.offloaded = graph, options, offloaded
         self.compiler = options.compiler(records=False)
         self.floats = wrapped_floats(graph)
 
@@ -225,13 +227,19 @@ class Preparer:
             form, pick = without_unused_inputs(in_process(form, options), program)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
-            uses = uses_of(form)
-            given = [*pick(inputs), *indices]  # the cache may be larger than the device: it is made up block by block
+            here = StandIns(device)
+            alike = [here.like(value) if n in self.offloaded else value for n, value in enumerate(inputs)]
+            given = [*pick(alike), *indices]  # the cache may be larger than the device: it is made up block by block
             compile_form = compile_by_regions if self.options.regional else compile_whole
             run = compile_form(form.module, given, self.compiler, f"{kind} form")
             # Copies to and from the host are in no graph.
-            streamed = Streamed(run, uses, len(given), transfers_of(device)) if can_stream(device) else None
-            if self.options.records and device.type == "cuda" and ranks is None:  # a graph of collectives is untried
+            numbers = enumerate(pick(range(len(inputs))))
+            weights = {place: WEIGHT for place, n in numbers if isinstance(n, int) and n in self.offloaded}
+            streams = can_stream(device)
+            streamed = Streamed(run, {**weights, **uses_of(form)}, transfers_of(device)) if streams else None
+            if weights:
+                run = Streamed(run, weights, transfers_of(device))
+            elif self.options.records and device.type == "cuda" and ranks is None:  # a graph of collectives is untried
                 run = Recorder(run, stays_in_memory(form, program), f"{kind} form")
             prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads, streamed)
             while len(prepared.forms) > MOST_FORMS:

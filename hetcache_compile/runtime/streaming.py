@@ -1,15 +1,16 @@
 """Keep a cache's keys and values in the host's memory: each comes to the GPU just ahead of the block that reads it.
 
 Copies run on a stream of their own beside the computation. A FULL step copies out what it wrote; a PARTIAL step copies
-in what it reads, and nothing out: the next one computes the same tokens anew. A form that is compiled as a whole has
-everything copied in before it runs.
+in what it reads, and nothing out: the next one computes the same tokens anew. Weights that are in the host's memory
+(`capture.offloading`) come in the same way, and are let go. A form that is compiled as a whole has everything copied in
+before it runs.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from ..passes.ir.cache import CacheEntry
 from ..passes.ir.form import Form
 
 AHEAD = 2
-"""Regions with cached keys and values whose copies are begun before the one that runs: one is copied, one waits."""
+"""Regions that need something of the host whose copies are begun before the one that runs: one is copied, one waits."""
 
 
 class Transfers(Protocol):
@@ -41,50 +42,49 @@ class Transfers(Protocol):
 
 @dataclass(frozen=True)
 class Use:
-    """What a form does with a buffer of its cache.
+    """What a form does with a tensor in the host's memory.
 
     Attributes:
-        entry: in the buffer.
         read: whether it reads what is there.
         written: whether what it leaves there is needed.
     """
 
-    entry: CacheEntry
     read: bool
     written: bool
 
 
-def uses_of(form: Form) -> tuple[Use, ...]:
-    """What a form in process does with each of its buffers, in order."""
+WEIGHT = Use(read=True, written=False)
+
+
+def uses_of(form: Form) -> dict[int, Use]:
+    """What a form in process does with keys and values, by the place of their buffers among its inputs."""
     placeholders = form.module.graph.find_nodes(op="placeholder")
     buffers = placeholders[len(placeholders) - len(form.reads) :]
 
     def is_store(user: Node, buffer: Node) -> bool:
         return user.target is torch.ops.aten.copy_.default and user.args[0] is buffer
 
-    return tuple(
-        Use(
-            entry,
+    return {
+        len(placeholders) - len(buffers) + number: Use(
             any(not is_store(user, node) or user.args[1] is node for user in node.users),
             form.kind == "full" and any(is_store(user, node) for user in node.users),
         )
-        for entry, node in zip(form.reads, buffers, strict=True)
-    )
+        for number, (entry, node) in enumerate(zip(form.reads, buffers, strict=True))
+        if entry.is_context
+    }
 
 
 class Streamed:
-    """A compiled form, some of whose buffers are in the host's memory.
+    """A compiled form, some of whose inputs are in the host's memory.
 
     Args:
-        run: the form; its last inputs are its buffers.
-        uses: of each buffer.
-        first: how many inputs come before the buffers.
+        run: the form.
+        hosted: what it does with these inputs, by their places.
         transfers: between host and device.
     """
 
-    def __init__(self, run: Compiled, uses: Sequence[Use], first: int, transfers: Transfers) -> None:
-        self.run, self.transfers = run, transfers
-        self.hosted = {first + number: use for number, use in enumerate(uses) if use.entry.is_context}
+    def __init__(self, run: Compiled, hosted: Mapping[int, Use], transfers: Transfers) -> None:
+        self.run, self.hosted, self.transfers = run, hosted, transfers
         self.steps = schedule(run.links, self.hosted) if isinstance(run, Chain) else []
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -121,7 +121,7 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Step:
-    """What is copied around one link of a chain: places of buffers.
+    """What is copied around one link of a chain: places of inputs.
 
     Attributes:
         fetches: whose copies begin before it.
@@ -135,7 +135,7 @@ class Step:
 
 
 def schedule(links: Sequence[Link], hosted: Collection[int]) -> list[Step]:
-    """The copies around each link: those for the next `AHEAD` links with buffers begin before the first of them."""
+    """The copies around each link: those for the next `AHEAD` links that need some begin before the first of them."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for number, link in enumerate(links):
