@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -362,6 +365,80 @@ def test_a_list_made_anew_is_no_change() -> None:
             run(fast, [kwargs])
     assert letters(session) == "FPRF"
     assert len(fast.forward._captures) == 1
+
+
+def scaled_by(factor: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[float], None]]:
+    """A function, and what changes the number that it takes from here."""
+
+    def change(to: float) -> None:
+        nonlocal factor
+        factor = to
+
+    return lambda x: x * factor, change
+
+
+class Activated(Padded):
+    """Holds a function, and makes numbers of the usual type in each call."""
+
+    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        out = super().forward(latents, self.act(text), text_mask)
+        return out + torch.linspace(0, 1, out.shape[-1])
+
+
+def test_a_number_in_a_closure_is_seen() -> None:
+    act, change = scaled_by(0.5)
+    model, calls = Activated(act), calls_of("FPP")
+    fast = compiled(model)
+    with hetcache.session(plan_of("FPP"), strict=True) as session:
+        run(fast, calls[:2])
+        change(2.0)
+        check(run(fast, calls[2:]), run(model, calls[2:]))
+    assert letters(session) == "FPF"
+
+
+@pytest.mark.parametrize("mode", ["autocast", "the usual type"])
+def test_what_changes_types_is_seen(mode: str) -> None:
+    """Each call is what the model gives under the same mode, in the same type."""
+    model, calls = Activated(torch.sin), calls_of("FFF")
+    run(model, calls)  # its table is of the usual type
+    fast = compiled(model)
+
+    @contextmanager
+    def changed(there: bool) -> Iterator[None]:
+        if mode == "autocast":
+            with torch.autocast("cpu", torch.bfloat16, enabled=there):
+                yield
+            return
+        torch.set_default_dtype(torch.float64 if there else torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    with hetcache.session(plan_of("FFF"), strict=True):
+        for there, kwargs in zip((True, False, True), calls, strict=True):
+            with changed(there):
+                (own,), (cached,) = run(model, [kwargs]), run(fast, [kwargs])
+            assert cached.dtype == own.dtype
+            torch.testing.assert_close(cached, own)
+
+
+def test_a_refused_call_lets_its_arguments_go() -> None:
+    """What is kept of the refusal, and of its error, holds no latents."""
+    model = Padded()
+    model.norm = Numpy(22)
+    fast, (kwargs,) = compiled(model), calls_of("F")
+    held = weakref.ref(kwargs["latents"])
+    with warnings.catch_warnings(), hetcache.session(plan_of("FF")):
+        warnings.simplefilter("ignore")
+        fast(**kwargs)
+        del kwargs
+        gc.collect()
+        assert held() is None
 
 
 def test_masks_that_are_filled_anew_in_inference_mode() -> None:

@@ -2,8 +2,8 @@
 
 Dynamo guards what its graphs rely on. For a graph that was captured without it, this looks at what a model's code can
 read: the modules, their attributes and those of their classes (a LoRA adapter's scale, the active adapter), what these
-hold in turn, the flags that the code reads of its Python modules, and the kind of each weight. Not seen are values in
-closures, and arrays of NumPy that are written in place.
+hold in turn, the numbers in closures of functions among that, the flags that the code reads of its Python modules, and
+the kind of each weight. Not seen are other objects in closures, and arrays of NumPy that are written in place.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Structure:
             self._plain_tensors.append(value)
             return _Identity(value), _version(value)
         if isinstance(value, OPAQUE):
-            return _Identity(value)
+            return _Identity(value), self._describe_closure(value)
         self._seen[id(value)] = len(self._seen)
         if isinstance(value, dict):
             return type(value), self._describe_namespace(value, list(value))
@@ -122,6 +122,14 @@ class Structure:
             self._describe_namespace(held, keys),
             [(name, self._describe(getattr(value, name))) for name in slots],
         )
+
+    def _describe_closure(self, value: Any) -> list[Any]:
+        """The numbers and names that a function takes from where it was made."""
+        cells = getattr(getattr(value, "__func__", value), "__closure__", None) or ()
+        held = [(cell, getattr(cell, "cell_contents", _MISSING)) for cell in cells]
+        known = [(cell, content) for cell, content in held if isinstance(content, SCALARS)]
+        self._slots += [(cell, "cell_contents", content) for cell, content in known]
+        return [(type(content), content) for _, content in known]
 
     def _describe_namespace(self, owner: Mapping[Any, Any], keys: Sequence[Any]) -> list[Any]:
         self._namespaces.append(owner)
