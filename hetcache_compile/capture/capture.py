@@ -279,10 +279,13 @@ def sharing_weights(model: nn.Module, device: torch.device | None = None) -> nn.
 
 
 def _stand_ins(model: nn.Module, device: torch.device) -> dict[int, torch.Tensor]:
-    """Weights and buffers for a copy of a model, by the identity of those that are not on the device."""
+    """Weights and buffers for a copy of a model, by the identity of those that are not on the device.
+
+    Buffers are small, and some models ask for their numbers.
+    """
     stand_ins = StandIns(device)
     found = {id(p): nn.Parameter(stand_ins.like(p), False) for p in model.parameters() if lies_elsewhere(p, device)}
-    return found | {id(b): stand_ins.like(b) for b in model.buffers() if lies_elsewhere(b, device)}
+    return found | {id(b): b.to(device) for b in model.buffers() if lies_elsewhere(b, device)}
 
 
 def _check_sizes(module: GraphModule) -> None:

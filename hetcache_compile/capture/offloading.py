@@ -7,7 +7,8 @@ computes: it is captured without them, and runs on weights that `runtime.streami
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -32,7 +33,10 @@ def computes_as_written(module: nn.Module) -> bool:
     if "forward" not in attributes:
         return True
     own = inspect.unwrap(attributes["forward"], stop=lambda wrapped: isinstance(wrapped, MethodType))
-    return only_offloads(attributes) and getattr(own, "__func__", None) is type(module).forward
+    if not isinstance(own, MethodType) or own.__self__ is not module or own.__func__ is not type(module).forward:
+        return False
+    # Hooks that were removed leave the module's own method where it was replaced.
+    return only_offloads(attributes) or (own is attributes["forward"] and "_hf_hook" not in attributes)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -42,7 +46,7 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def onload_device(model: nn.Module) -> torch.device | None:
     """Where the parts of a model run that are brought there in turn; None where they stay in one place."""
-    return next((torch.device(group.onload_device) for group in _groups(model)), None)
+    return next(map(_device_of, _groups(model)), None)
 
 
 def why_not_brought(model: nn.Module) -> str:
@@ -50,8 +54,26 @@ def why_not_brought(model: nn.Module) -> str:
     groups = _groups(model)
     if any(group.offload_to_disk_path for group in groups):
         return "its weights are on disk (offload_to_disk_path)"
-    devices = sorted({str(group.onload_device) for group in groups})
+    devices = sorted({str(_device_of(group)) for group in groups})
     return f"its parts run on several devices, {' and '.join(devices)}" if len(devices) > 1 else ""
+
+
+@contextmanager
+def all_offloaded(model: nn.Module) -> Iterator[None]:
+    """Take every part away that diffusers has on the device now, and bring it back behind this.
+
+    In the middle of a call some parts are there, for code of the call that still runs.
+    """
+    there = [group for group in _groups(model) if _is_onloaded(group)]
+    for group in there:
+        group.offload_()
+    try:
+        yield
+    finally:
+        for group in there:
+            group.onload_()
+            if group.stream is not None:
+                group.stream.synchronize()
 
 
 def _groups(model: nn.Module) -> list[Any]:
@@ -61,10 +83,21 @@ def _groups(model: nn.Module) -> list[Any]:
     return [hook.group for hook in hooks if hook is not None]
 
 
+def _device_of(group: Any) -> torch.device:
+    """Where a group runs, with its number where there are several."""
+    return torch.empty(0, device=group.onload_device).device
+
+
+def _is_onloaded(group: Any) -> bool:
+    """Whether a group's weights are where they run."""
+    tensors = [tensor for module in group.modules for tensor in (*module.parameters(), *module.buffers())]
+    first = next(iter([*tensors, *group.parameters, *group.buffers]), None)
+    return first is not None and not lies_elsewhere(first, _device_of(group))
+
+
 def lies_elsewhere(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether a tensor is not on a device; one without an index is any of its type."""
-    there = tensor.device
-    return there.type != device.type or (None not in (there.index, device.index) and there.index != device.index)
+    """Whether a tensor is not on a device."""
+    return tensor.device != device
 
 
 class StandIns:
@@ -79,10 +112,10 @@ class StandIns:
         self._memory = torch.zeros(0, dtype=torch.uint8, device=device)
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the same type, shape and strides."""
-        reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        num_bytes = max(reach, 1) * tensor.element_size()
+        """A tensor of the same type and shape, with the strides of a copy."""
+        copy = torch.empty_like(tensor, device="meta")
+        num_bytes = max(copy.nbytes, copy.element_size())
         if num_bytes > len(self._memory):
             self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         numbers = self._memory[:num_bytes].view(tensor.dtype)
-        return numbers.as_strided(tensor.shape, tensor.stride())
+        return numbers.as_strided(copy.shape, copy.stride())

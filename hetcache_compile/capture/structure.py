@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .offloading import REGISTRY, only_offloads
+from .offloading import REGISTRY, computes_as_written, only_offloads
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
@@ -109,9 +109,12 @@ class Structure:
         elif type(value).__module__.partition(".")[0] in OF_LIBRARIES:
             return _Identity(value)
         self._describe_class(type(value))
-        if isinstance(value, nn.Module) and only_offloads(vars(value)):
-            self._namespaces.append(vars(value)[REGISTRY].hooks)  # others may come, which do more
         held = vars(value) if hasattr(value, "__dict__") else {}
+        as_written = True
+        if isinstance(value, nn.Module) and only_offloads(held):
+            as_written = computes_as_written(value)
+            self._watch(held, ["forward"])
+            self._namespaces.append(held[REGISTRY].hooks)  # others may come, which do more
         keys = [key for key in held if not _is_apart(held, key)]
         if isinstance(value, nn.Module) and id(value) not in self._own:  # in a list, say: a graph has copies of these
             keys += TENSORS
@@ -119,6 +122,7 @@ class Structure:
         self._slots += [(value, name, getattr(value, name)) for name in slots]
         return (
             _Identity(type(value)),
+            as_written or _Identity(held["forward"]),
             self._describe_namespace(held, keys),
             [(name, self._describe(getattr(value, name))) for name in slots],
         )
@@ -157,7 +161,7 @@ class Structure:
     def _watch(self, owner: Mapping[Any, Any], keys: Sequence[Any]) -> None:
         self._owners += [owner] * len(keys)
         self._keys += keys
-        self._values += [owner[key] for key in keys]
+        self._values += [owner.get(key, _MISSING) for key in keys]
 
 
 _MISSING = object()

@@ -80,6 +80,10 @@ def check_alike(
         return
     births = first_births(analysis)
     born = up_to(list(births), program.module)
+    device = next(given[name].device for name in recorded)
+    needed = {node.name for node in born.graph.find_nodes(op="placeholder") if node.users}
+    for name in needed & given.keys():  # weights may be in the host's memory
+        given[name] = given[name].to(device) if isinstance(given[name], torch.Tensor) else given[name]
     then = {name: value.to(given[name].device) for name, value in recorded.items()}
     pairs = zip(born(*_flat(program, given)), born(*_flat(program, {**given, **then})), births.items(), strict=True)
     for now, before, (node, tokens) in pairs:

@@ -18,7 +18,7 @@ from ..compilation.options import BackendOptions, Compiled
 from .context import own_session
 from .session import HetCacheWarning
 from .whole.dynamo import DynamoGraph
-from .whole.running import is_taken
+from .whole.running import runs_whole_in_sessions
 
 
 def warn_of_recompile_limit() -> None:
@@ -60,7 +60,7 @@ def hetcache_backend(
         ValueError: there is no such option or mode.
     """
     compiled = DynamoGraph(graph, BackendOptions.of(options, mode))
-    if not is_taken():
+    if not runs_whole_in_sessions():
         warn_of_recompile_limit()
     if own_session() is None:
         compiled.plain = compiled.compiler(graph, list(example_inputs))

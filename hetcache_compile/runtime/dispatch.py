@@ -201,7 +201,9 @@ class CompiledGraph:
                 if shapes not in self._prepared:
                     self._prepared[shapes] = self.preparer.capture(inputs)
                     watched = self.unwrapped.watched(given, inputs)
-                    self._weights[shapes] = Weights(watched, self.unwrapped.parts, self._held)
+                    self._weights[shapes] = Weights(
+                        watched, self.unwrapped.parts, self._held, moving=bool(self.preparer.offloaded)
+                    )
                 prepared = self._prepared[shapes]
                 analysis = self.preparer.analyse(prepared, plan)
                 roles = self.preparer.roles(prepared, analysis, inputs)

@@ -222,8 +222,9 @@ class Preparer:
         options = plan.form_options.for_kind(kind)
         key = (options, kind, ranks, *plan.token_inputs.items())
         if key not in prepared.forms:
+            analysis = self.analyse(prepared, plan)
             program = prepared.program
-            form = write_form(kind, program, self.analyse(prepared, plan), plan, options, ranks)
+            form = write_form(kind, program, analysis, plan, options, ranks)
             form, pick = without_unused_inputs(in_process(form, options), program)
             device = device_of(inputs)
             indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]

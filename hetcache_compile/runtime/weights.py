@@ -47,15 +47,19 @@ class Weights:
 
     Who offloads a model between its calls brings the same weights back to other memory. So what looks changed is
     compared by what it holds. That reads every weight once, which is little beside the copy that brought them. It is
-    not done before weights have moved once, which counts as a change.
+    not done before weights have moved once, which counts as a change, unless they are known to move.
 
     Args:
         inputs: of a call.
         parts: positions of plain tensors that a weight is made of.
         held: positions of other tensors that modules hold, such as the scales of a quantised weight.
+        moving: whether they are known to move, so that what they hold is looked at the first time already.
     """
 
-    def __init__(self, inputs: Sequence[Any], parts: Collection[int] = (), held: Collection[int] = ()) -> None:
+    def __init__(
+        self, inputs: Sequence[Any], parts: Collection[int] = (), held: Collection[int] = (), *, moving: bool = False
+    ) -> None:
+        self._moving = moving
         numbers = [n for n, value in enumerate(inputs) if n in parts or isinstance(value, torch.nn.Parameter)]
         self._first = numbers[0] if numbers else None
         numbers += [n for n in sorted({*held} - {*numbers}) if isinstance(inputs[n], torch.Tensor)]
@@ -85,7 +89,8 @@ class Weights:
     def _generation(self, model: Any, inputs: Sequence[Any], thorough: bool) -> int:
         seen = self._models.get(model)
         if seen is None:
-            self._models[model] = Seen(self._all(inputs))
+            content = checksum(self.of(inputs)) if self._moving else None
+            self._models[model] = Seen(self._all(inputs), content=content)
             return 0
         if not self._windows:
             return 0

@@ -68,8 +68,8 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Token
     """Find the token axis of a normalised graph.
 
     Where an operator would have to be computed whole or refused, attention by hand whose keys come from tokens becomes
-    one operator in a copy, and the copy is analysed. Other attention by hand keeps the model's own operators, and with
-    them its rounding.
+    one operator in a copy, and the copy is analysed. Where that brings nothing, and where keys come from elsewhere,
+    attention by hand keeps the model's own operators, and with them its rounding.
 
     Args:
         module: functional ATen graph with static shapes in `meta["val"]`.
@@ -87,7 +87,9 @@ def analyse(module: GraphModule, grid: tuple[int, int, int], token_inputs: Token
         fused = graph_module(module, copy.deepcopy(module.graph))
         born = {node.name for node, _ in analysis.of_type(Enter)}
         if fuse_attention(fused, [node for node in fused.graph.nodes if node.name in born]).modified:
-            analysis, refusals = _analyse(fused, grid, token_inputs or {})
+            better, fewer = _analyse(fused, grid, token_inputs or {})
+            if (len(fewer), len(better.whole)) < (len(refusals), len(analysis.whole)):
+                analysis, refusals = better, fewer
     if not refusals:
         refusals = _nothing_to_cache(analysis)
     if refusals:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...capture.capture import is_more_than_data, sharing_weights
+from ...capture.capture import first_line, is_more_than_data, sharing_weights
 from ...capture.offloading import computes_as_written, onload_device, why_not_brought
 from ...capture.structure import SCALARS, Structure
 from ...compilation.options import BackendOptions
@@ -126,11 +126,17 @@ class WholeModel:
             return
         before = Structure(copy)
         with torch.no_grad():
-            copy.forward(*args, **kwargs)
-            if before.holds():
+            try:
+                copy.forward(*args, **kwargs)
+                if before.holds():
+                    return
+                after = Structure(copy)
+                copy.forward(*args, **kwargs)
+            except Exception as error:
+                if self._device is None:
+                    raise  # the model's own
+                self._why_never = f"a copy of it, whose weights have no numbers, fails: {first_line(error)}"
                 return
-            after = Structure(copy)
-            copy.forward(*args, **kwargs)
             if not after.holds():
                 self._why_never = "each call changes what it is"
                 return
@@ -154,11 +160,11 @@ class WholeModel:
 
     def _on_its_device(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """The arguments, where the model runs, which a hook of accelerate is brought there for."""
-        if self._structure is None or not self._structure.holds():
-            self._structure = Structure(self.model)
+        device = onload_device(self.model)
+        if self._structure is None or self._device != device or not self._structure.holds():
+            self._structure, self._device = Structure(self.model), device
             self._captures = []
             self._refused = {}
-            self._device = onload_device(self.model)
         if self._hook is not None:
             args, kwargs = self._hook.pre_forward(self.model, *args, **kwargs)
         if self._device is not None:

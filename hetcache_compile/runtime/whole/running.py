@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch._dynamo import eval_frame
 
+from ...capture.offloading import all_offloaded, is_offloaded
 from ...compilation.options import BackendOptions
 from ..dispatch import CompiledGraph
 from ..session import Session
@@ -87,8 +88,9 @@ class RunningCall:
         whole = WholeModel(self.model, compiled, options, broken_by, runs_hook=self.attribute != "_old_forward")
         setattr(self.holder, self.attribute, whole)
         try:
-            whole.rehearse(self.args, self.kwargs)
-            whole.cached(session, self.args, self.kwargs)
+            with all_offloaded(self.model):
+                whole.rehearse(self.args, self.kwargs)
+                whole.cached(session, self.args, self.kwargs)
         except PlainlyError:
             return  # and it was said why
         except BaseException:
@@ -96,10 +98,10 @@ class RunningCall:
             raise
 
 
-def is_taken() -> bool:
-    """Whether the model that is being called runs as a whole. Then it matters little what becomes of its parts."""
+def runs_whole_in_sessions() -> bool:
+    """Whether the model that is being called is one of which parts are compiled, and are not what sessions run."""
     call = RunningCall.on_the_stack()
-    return call is not None and call.taken
+    return call is not None and (call.taken or is_offloaded(call.model))
 
 
 def _is_compiled_call(frame: FrameType) -> bool:
