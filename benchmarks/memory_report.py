@@ -48,7 +48,7 @@ def layer_shares_table(result: dict) -> str:
     rows += [
         "",
         f"PSNR inside the mask to the uncached result, {result['steps']} steps, `context_extrapolation=0`, "
-        f"`cached_by=attention`, `cached_ratio={result['ratio']:g}`; attentions measured on two other clips: "
+        f"`cached_by=attention`, `cached_ratio={result['ratio']:g}`, the calibration that is shipped: "
         f"`{result['command']}`.",
     ]
     return "\n".join(rows)

@@ -18,7 +18,7 @@ from models import GRID, Case, call, wan
 from test_mass import Joint, plan_with
 
 import hetcache_compile as hetcache
-from hetcache_compile import Calibration, Plan, TokenKind
+from hetcache_compile import Calibration, Plan, TokenKind, reference
 from hetcache_compile.calibration.record import QUARTERS, SLICES
 from hetcache_compile.errors import PlanError
 from hetcache_compile.passes.forms.pipeline import cache_of
@@ -175,6 +175,16 @@ def test_numbers_of_a_calibration_in_a_plan(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "a.hetplan").cached_counts == plan.cached_counts
     assert "cached_counts" in plan.form_options.differences(replace(plan, cached_counts=()).form_options)
     assert a_plan(cached_shares="same", calibration=known, schedule="full").cached_counts == ()
+
+
+def test_the_shipped_calibration_has_what_they_need() -> None:
+    """What it gives inactive tokens in all is what its attention mass says of them."""
+    known = Calibration.load(reference.CALIBRATION)
+    inactive = known.attention_mass[:, [TokenKind.MARGIN, TokenKind.CONTEXT]].sum(axis=1)
+    assert known.relevance.shape == (len(known.attentions), SLICES)
+    assert (known.relevance.sum(axis=1) < inactive).all()
+    assert (known.relevance.sum(axis=1) > known.attention_mass[:, TokenKind.CONTEXT] / 2).all()
+    assert len(a_plan(cached_shares="measured", calibration=known, schedule="full").cached_counts) == 8
 
 
 def test_numbers_that_are_refused(captured: Callable[[Case], Captured]) -> None:

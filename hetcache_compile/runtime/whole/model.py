@@ -135,7 +135,7 @@ class WholeModel:
             except Exception as error:
                 if self._device is None:
                     raise  # the model's own
-                self._why_never = f"a copy of it, whose weights have no numbers, fails: {first_line(error)}"
+                self._why_never = f"a copy of it fails: {type(error).__name__}: {first_line(error)}"
                 return
             if not after.holds():
                 self._why_never = "each call changes what it is"
