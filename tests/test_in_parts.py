@@ -268,7 +268,7 @@ class Broken(nn.LayerNorm):
 
 
 class Hooked(Broken):
-    """A hook that does more than compute, as that of group offloading, which moves weights."""
+    """A hook of torch: what it does is not known."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
