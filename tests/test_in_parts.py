@@ -425,6 +425,7 @@ def test_what_changes_types_is_seen(mode: str) -> None:
                 (own,), (cached,) = run(model, [kwargs]), run(fast, [kwargs])
             assert cached.dtype == own.dtype
             torch.testing.assert_close(cached, own)
+    assert len(fast.forward._captures) == 2, "one for each mode"
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="with torch 2.11 something, not of Python, keeps them")

@@ -164,17 +164,21 @@ def compile_in_place(pipe: Any) -> None:
             getattr(pipe, name).compile(**IN_PLACE)
 
 
-@pytest.mark.parametrize("compile_first", [True, pytest.param(False, marks=pytest.mark.wide)])
-def test_a_pipeline_with_model_offload(compile_first: bool) -> None:
-    """Its hooks are renewed at the end of each edit. The size of its cache is known before, and what it holds."""
-    row = BY_NAME["FluxInpaintPipeline"]
+def edited_without(row: Any) -> tuple[Any, Any, str]:
+    """A pipeline anew, and what an edit without offload gave: its result, and the kinds of its steps."""
     pipe = row.build()
     compile_models(pipe)
     with hetcache.session(mixed(plan_for(row, pipe)), strict=True) as session:
         truth = row.run(pipe, 0, True)
-    planned = letters(session)
     torch._dynamo.reset()
-    pipe = row.build()
+    return row.build(), truth, letters(session)
+
+
+@pytest.mark.parametrize("compile_first", [True, pytest.param(False, marks=pytest.mark.wide)])
+def test_a_pipeline_with_model_offload(compile_first: bool) -> None:
+    """Its hooks are renewed at the end of each edit. The size of its cache is known before, and what it holds."""
+    row = BY_NAME["FluxInpaintPipeline"]
+    pipe, truth, planned = edited_without(row)
     if compile_first:
         compile_models(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
@@ -433,6 +437,28 @@ def test_a_forward_that_is_replaced_is_seen() -> None:
         check(run(fast, calls), truths)
 
 
+def test_offload_that_ends_and_begins_again(device: Residents) -> None:
+    """Between edits of a model that was captured whole."""
+    model, steps = wan(num_layers=1), "FPR"
+    calls, plan = calls_of(model, steps), plan_of(steps)
+    truths = expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls)
+    fast = grouped(model, "blocks", "compiled")
+
+    def end() -> None:
+        for module in model.modules():
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook.remove_hook("group_offloading", recurse=False)
+        device.here |= device.known.keys()
+
+    for change, runs_on in ((None, HERE), (end, None), (lambda: GROUPS["leaves"](model), HERE)):
+        if change is not None:
+            change()
+        with hetcache.session(plan, strict=True) as session:
+            check(run(fast, calls), truths)
+        assert letters(session) == steps
+        assert fast.forward._device == runs_on
+
+
 def test_hooks_that_were_removed_are_none() -> None:
     model = wan(num_layers=1)
     cpu_offload(model, HERE)
@@ -485,13 +511,7 @@ def test_weights_on_disk_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compile_first", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_a_pipeline_with_group_offload(compile_first: bool) -> None:
     row = BY_NAME["FluxInpaintPipeline"]
-    pipe = row.build()
-    compile_models(pipe)
-    with hetcache.session(mixed(plan_for(row, pipe)), strict=True) as session:
-        truth = row.run(pipe, 0, True)
-    planned = letters(session)
-    torch._dynamo.reset()
-    pipe = row.build()
+    pipe, truth, planned = edited_without(row)
     if compile_first:
         compile_in_place(pipe)
     pipe.enable_group_offload(onload_device=HERE, offload_type="block_level", num_blocks_per_group=1)

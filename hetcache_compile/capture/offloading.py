@@ -39,6 +39,12 @@ def computes_as_written(module: nn.Module) -> bool:
     return only_offloads(attributes) or (own is attributes["forward"] and "_hf_hook" not in attributes)
 
 
+def comes_from(attributes: Mapping[str, Any]) -> str:
+    """From which device to which a module's weights are brought, or nothing."""
+    hook = attributes[REGISTRY].hooks.get("group_offloading")
+    return "" if hook is None else f"{hook.group.offload_device} to {hook.group.onload_device}"
+
+
 def is_offloaded(model: nn.Module) -> bool:
     """Whether parts of a model move."""
     return any(only_offloads(vars(module)) and vars(module)[REGISTRY].hooks for module in model.modules())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .offloading import REGISTRY, computes_as_written, only_offloads
+from .offloading import REGISTRY, comes_from, computes_as_written, only_offloads
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 CONTAINERS = (list, tuple, dict, set, frozenset)
@@ -110,9 +110,9 @@ class Structure:
             return _Identity(value)
         self._describe_class(type(value))
         held = vars(value) if hasattr(value, "__dict__") else {}
-        as_written = True
+        as_written, moves = True, ""
         if isinstance(value, nn.Module) and only_offloads(held):
-            as_written = computes_as_written(value)
+            as_written, moves = computes_as_written(value), comes_from(held)
             self._watch(held, ["forward"])
             self._namespaces.append(held[REGISTRY].hooks)  # others may come, which do more
         keys = [key for key in held if not _is_apart(held, key)]
@@ -123,6 +123,7 @@ class Structure:
         return (
             _Identity(type(value)),
             as_written or _Identity(held["forward"]),
+            moves,
             self._describe_namespace(held, keys),
             [(name, self._describe(getattr(value, name))) for name in slots],
         )

@@ -160,9 +160,8 @@ class WholeModel:
 
     def _on_its_device(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """The arguments, where the model runs, which a hook of accelerate is brought there for."""
-        device = onload_device(self.model)
-        if self._structure is None or self._device != device or not self._structure.holds():
-            self._structure, self._device = Structure(self.model), device
+        if self._structure is None or not self._structure.holds():
+            self._structure, self._device = Structure(self.model), onload_device(self.model)
             self._captures = []
             self._refused = {}
         if self._hook is not None:
