@@ -2,6 +2,7 @@
 
     python benchmarks/few_steps.py                     # everything, into results/few_steps.json and few_steps.png
     python benchmarks/few_steps.py --clips 3 --models unguided:4,unguided:8 --methods optimal:2x,crop:0.5,steps:3
+    python benchmarks/few_steps.py --device cuda --jobs 12     # 12 processes: each takes a model and a clip at a time
 
 Methods are those of `hetcache bench quality` and of peers.py, by name. Each result is compared with the uncached one of
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
@@ -13,9 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from math import prod
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetcache_compile import Plan, reference, rewrite
 from hetcache_compile.bench.methods import FULL, Method
-from hetcache_compile.bench.quality import RESULT, Bench, Settings, bench_quality, file_digest
+from hetcache_compile.bench.quality import RESULT, Bench, Measured, Settings, bench_quality, file_digest
 from hetcache_compile.calibration.calibration import Calibration
 from hetcache_compile.console import progress_bars
 from hetcache_compile.edit.editing import call_arguments, make_plan
@@ -106,46 +111,81 @@ class Work:
         return calls.get("FULL", 0) * self.of_call(tokens, tokens) + calls.get("PARTIAL", 0) * partial
 
 
-def measure(model: str, clips: Sequence[Clip], names: Sequence[str], options: argparse.Namespace) -> Iterator[Any]:
-    """The missing cells of a model and number of steps, such as `unguided:8`; yields it after each clip."""
-    kind, _, number = model.partition(":")
-    steps, guided = int(number), kind == ORIGINAL
+def measure(model: str, number: int, names: Sequence[str], options: argparse.Namespace) -> Work:
+    """The missing cells of a model and number of steps, such as `unguided:8`, and of one held-out clip."""
+    kind, _, steps = model.partition(":")
+    guided, clip = kind == ORIGINAL, reference.procedural_clip(number)
     pipe = reference.load(device=options.device, few_steps=not guided)
     if kind == DISTILLED:
         add_difference(pipe.transformer, options.difference)
     calibration = Calibration.load(options.calibration)
     settings = Settings(
         f"reference, {kind}",
-        num_inference_steps=steps,
+        num_inference_steps=int(steps),
         guidance_scale=reference.GUIDANCE_SCALE if guided else 1.0,
         max_sequence_length=reference.MAX_TEXT_LENGTH,
         inner="inductor" if options.timed else "eager",
         timed=options.timed,
         calibration=file_digest(options.calibration),
     )
-    wanted = [name for name in names if not as_many_steps(name, steps)]
+    wanted = [name for name in names if not as_many_steps(name, int(steps))]
     ours = our_methods([name for name in wanted if name.partition(":")[0] not in peers.PEERS])
     others = peers.rivals([name for name in wanted if name.partition(":")[0] in peers.PEERS], options.timed, {})
-    work, out = Work.of(pipe, clips[0]), options.out / kind / number
-    for clip in clips:
-        print(model, clip.name, flush=True)
-        with progress_bars() as progress:
-            for methods in (ours, *([Method(FULL), rival] for rival in others)):
-                bench_quality(pipe, [clip], methods, settings, out, progress, calibration)
-        yield work
+    measured, out = Measured(REGIONS, OF_FIDELITY, OF_QUALITY), cells_of(options.out, model, number)
+    print(model, clip.name, flush=True)
+    with progress_bars() as progress:
+        for methods in (ours, *([Method(FULL), rival] for rival in others)):
+            bench_quality(pipe, [clip], methods, settings, out, progress, calibration, measured)
+    return Work.of(pipe, clip)
 
 
-def collect(result: dict[str, Any], work: Work) -> dict[str, Any]:
-    """The figures that few_steps.json keeps of a `quality.json`."""
+def cells_of(out: Path, model: str, number: int) -> Path:
+    """Where the cells of a model and a clip are kept."""
+    return out / model.replace(":", "/") / f"{number:02d}"
+
+
+def measured(
+    tasks: Sequence[tuple[str, int]], names: Sequence[str], options: argparse.Namespace
+) -> Iterator[tuple[str, Work]]:
+    """Measure models and clips in `--jobs` processes. Yields the model of each that is done, and its work.
+
+    One that fails is reported, and leaves out that clip.
+    """
+    if options.jobs == 1:
+        prepare(os.cpu_count() or 1)
+        for model, number in tasks:
+            yield model, measure(model, number, names, options)
+        return
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), prepare, (threads,)) as pool:
+        futures = {pool.submit(measure, *task, names, options): task for task in tasks}
+        for future in as_completed(futures):
+            try:
+                yield futures[future][0], future.result()
+            except Exception:
+                print("failed:", *futures[future], flush=True)
+                traceback.print_exc()
+
+
+def prepare(threads: int) -> None:
+    """Of each process. Convolutions are not rounded to TF32, which fidelity to the last dB would show."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def collect(results: Sequence[dict[str, Any]], work: Work) -> dict[str, Any]:
+    """The figures that few_steps.json keeps of a model's `quality.json`, one or more."""
     methods: dict[str, dict[str, Any]] = {}
-    for clip, cells in result["cells"].items():
+    cells_of_clips = {clip: cells for result in results for clip, cells in sorted(result["cells"].items())}
+    for clip, cells in cells_of_clips.items():
         num_tokens = max(cell["num_tokens"] or 0 for cell in cells.values() if "failed" not in cell)
         full = work.cell(cells[FULL], num_tokens)
         for name, cell in cells.items():
             whose = "uncached" if name == FULL else family(name)
             method = methods.setdefault(name, {"family": whose, "cells": {}})
             method["cells"][clip] = cell if "failed" in cell else brief(cell, full / work.cell(cell, num_tokens))
-    return {"masked": {name: clip["masked"] for name, clip in result["clips"].items()}, "methods": methods}
+    masked = {name: clip["masked"] for result in results for name, clip in result["clips"].items()}
+    return {"masked": {name: masked[name] for name in cells_of_clips}, "methods": methods}
 
 
 def brief(cell: dict[str, Any], fewer_flops: float) -> dict[str, Any]:
@@ -181,16 +221,19 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=reference.CALIBRATION, help="for optimal schedules")
     parser.add_argument("--difference", type=Path, help="of distil.py, for models such as distilled:8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work; not with --timed")
     parser.add_argument("--result", type=Path, default=RESULTS / "few_steps.json")
     options = parser.parse_args()
-    clips = reference.held_out(options.clips)
+    if options.timed and options.jobs > 1:
+        parser.error("processes beside each other cannot be timed: --jobs 1")
     names = [name for name in options.methods.split(",") if name]
-    # What other runs measured stays.
+    # What other runs measured stays. A run that is cut short has as many clips of each model.
     models = read(options.result).get("models", {})
-    for model in options.models.split(","):
-        for work in measure(model, clips, names, options):
-            models[model] = collect(read(options.out / model.replace(":", "/") / RESULT), work)
-            write({**provenance(options.device), "models": dict(sorted(models.items(), key=in_order))}, options.result)
+    tasks = [(model, number) for number in range(options.clips) for model in options.models.split(",")]
+    for model, work in measured(tasks, names, options):
+        files = [cells_of(options.out, model, number) / RESULT for number in range(options.clips)]
+        models[model] = collect([read(file) for file in files if file.exists()], work)
+        write({**provenance(options.device), "models": dict(sorted(models.items(), key=in_order))}, options.result)
     print(f"wrote {options.result}")
 
 

@@ -98,8 +98,11 @@ def our_methods(names: Sequence[str]) -> list[Method]:
 def solve_with_unipc(pipe: Any, request: EditRequest, progress: Progress) -> tuple[Run, dict[str, Any]]:
     """The plain model with UniPC (arXiv 2302.04867) of order 2, the solver of Wan's pipelines."""
     usual = pipe.scheduler
+    config = usual.config  # which names its shift by the kind of solver
     pipe.scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=usual.config.shift
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=config.get("flow_shift", config.get("shift")),
     )
     try:
         return run_pipeline(pipe, request, "denoising", progress), {}

@@ -51,8 +51,8 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 """Options of the plan for forms with other caches, by section."""
 SECTIONS = (
-    "rates", "errors", "forms", "CUDA graphs", *CACHES, "compiled blocks", "eager", "TaylorSeer", "cache-dit",
-    "compiled",
+    "rates", "errors", "forms", "CUDA graphs", *CACHES, "group offload", "second edit", "compiled blocks", "eager",
+    "TaylorSeer", "cache-dit", "compiled",
 )  # fmt: skip
 EVERY = 5
 """Steps of which other caches compute one."""
@@ -323,6 +323,75 @@ def measure_edit(cached: Any, inputs: dict[str, Any], plan: hetcache.Plan, devic
 
 
 @torch.no_grad()
+def measure_offload(
+    found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], share: float, calls: int,
+    compiling: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """diffusers' group offloading, plain and cached; the cached outputs against those of weights that stay."""
+    device, kinds = inputs["hidden_states"].device, "F" + "P" * (calls + 1) + "R" * 2 + "F" * calls
+    plan = plan_of(grid, share, kinds)
+    times = times_of(len(plan.steps), device)
+
+    def edit(model: Any) -> tuple[list[torch.Tensor], hetcache.Stats]:
+        torch._dynamo.reset()
+        cached = torch.compile(model, backend=hetcache.hetcache_backend, options=compiling)
+        with hetcache.session(plan, strict=True) as session:
+            outputs = [cached(**inputs, timestep=now[None])[0].cpu() for now in times]
+        return outputs, session.stats
+
+    expected, resident = edit(model)
+    model.to("cpu")
+    model.enable_group_offload(
+        onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda"
+    )
+    call = {**inputs, "timestep": times[:1]}
+    first_call(lambda: model(**call), device)
+    for name, run in (("plain", None), ("cached", edit)):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        row = found[name] = {}
+        if run is None:
+            row["full"] = timed(lambda: model(**call), device, calls)
+        else:
+            outputs, offloaded = run(model)
+            row["largest_error"] = max(map(error_of, outputs, expected))
+            row |= by_kind(offloaded)
+        if device.type == "cuda":
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    found["weights stay"] = by_kind(resident)
+
+
+def by_kind(stats: hetcache.Stats) -> dict[str, Any]:
+    """Median seconds of the calls of each kind but the first, which compiles."""
+    found = {}
+    for kind in hetcache.StepKind:
+        warm = [w.seconds for k, w in zip(stats.kinds, stats.watches, strict=True) if k is kind][1:]
+        found[kind.name.lower()] = {"seconds": median(warm)}
+    return found
+
+
+@torch.no_grad()
+def measure_second_edit(
+    found: dict[str, Any], model: Any, inputs: dict[str, Any], grid: tuple[int, int, int], share: float, calls: int,
+    compiling: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """An edit that is recorded, and the same again: each PARTIAL step reads the record of its FULL one."""
+    device = inputs["hidden_states"].device
+    torch._dynamo.reset()
+    cached = torch.compile(model, backend=hetcache.hetcache_backend, options=compiling)
+    plan = plan_of(grid, share, "F" * (calls + 1))
+    times, outputs, record = times_of(calls + 1, device), list[list[torch.Tensor]](), None
+    for name in ("first", "second"):
+        with hetcache.session(plan, strict=True, record=record is None, memory_of=record) as session:
+            outputs.append([cached(**inputs, timestep=now[None])[0].cpu() for now in times])
+        record, stats = session.record or record, session.stats
+        warm = [watch.seconds for watch in stats.watches][1:]
+        found[name] = {"seconds": median(warm), "steps": stats.steps, "record_bytes": stats.record_bytes}
+    found["largest_error"] = max(map(error_of, outputs[1], outputs[0]))
+
+
+@torch.no_grad()
 def measure_other(found: dict[str, Any], cache: str, model: Any, inputs: dict[str, Any]) -> None:
     """Another library's cache that computes one step in `EVERY`: the second of two edits of as many steps as ours."""
     device, steps = inputs["hidden_states"].device, len(SCHEDULE)
@@ -412,6 +481,11 @@ def main() -> None:
                         found, model, inputs, grid, options.active, options.calls, {**compiling, **mode},
                         CACHES.get(section, {}), report, options.cold,
                     )  # fmt: skip
+                elif section == "second edit":
+                    measure_second_edit(found, model, inputs, grid, options.active[0], options.calls, compiling)
+                elif section == "group offload":
+                    offloaded = copy.deepcopy(model)
+                    measure_offload(found, offloaded, inputs, grid, options.active[0], options.calls, compiling)
                 elif section in ("TaylorSeer", "cache-dit"):
                     measure_other(found, section, model, inputs)
                 else:

@@ -17,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from hetcache_compile.pipelines.observe import noise_levels
 from hetcache_compile.runtime.clock import Clock, Reading, Timeline
 from hetcache_compile.runtime.dispatch import time_value
 
@@ -345,3 +346,26 @@ def test_more_times_than_steps_are_unknown() -> None:
         reading = call(clock, time)
         assert (reading.step, reading.fits) == (None, False)
     assert edit(clock, [900.0, 800.0]) == [0, 1]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that numpy cannot read before it is brought to the host, as those on a GPU are."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("bring it to the host first")
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("bring it to the host first")
+
+    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_noise_levels_on_a_device() -> None:
+    """Where `FlowMatchEulerDiscreteScheduler` keeps them once it has its times."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    expected = noise_levels(scheduler, 4)
+    scheduler.sigmas = scheduler.sigmas.as_subclass(OnDevice)
+    assert np.array_equal(noise_levels(scheduler, 4), expected)
+    assert expected.tolist() == scheduler.sigmas.tolist()[:4]

@@ -69,7 +69,7 @@ def collected():
         "fastercache:2": {"failed": "IndexError: out"},
     }
     result = {"clips": {"01-box-20": {"masked": 0.2}}, "cells": {"01-box-20": cells}}
-    return few_steps.collect(result, few_steps.Work(call=0.0, token=900.0, pair=1.0, embedding=0.0))
+    return few_steps.collect([result], few_steps.Work(call=0.0, token=900.0, pair=1.0, embedding=0.0))
 
 
 def test_work_is_counted_by_calls_and_tokens_or_was_counted(collected):
@@ -115,7 +115,7 @@ def distil(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "reference")
     module = importlib.import_module("distil")
     stage = module.Stage(size=16, batch=2, steps=1, learning_rate=0.0, decay=False)
-    for name, value in {"PATHS": stage, "VALIDATION": stage, "BATCH": 2, "STEPS_IN_WINDOW": 1, "WARM_UP": 1}.items():
+    for name, value in {"PATHS": stage, "VALIDATION": stage, "STEPS_IN_WINDOW": 1, "WARM_UP": 1}.items():
         monkeypatch.setattr(module, name, value)
     np.savez(tmp_path / "real.npz", clip=np.random.default_rng(0).integers(0, 256, (40, 3, 48, 64), np.uint8))
     return module
@@ -124,7 +124,7 @@ def distil(monkeypatch, tmp_path):
 def started(distil, folder, tmp_path):
     folder.mkdir(exist_ok=True)
     shutil.copy(tmp_path / "real.npz", folder)
-    return distil.Distillation(folder, steps=3, seed=0, device=torch.device("cpu"))
+    return distil.Distillation(folder, 3, 0, torch.device("cpu"), distil.PATHS, batch=2)
 
 
 def trained(distillation):
@@ -136,7 +136,7 @@ def test_a_distillation_goes_on_where_it_was_stopped_and_its_difference_gives_th
     whole = started(distil, tmp_path / "whole", tmp_path)
     whole.run(60, 60)
     stopped = started(distil, tmp_path / "stopped", tmp_path)
-    stopped.advance(stopped.paths())
+    stopped.advance(stopped.paths(), 0.0)
     stopped.save()
     resumed = started(distil, tmp_path / "stopped", tmp_path)
     assert resumed.step == 1

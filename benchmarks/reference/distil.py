@@ -1,6 +1,7 @@
 """Distil the reference editor to 4 or 8 steps without guidance: a low-rank difference to its weights.
 
     python benchmarks/reference/distil.py --state out/distil --export out/distil/difference.safetensors
+    python benchmarks/reference/distil.py --device cuda --minutes 4 --files 32 --clips 32 --size 128 --batch 32 ...
 
 Piecewise rectified flow (Yan et al., arXiv 2405.07510). The teacher's path from noise to clip, with guidance, is cut
 into four windows of time. In each the student learns to go straight from where the path enters it to where it leaves:
@@ -34,10 +35,8 @@ WINDOWS, STEPS_IN_WINDOW = 4, 4
 Euler."""
 PATHS = Stage(size=64, batch=4, steps=16, learning_rate=0.0, decay=False)
 """Files of paths: `steps` of `batch` clips each. Clips of 64 x 64 pixels teach the model of 128 x 128 at a ninth of the
-time."""
-BATCH = 4
-"""Clips of one training step."""
-RANK, LEARNING_RATE, WARM_UP = 32, 1e-3, 50
+time, which is what a CPU has."""
+BATCH, RANK, LEARNING_RATE, WARM_UP = 4, 32, 1e-3, 50
 LOG = Path(__file__).parents[1] / "results" / "reference_distillation.json"
 VALIDATION = Stage(size=128, batch=2, steps=1, learning_rate=0.0, decay=False)
 
@@ -123,22 +122,21 @@ class Teacher:
         text, empty = self.encode(batch.captions), self.encode([""] * len(latents))
         generator = torch.Generator().manual_seed(seed * 10**9 + number)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        ends = [self.path(noise[i : i + 1], control[i : i + 1], torch.cat([text, empty])[i :: len(text)])
-                for i in range(len(noise))]  # fmt: skip
+        points = self.points(noise, control, torch.cat([text, empty]))
         weight = loss_weight(batch.mask, latents.shape[2])
-        return Paths(torch.cat(ends, dim=1), control, text, weight, batch.video, batch.mask)
+        return Paths(points, control, text, weight, batch.video, batch.mask)
 
-    def path(self, noise: torch.Tensor, control: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """The points of one clip. `texts` are its caption's and no caption's."""
+    def points(self, noise: torch.Tensor, control: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Where windows begin, and the end. `texts` are the captions' and, behind all of them, no captions'."""
         timesteps, sigmas = self.times(WINDOWS * STEPS_IN_WINDOW)
         x, before, points = noise, None, [noise]
         for step, timestep in enumerate(timesteps):
-            time = torch.full((2,), timestep, device=self.device)
-            both = self.pipe.transformer(
-                x.expand(2, *x.shape[1:]).contiguous(), time, texts,
-                control_hidden_states=control.expand(2, *control.shape[1:]).contiguous(), return_dict=False,
-            )[0]  # fmt: skip
-            velocity = both[1:] + reference.GUIDANCE_SCALE * (both[:1] - both[1:])
+            with autocast(self.device):
+                text, empty = self.pipe.transformer(
+                    torch.cat([x, x]), torch.full((len(texts),), timestep, device=self.device), texts,
+                    control_hidden_states=torch.cat([control, control]), return_dict=False,
+                )[0].float().chunk(2)  # fmt: skip
+            velocity = empty + reference.GUIDANCE_SCALE * (text - empty)
             length = sigmas[step + 1] - sigmas[step]
             slope = 0.0 if before is None else (velocity - before) / (sigmas[step] - sigmas[step - 1])
             x, before = x + length * velocity + length**2 / 2 * slope, velocity
@@ -147,37 +145,57 @@ class Teacher:
         return torch.stack(points)
 
 
-class Distillation:
-    """The student, and everything that a checkpoint holds."""
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, as the reference model was trained; a CPU gains nothing by it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    def __init__(self, folder: Path, steps: int, seed: int, device: torch.device) -> None:
+
+class Distillation:
+    """The student, and everything that a checkpoint holds.
+
+    Args:
+        folder: of paths and the checkpoint.
+        steps: of the training; its rate falls to 0 over them.
+        seed: of clips, noise and their order.
+        device: where it is done.
+        stage: the paths that are trained on.
+        batch: clips of one training step.
+        rank: of the difference.
+    """
+
+    def __init__(
+        self, folder: Path, steps: int, seed: int, device: torch.device, stage: Stage = PATHS, batch: int = BATCH,
+        rank: int = RANK,
+    ) -> None:  # fmt: skip
         self.folder, self.steps, self.seed, self.device = folder, steps, seed, device
+        self.stage, self.batch = stage, batch
         folder.mkdir(parents=True, exist_ok=True)
         self.real = RealClips(folder / "real.npz", device)
         self.teacher = Teacher(device)
         torch.manual_seed(seed)
-        self.student = with_low_rank(self.teacher.pipe.transformer, RANK).to(device)
+        self.student = with_low_rank(self.teacher.pipe.transformer, rank).to(device)
         self.trained = {name: weight for name, weight in self.student.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.log = 0, list[dict[str, Any]]()
+        self.step, self.seconds, self.log = 0, 0.0, list[dict[str, Any]]()
         self.state = folder / "state.pt"
         if self.state.exists():
             saved = torch.load(self.state, map_location=device, weights_only=True)
             self.student.load_state_dict(saved["trained"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.log = saved["step"], saved["log"]
+            self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
 
     def save(self) -> None:
         """Write a checkpoint, atomically."""
         trained = {name: weight.detach() for name, weight in self.trained.items()}
         temporary = self.state.with_suffix(".tmp")
         optimizer = self.optimizer.state_dict()
-        torch.save({"trained": trained, "optimizer": optimizer, "step": self.step, "log": self.log}, temporary)
+        kept = {"step": self.step, "seconds": self.seconds, "log": self.log}
+        torch.save({"trained": trained, "optimizer": optimizer, **kept}, temporary)
         os.replace(temporary, self.state)
 
     def paths(self) -> Paths:
         """All that are trained on; those without a file are computed."""
-        files = [self.file(PATHS, self.seed, number) for number in range(PATHS.steps)]
+        files = [self.file(self.stage, self.seed, number) for number in range(self.stage.steps)]
         parts = [torch.load(file, map_location=self.device, weights_only=True) for file in files]
         return Paths(
             **{name: torch.cat([part[name] for part in parts], dim=int(name == "points")) for name in parts[0]}
@@ -194,15 +212,20 @@ class Distillation:
         return path
 
     def run(self, minutes: float, every: float) -> None:
-        """Train until all steps are done or the time is over, with a checkpoint every few minutes."""
-        start = last = time.monotonic()
+        """Train until all steps are done or the time is over, with a checkpoint every few minutes.
+
+        The rate falls to 0 by then, whichever comes first. Paths are no part of the time.
+        """
         paths = self.paths()
-        validation = Paths(**torch.load(self.file(VALIDATION, self.seed + 1, 0), weights_only=True))
+        file = self.file(VALIDATION, self.seed + 1, 0)
+        validation = Paths(**torch.load(file, map_location=self.device, weights_only=True))
         if self.step == 0:
             self.evaluate(validation)
-        losses = list[torch.Tensor]()
-        while self.step < self.steps and time.monotonic() - start < minutes * 60:
-            losses.append(self.advance(paths))
+        losses, start, before = list[torch.Tensor](), time.monotonic(), self.seconds
+        last = start
+        while (done := max(self.step / self.steps, self.seconds / (minutes * 60))) < 1:
+            losses.append(self.advance(paths, done))
+            self.seconds = before + time.monotonic() - start
             if self.step % 25 == 0 or self.step < 4:
                 self.report({"step": self.step, "loss": float(torch.stack(losses).mean())}, start)
                 losses = []
@@ -213,9 +236,9 @@ class Distillation:
         self.evaluate(validation)
         self.save()
 
-    def advance(self, paths: Paths) -> torch.Tensor:
-        """One step of the training; returns its loss."""
-        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP) * (1 - self.step / self.steps)
+    def advance(self, paths: Paths, done: float) -> torch.Tensor:
+        """One step of the training, of which a share is done; returns its loss."""
+        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP) * (1 - done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self.loss(paths)
@@ -232,8 +255,8 @@ class Distillation:
         Each clip has a window of its own, and begins where the path enters it or half-way on the straight line.
         """
         generator = np.random.default_rng([self.seed, self.step])
-        chosen = paths.clips(generator.choice(len(paths.text), BATCH, replace=False).tolist())
-        moments = generator.integers(0, 2 * WINDOWS, BATCH)
+        chosen = paths.clips(generator.choice(len(paths.text), self.batch, replace=False).tolist())
+        moments = generator.integers(0, 2 * WINDOWS, self.batch)
         timesteps, sigmas = self.teacher.times(2 * WINDOWS)
         x, target, length = [], [], []
         for clip, moment in enumerate(moments.tolist()):
@@ -244,9 +267,10 @@ class Distillation:
             target.append(straight)
             length.append(sigmas[moment] - sigmas[2 * first + 2])
         when = torch.tensor([timesteps[moment] for moment in moments], device=self.device)
-        velocity = self.student(
-            torch.stack(x), when, chosen.text, control_hidden_states=chosen.control, return_dict=False
-        )[0]
+        with autocast(self.device):
+            velocity = self.student(
+                torch.stack(x), when, chosen.text, control_hidden_states=chosen.control, return_dict=False
+            )[0].float()
         weight = chosen.weight * torch.tensor(length, device=self.device).view(-1, 1, 1, 1, 1)
         error = (velocity - torch.stack(target)) ** 2
         return (error * weight).sum() / (chosen.weight.sum() * error.shape[1])
@@ -267,7 +291,7 @@ class Distillation:
             timesteps, sigmas = self.teacher.times(steps)
             for step, timestep in enumerate(timesteps):
                 velocity = self.student(
-                    x, torch.full((len(x),), timestep), validation.text,
+                    x, torch.full((len(x),), timestep, device=self.device), validation.text,
                     control_hidden_states=validation.control, return_dict=False,
                 )[0]  # fmt: skip
                 x = x + (sigmas[step + 1] - sigmas[step]) * velocity
@@ -300,15 +324,24 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("out/distil"), help="folder of paths and the checkpoint")
     parser.add_argument("--export", type=Path, help="where to write the difference when the time is over")
     parser.add_argument("--steps", type=int, default=500, help="of the training; its rate falls to 0 over them")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time, all runs together")
     parser.add_argument("--every", type=float, default=10.0, help="minutes between checkpoints")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--files", type=int, default=PATHS.steps, help="of paths")
+    parser.add_argument("--clips", type=int, default=PATHS.batch, help="whose paths are in each file")
+    parser.add_argument("--size", type=int, default=PATHS.size, help="of these clips, in pixels")
+    parser.add_argument("--batch", type=int, default=BATCH, help="clips of one training step")
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--log", type=Path, default=LOG)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    distillation = Distillation(options.state, options.steps, options.seed, torch.device(options.device))
+    stage = Stage(size=options.size, batch=options.clips, steps=options.files, learning_rate=0.0, decay=False)
+    distillation = Distillation(
+        options.state, options.steps, options.seed, torch.device(options.device), stage, options.batch, options.rank
+    )
     distillation.run(options.minutes, options.every)
     if options.export:
-        distillation.export(options.export, LOG)
+        distillation.export(options.export, options.log)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from ..calibration.calibration import Calibration
 from ..edit.editing import EditRequest, Progress, Run, compiled, make_plan, run_pipeline, run_planned, warm_up
 from ..edit.media import Clip, Frames
-from ..edit.metrics import BAND, Comparison, check_extra, compare
+from ..edit.metrics import BAND, METRICS, REGIONS, Comparison, check_extra, compare
 from ..errors import InputFileError, MethodError, PlanError
 from ..files import atomically
 from ..plan.plan import Plan
@@ -62,6 +62,15 @@ class Settings:
     calibration: str | None = None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of each result: metrics against the uncached one and against the truth, and where."""
+
+    regions: Sequence[str] = REGIONS
+    fidelity: Sequence[str] = METRICS
+    quality: Sequence[str] = METRICS
+
+
 def bench_quality(
     pipe: Any,
     clips: Sequence[Clip],
@@ -70,6 +79,7 @@ def bench_quality(
     out: Path,
     progress: Progress,
     calibration: Calibration | None = None,
+    measured: Measured = Measured(),
 ) -> dict[str, Any]:
     """Run the cells that `out` lacks. The results are in `out/quality.json`, the frames in `out/frames`.
 
@@ -92,7 +102,7 @@ def bench_quality(
     missing = [(clip, method) for clip in clips for method in methods if not _done(result, out, clip, method)]
     if not missing:
         return result
-    bench = Bench(pipe, settings, progress, calibration)
+    bench = Bench(pipe, settings, progress, calibration, measured)
     bench.check(clips[0], methods)
     # Outside a session hetcache_backend's model is the plain one, so both can take turns on each clip.
     static = {"backend": hetcache_backend, "options": {"inner": settings.inner}, "dynamic": False}
@@ -110,9 +120,11 @@ class Bench:
     """A compiled pipeline that remembers what it was warmed up for."""
 
     def __init__(
-        self, pipe: Any, settings: Settings, progress: Progress, calibration: Calibration | None = None
-    ) -> None:
+        self, pipe: Any, settings: Settings, progress: Progress, calibration: Calibration | None = None,
+        measured: Measured = Measured(),
+    ) -> None:  # fmt: skip
         self.pipe, self.settings, self.progress, self.calibration = pipe, settings, progress, calibration
+        self.measured = measured
         self._warm: set[Any] = set()
 
     def check(self, clip: Clip, methods: Sequence[Method]) -> None:
@@ -145,9 +157,18 @@ class Bench:
         return {
             **took,
             **more,
-            "fidelity": figures(frames, uncached, clip, self.settings),
-            "quality": figures(frames, clip.truth, clip, self.settings),
+            "fidelity": self.figures(frames, uncached, clip, self.measured.fidelity),
+            "quality": self.figures(frames, clip.truth, clip, self.measured.quality),
         }
+
+    def figures(
+        self, frames: Frames, reference: Frames | None, clip: Clip, metrics: Sequence[str]
+    ) -> Comparison | None:
+        """The comparison with a reference, where there is one."""
+        if reference is None:
+            return None
+        band, regions = self.settings.band, self.measured.regions
+        return compare(frames, reference, clip.mask, band=band, inside=regions, metrics=metrics)
 
     def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None, float | None, dict[str, Any]]:
         """One cell: its run, the plan that it followed, the median seconds of a plain call at that time, and more."""
@@ -206,11 +227,6 @@ class Bench:
             **method.options,
         }
         return make_plan(self.pipe, request, method.schedule, calibration=self.calibration, **options)
-
-
-def figures(frames: Frames, reference: Frames | None, clip: Clip, settings: Settings) -> Comparison | None:
-    """The comparison with a reference, where there is one."""
-    return None if reference is None else compare(frames, reference, clip.mask, band=settings.band)
 
 
 def times(run: Run, plan: Plan | None, plain_call: float | None, num_calls: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +31,7 @@ Comparison = dict[str, dict[str, float | None]]
 
 REGIONS = ("generative", "band", "context", "overall")
 METRICS = ("psnr_db", "ssim", "flip", "warp_error", "flicker")
+OF_MOTION = {"warp_error", "flicker"}
 BAND = 8
 """Pixels on each side of the mask edge: what one latent of Wan's VAE covers, where a seam would show."""
 
@@ -48,8 +49,11 @@ def psnr(a: Video, b: Video, region: Mask | None = None) -> float | None:
     return float(10 * math.log10(255**2 / error.mean()))
 
 
-def compare(result: Video, reference: Video, mask: Mask, *, band: int = BAND) -> Comparison:
-    """Every metric in every region.
+def compare(
+    result: Video, reference: Video, mask: Mask, *, band: int = BAND, inside: Sequence[str] = REGIONS,
+    metrics: Sequence[str] = METRICS,
+) -> Comparison:  # fmt: skip
+    """Every metric in every region, or some of them.
 
     A region is judged alone: the reference stands in for the result everywhere else, so that an error outside it
     cannot reach its figures through a window, a filter or a flow.
@@ -59,6 +63,8 @@ def compare(result: Video, reference: Video, mask: Mask, *, band: int = BAND) ->
         reference: the uncached result, or ground truth; as `result`.
         mask: bool `[T, H, W]`, true where the video was generated.
         band: how far the band reaches from the mask edge to each side, in pixels.
+        inside: names of `regions`.
+        metrics: which of `METRICS`.
 
     Returns:
         For each of `regions`: `psnr_db` in dB (None if identical), `ssim` up to 1, `flip` from 0 to 1, and in 8-bit
@@ -70,8 +76,9 @@ def compare(result: Video, reference: Video, mask: Mask, *, band: int = BAND) ->
         MissingExtraError: the extra `quality` is not installed.
     """
     _check(result, reference, mask)
-    motion = list(_motion(reference))
-    return {name: _measure(result, reference, region, motion) for name, region in regions(mask, band).items()}
+    motion = list(_motion(reference)) if OF_MOTION & set(metrics) else []
+    found = regions(mask, band)
+    return {name: _measure(result, reference, found[name], motion, metrics) for name in inside}
 
 
 def regions(mask: Mask, band: int = BAND) -> dict[str, Mask]:
@@ -100,21 +107,30 @@ def _near_edge(mask: Mask, band: int) -> Mask:
     return np.asarray(distance_transform_edt(mask) + distance_transform_edt(~mask) <= band)
 
 
-def _measure(result: Video, reference: Video, region: Mask, motion: list[Motion]) -> dict[str, float | None]:
+def _measure(
+    result: Video, reference: Video, region: Mask, motion: list[Motion], metrics: Sequence[str]
+) -> dict[str, float | None]:
     if not region.any():
-        return dict.fromkeys(METRICS)
+        return dict.fromkeys(metrics)
     alone = np.where(region[..., None], result, reference)
-    pairs = list(zip(alone, reference, strict=True))
-    ssim = np.stack([_ssim_map(*pair) for pair in pairs])
-    flip = np.stack([_flip_map(*pair) for pair in pairs])
-    changes = [_changes(alone, t, motion[t], region) for t in range(len(motion))]
-    expected = [_changes(reference, t, motion[t], region) for t in range(len(motion))]
-    errors = [change - known for change, known in zip(changes, expected, strict=True)]
-    values = (
-        psnr(result, reference, region), float(ssim[region].mean()), float(flip[region].mean()),
-        _root_mean_square(changes), _root_mean_square(errors),
-    )  # fmt: skip
-    return dict(zip(METRICS, values, strict=True))
+
+    def mean(map_of: Callable[[Video, Video], NDArray[Any]]) -> float:
+        maps = np.stack([map_of(*pair) for pair in zip(alone, reference, strict=True)])
+        return float(maps[region].mean())
+
+    def changes(video: Video) -> list[NDArray[np.float32]]:
+        return [_changes(video, t, motion[t], region) for t in range(len(motion))]
+
+    measure: dict[str, Callable[[], float | None]] = {
+        "psnr_db": lambda: psnr(result, reference, region),
+        "ssim": lambda: mean(_ssim_map),
+        "flip": lambda: mean(_flip_map),
+        "warp_error": lambda: _root_mean_square(changes(alone)),
+        "flicker": lambda: _root_mean_square(
+            [change - known for change, known in zip(changes(alone), changes(reference), strict=True)]
+        ),
+    }
+    return {name: measure[name]() for name in metrics}
 
 
 def _ssim_map(a: Video, b: Video) -> NDArray[np.float64]:

@@ -199,4 +199,4 @@ def noise_levels(scheduler: Any, num_steps: int) -> NDArray[np.float64]:
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) not in (num_steps, num_steps + 1):
         return np.zeros(0)
-    return np.asarray(sigmas, dtype=np.float64)[:num_steps]
+    return torch.as_tensor(sigmas).double().cpu().numpy()[:num_steps]
