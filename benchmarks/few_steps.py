@@ -7,7 +7,7 @@
 Methods are those of `hetcache bench quality` and of peers.py, by name. Each result is compared with the uncached one of
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
 machine does not change; with `--timed` times are taken too. Cells are kept in out/few_steps, and a run that was cut
-short goes on there; the result is written after each clip.
+short goes on there; the result is written as they are done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from math import prod
 from multiprocessing import get_context
@@ -54,6 +54,8 @@ METHODS = (
     *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
     "crop:0.25", "crop:0.5", "crop:1", "crop:0.5+optimal:2x", *peers.NAMES,
 )  # fmt: skip
+WRITTEN_EVERY = 20
+"""Seconds after which the result is written, with the cells that are there."""
 OF_FIDELITY, OF_QUALITY = ("psnr_db",), ("psnr_db", "ssim", "flip", "warp_error")
 REGIONS = ("generative", "band")
 
@@ -111,7 +113,7 @@ class Work:
         return calls.get("FULL", 0) * self.of_call(tokens, tokens) + calls.get("PARTIAL", 0) * partial
 
 
-def measure(model: str, number: int, names: Sequence[str], options: argparse.Namespace) -> Work:
+def measure(model: str, number: int, names: Sequence[str], options: argparse.Namespace) -> None:
     """The missing cells of a model and number of steps, such as `unguided:8`, and of one held-out clip."""
     kind, _, steps = model.partition(":")
     guided, clip = kind == ORIGINAL, reference.procedural_clip(number)
@@ -136,7 +138,6 @@ def measure(model: str, number: int, names: Sequence[str], options: argparse.Nam
     with progress_bars() as progress:
         for methods in (ours, *([Method(FULL), rival] for rival in others)):
             bench_quality(pipe, [clip], methods, settings, out, progress, calibration, measured)
-    return Work.of(pipe, clip)
 
 
 def cells_of(out: Path, model: str, number: int) -> Path:
@@ -144,27 +145,28 @@ def cells_of(out: Path, model: str, number: int) -> Path:
     return out / model.replace(":", "/") / f"{number:02d}"
 
 
-def measured(
-    tasks: Sequence[tuple[str, int]], names: Sequence[str], options: argparse.Namespace
-) -> Iterator[tuple[str, Work]]:
-    """Measure models and clips in `--jobs` processes. Yields the model of each that is done, and its work.
+def measured(tasks: Sequence[tuple[str, int]], names: Sequence[str], options: argparse.Namespace) -> Iterator[None]:
+    """Measure models and clips in `--jobs` processes. Yields when one is done, and every few seconds.
 
     One that fails is reported, and leaves out that clip.
     """
     if options.jobs == 1:
         prepare(os.cpu_count() or 1)
-        for model, number in tasks:
-            yield model, measure(model, number, names, options)
+        for task in tasks:
+            measure(*task, names, options)
+            yield
         return
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), prepare, (threads,)) as pool:
-        futures = {pool.submit(measure, *task, names, options): task for task in tasks}
-        for future in as_completed(futures):
-            try:
-                yield futures[future][0], future.result()
-            except Exception:
-                print("failed:", *futures[future], flush=True)
-                traceback.print_exc()
+        left = {pool.submit(measure, *task, names, options): task for task in tasks}
+        while left:
+            done, _ = wait(left, timeout=WRITTEN_EVERY, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = left.pop(future)
+                if error := future.exception():
+                    print("failed:", *task, flush=True)
+                    traceback.print_exception(error)
+            yield
 
 
 def prepare(threads: int) -> None:
@@ -230,9 +232,13 @@ def main() -> None:
     # What other runs measured stays. A run that is cut short has as many clips of each model.
     models = read(options.result).get("models", {})
     tasks = [(model, number) for number in range(options.clips) for model in options.models.split(",")]
-    for model, work in measured(tasks, names, options):
-        files = [cells_of(options.out, model, number) / RESULT for number in range(options.clips)]
-        models[model] = collect([read(file) for file in files if file.exists()], work)
+    work = Work.of(reference.load(), reference.procedural_clip(0))
+    for _ in measured(tasks, names, options):
+        for model in options.models.split(","):
+            files = [cells_of(options.out, model, number) / RESULT for number in range(options.clips)]
+            results = [result for file in files if (result := read(file)).get("cells")]
+            if results:
+                models[model] = collect(results, work)
         write({**provenance(options.device), "models": dict(sorted(models.items(), key=in_order))}, options.result)
     print(f"wrote {options.result}")
 

@@ -23,9 +23,10 @@ import torch
 from diffusers import WanVACETransformer3DModel
 
 import hetcache_compile as hetcache
+from hetcache_compile.capture.rewrite import hoisted, write_form
 from hetcache_compile.compilation.options import BackendOptions
 from hetcache_compile.compilation.regional import compile_by_regions
-from hetcache_compile.passes.analysis.flops import flop_counter
+from hetcache_compile.passes.analysis.flops import flop_counter, graph_flops
 from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.passes.ir.contract import CACHE_DTYPES
 from hetcache_compile.provenance import processor_name
@@ -64,17 +65,20 @@ def build(width: int, layers: int, control_layers: int, device: str, dtype: torc
 
 
 def prepare(forms, kind: str, kwargs: dict, inner):
-    """A compiled form with its cache in place, as the backend runs it, and its FLOPs by torch's counter."""
-    form = in_process(forms.by_kind[kind], forms.plan.form_options)
-    inputs = forms.program.flat_inputs((), kwargs)
+    """A compiled form as the backend runs it, with its cache and the keys and values of the text in place; and FLOPs,
+    by torch's counter, of the form that makes these keys and values itself."""
+    plan, options = forms.plan, forms.plan.form_options
+    parts = hoisted(forms.program, forms.analysis, None)
+    form = in_process(write_form(kind, parts.program, parts.analysis, plan), options)
+    names = (node.name for node in forms.program.module.graph.nodes if node.op == "placeholder")
+    inputs = dict(zip(names, forms.program.flat_inputs((), kwargs), strict=True))
+    unchanging = parts.graphs.before(*(inputs[name] for name in parts.graphs.takes))
     device = kwargs["hidden_states"].device
-    indices = [torch.as_tensor(getattr(forms.plan, name), device=device) for name in form.indices]
+    indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
     cache = [torch.randn(e.shape, device=device).to(e.dtype) for e in form.reads]
-    arguments = [*inputs, *indices, *cache]
-    with flop_counter() as counter:
-        form.module(*arguments)
+    arguments = [*inputs.values(), *unchanging, *indices, *cache]
     run = compile_by_regions(form.module, arguments, inner, f"{kind} form")
-    return run, arguments, counter.get_total_flops()
+    return run, arguments, graph_flops(in_process(forms.by_kind[kind], options).module)
 
 
 def measure_cache(model, kwargs: dict, forms) -> dict[str, int]:

@@ -25,7 +25,7 @@ from backend_checks import (
     run,
 )
 from conftest import Captured
-from models import Case
+from models import TEXT_TOKENS, Case
 from torch import nn
 
 import hetcache_compile as hetcache
@@ -154,7 +154,7 @@ def test_second_edit_in_a_session(shared: Shared, restart: bool) -> None:
     with hetcache.session(plan) as session:
         check(run(fast, first[:taken]), expected(forms, steps[:taken], first[:taken]))
         before, num_bytes = pointers(session), session.stats.cache_bytes
-        assert len(before) == len(forms.cache_entries) == 5
+        assert len(before) == len(forms.cache_entries) + 4 == 9  # keys and values of the text, of two blocks
         if restart:
             session.restart()
         check(run(fast, second), expected(forms, steps, second))
@@ -168,9 +168,9 @@ def test_cache_bytes(shared: Shared, num_context: int) -> None:
     model, fast, _ = shared
     plan = plan_of("FPR", 35, num_context)
     one_branch = model.forms(plan).buffer_bytes
-    # keys and values of two blocks [1, 2 heads, rows, 12], and the output [1, N, 5 channels in patches of 4]
+    # keys and values of two blocks [1, 2 heads, rows, 12], of tokens and text; output [1, N, 5 channels, patches of 4]
     rows = N if num_context == N - 35 else num_context
-    assert one_branch == 4 * (2 * 2 * 2 * rows * 12 + N * 20)
+    assert one_branch == 4 * (2 * 2 * 2 * (rows + TEXT_TOKENS) * 12 + N * 20)
     with hetcache.session(plan) as session:
         for number, name in enumerate(("cond", "uncond", "other"), start=1):
             with session.branch(name):

@@ -251,7 +251,7 @@ def step_lengths(scheduler: Any, num_steps: int) -> Array | None:
 
     def draw() -> torch.Tensor:
         """Nothing near 0, which could not be divided by."""
-        return torch.rand(1, 4, 1, 2, 2, generator=generator) + 0.5
+        return torch.rand(1, 4, 1, 2, 2, generator=generator, device="cpu") + 0.5
 
     both = []
     for _ in range(2):

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import SessionError
+from ..errors import GridMismatchError, SessionError
 from ..passes.analysis.analyse import Analysis, analyse
+from ..passes.analysis.hoist import Hoisted, hoist
 from ..passes.analysis.inputs import TokenInputs, holds_input
+from ..passes.analysis.time_input import time_input
 from ..passes.forms import pipeline
 from ..passes.forms.collectives import Ranks
 from ..passes.ir.cache import CacheEntry
@@ -74,8 +76,15 @@ class Forms:
 
     @property
     def buffer_bytes(self) -> int:
-        """Size of the buffers that a session keeps for one branch (see `passes.forms.all_rows`)."""
-        return sum(entry.num_bytes for entry in pipeline.in_process(self.by_kind["full"], self.plan.form_options).reads)
+        """Size of the buffers that a session keeps for one branch (see `passes.forms.all_rows`), and of
+        `unchanging_bytes`."""
+        reads = pipeline.in_process(self.by_kind["full"], self.plan.form_options).reads
+        return sum(entry.num_bytes for entry in reads) + self.unchanging_bytes
+
+    @property
+    def unchanging_bytes(self) -> int:
+        """Size of the keys and values of the text and the like that a session keeps for one branch beside its cache."""
+        return unchanging_bytes(self.program, self.analysis, self.plan)
 
     def for_plan(self, plan: Plan) -> Forms:
         """The same forms for another mask with the same grid and budgets."""
@@ -190,6 +199,53 @@ def analysed(
     """The analysis of a program, and the program with the graph that was analysed. For errors see `analyse`."""
     analysis = analyse(program.module, grid, token_inputs)
     return replace(program, module=analysis.module), analysis
+
+
+@dataclass(frozen=True)
+class Hoist:
+    """A program without what makes keys and values that no step changes, which are its last inputs.
+
+    Attributes:
+        program: the rest.
+        analysis: of it.
+        graphs: what was taken apart.
+    """
+
+    program: Program
+    analysis: Analysis
+    graphs: Hoisted
+
+
+def hoisted(program: Program, analysis: Analysis, token_inputs: TokenInputs | None) -> Hoist | None:
+    """The two parts of a program, or None where it has but one.
+
+    Args:
+        program: the whole.
+        analysis: of it.
+        token_inputs: that it was analysed with.
+    """
+    inputs = [node for node in program.module.graph.nodes if node.name in program.inputs]
+    time = time_input(inputs)
+    varying = [node.name for node in inputs if node is time or node.name in analysis.token_sources]
+    found = hoist(program.module, varying)
+    if found is None:
+        return None
+    names = (*program.inputs, *found.names)
+    in_spec = pytree.tree_structure((tuple(range(len(names))), {}))
+    rest = replace(program, module=found.rest, inputs=names, in_spec=in_spec)
+    try:
+        rest, again = analysed(rest, analysis.grid, token_inputs)
+    except (UnsupportedGraphError, GridMismatchError):
+        return None  # keys and values may be as long as the latents, and be taken for them
+    return Hoist(rest, again, found) if again.token_sources == analysis.token_sources else None
+
+
+def unchanging_bytes(program: Program, analysis: Analysis, plan: Plan) -> int:
+    """Bytes that a session keeps for one branch beside its cache, in the place where it keeps the cache."""
+    if plan.cache_device == "cpu":
+        return 0
+    found = hoisted(program, analysis, planned_token_inputs(program, plan))
+    return 0 if found is None else found.graphs.num_bytes
 
 
 def planned_token_inputs(program: Program, plan: Plan) -> TokenInputs | None:

@@ -51,6 +51,7 @@ class LookAhead:
         self.timesteps = self.sigmas = torch.zeros(0)
         self.num_inference_steps = 0
         self._next: torch.Tensor | None = None
+        self._begun = False
         # Pipelines look at the names of its parameters.
         self.set_timesteps = functools.wraps(scheduler.set_timesteps)(functools.partial(self._set_timesteps))
 
@@ -80,7 +81,7 @@ class LookAhead:
         self.timesteps = torch.cat([times[:1], ahead, times[1:]])
         self.sigmas = torch.cat([sigmas[:1], noise, sigmas[1:]])
         self.num_inference_steps = len(self.timesteps)
-        self._next = None
+        self._next, self._begun = None, False
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """The scheduler's `set_begin_index`.
@@ -98,6 +99,9 @@ class LookAhead:
             after, self._next = self._next, None
             return self._result(after, kwargs)
         result = self.scheduler.step(model_output, timestep, sample, *args, **kwargs)
+        if self._begun:
+            return result  # to look at a time again would wait for the device
+        self._begun = True
         if float(timestep) != float(self.timesteps[0]):
             return result
         after = self._next = result[0]

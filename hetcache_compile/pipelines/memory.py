@@ -14,9 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..capture.by_dynamo import capture_model
 from ..capture.capture import Program, is_more_than_data
-from ..capture.rewrite import planned_token_inputs
+from ..capture.rewrite import analysed, planned_token_inputs, unchanging_bytes
 from ..errors import PlanError
-from ..passes.analysis.analyse import analyse
 from ..passes.forms.pipeline import cache_of
 from ..passes.ir.refusal import UnsupportedGraphError, shape_of
 from ..plan.cache_size import CacheSize
@@ -98,7 +97,7 @@ class Footprint:
             PlanError: the model's graph has not what the plan asks for.
         """
         try:
-            found = analyse(self.program.module, plan.grid, planned_token_inputs(self.program, plan))
+            program, found = analysed(self.program, plan.grid, planned_token_inputs(self.program, plan))
             entries = cache_of(found, plan.form_options)
         except UnsupportedGraphError as error:
             raise PlanError(f"the memory of the cache cannot be counted: {error}") from error
@@ -107,7 +106,7 @@ class Footprint:
             if entry.is_context:
                 layers[entry.layer] += entry.num_bytes
         window = READ_AND_FETCHED * max(layers.values(), default=0)
-        total = sum(entry.num_bytes for entry in entries)
+        total = sum(entry.num_bytes for entry in entries) + unchanging_bytes(program, found, plan)
         return replace(plan, counted=CacheSize(plan.form_options, total, layers.total(), window, self.branches))
 
 

@@ -399,7 +399,7 @@ class Plan:
             MaskError: another shape or type, or no token is active.
         """
         grid = check_grid(grid)
-        array = np.asarray(active)
+        array = np.asarray(active.cpu() if hasattr(active, "cpu") else active)
         if array.shape != (prod(grid),) or array.dtype != np.bool_:
             raise MaskError(f"active must be bool [{prod(grid)}], got {array.dtype} {array.shape}")
         if not array.any():

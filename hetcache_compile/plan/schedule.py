@@ -189,6 +189,8 @@ def time_distances(
         raise PlanError(f"{type(model).__name__} has no Timesteps and TimestepEmbedding modules")
     projection, embedder = embedding
     weight = next(embedder.parameters())
+    if weight.is_meta:
+        raise PlanError(f"the weights of {type(model).__name__} are nowhere while it is offloaded")
     states = embedder(projection(timesteps.to(weight.device).flatten()).to(weight.dtype)).double().cpu()
     change = (states[1:] - states[:-1]).abs().mean(dim=1) / states[:-1].abs().mean(dim=1)
     return np.concatenate([[0.0], np.polyval(coefficients, change.numpy())])

@@ -19,6 +19,7 @@ from ..errors import RecordError
 from ..passes.analysis.analyse import Analysis
 from ..passes.analysis.inputs import is_state, plain_name
 from ..passes.ir.axis import Enter, Tokens
+from ..passes.ir.graphs import device_of
 from .caches import rows_of
 
 ALIKE = 0.1
@@ -80,7 +81,7 @@ def check_alike(
         return
     births = first_births(analysis)
     born = up_to(list(births), program.module)
-    device = next(given[name].device for name in recorded)
+    device = device_of(given[name] for name in recorded)  # settings may be on the host
     needed = {node.name for node in born.graph.find_nodes(op="placeholder") if node.users}
     for name in needed & given.keys():  # weights may be in the host's memory
         given[name] = given[name].to(device) if isinstance(given[name], torch.Tensor) else given[name]

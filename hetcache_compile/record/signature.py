@@ -11,6 +11,8 @@ from torch.fx.node import map_arg
 
 WIDTH = 1024
 """Numbers in a row of those that a weight is laid out in."""
+PLACES = ("device", "pin_memory")
+"""Arguments that say where a tensor is made."""
 
 
 @torch.no_grad()
@@ -30,7 +32,8 @@ def model_signature(graph: Graph, weights: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for node in graph.nodes:
         if node.op == "call_function":
-            numbers = map_arg((node.args, node.kwargs), lambda _: "node")
+            kwargs = {name: value for name, value in node.kwargs.items() if name not in PLACES}
+            numbers = map_arg((node.args, kwargs), lambda _: "node")
             digest.update(f"{node.target} {numbers}".encode())
     for weight in weights:
         digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())

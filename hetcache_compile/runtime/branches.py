@@ -60,6 +60,7 @@ class Branch:
         has_other_text: whether its conditions are not those of the recorded edit.
         correction: of what is read from memory, for another text.
         number: among the branches of its model, in the order of their first calls.
+        made_of: the weights and inputs that the keys and values were made of which no step changes.
     """
 
     owner: Hashable | None = None
@@ -73,6 +74,7 @@ class Branch:
     correction: Correction | None = None
     _lent: set[Hashable] = field(default_factory=set)
     number: int | None = None
+    made_of: tuple[int, tuple[Remembered, ...]] | None = None
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)
@@ -85,7 +87,7 @@ class Branch:
     def memory(self, owner: Hashable) -> dict[Hashable, torch.Tensor]:
         """The tensors of the cache by name, for one graph and shape: those of another one are given back."""
         if self._memory_of != owner:
-            self._memory, self._memory_of, self.hosted = {}, owner, False
+            self._memory, self._memory_of, self.hosted, self.made_of = {}, owner, False, None
             self._lent.clear()
         return self._memory
 
@@ -116,7 +118,7 @@ class Branch:
     def release(self) -> None:
         """The cache is valid no more, and its memory is given back."""
         self.forget()
-        self._memory, self.hosted = {}, False
+        self._memory, self.hosted, self.made_of = {}, False, None
         self._lent.clear()
 
     def knows(self, conditions: Sequence[torch.Tensor]) -> bool:

@@ -24,6 +24,8 @@ SCALES: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...] = (
     ("timesteps", lambda times, sigmas: times),
     ("timesteps / 1000", lambda times, sigmas: times / 1000),
     ("1 - timesteps / 1000", lambda times, sigmas: 1 - times / 1000),
+    # On a GPU torch multiplies by the inverse of a number. What is left of 1 shows the difference.
+    ("1 - timesteps * (1 / 1000)", lambda times, sigmas: 1 - times * torch.tensor(1 / 1000, dtype=times.dtype)),
     ("1000 - timesteps", lambda times, sigmas: 1000 - times),
     ("sigmas", lambda times, sigmas: sigmas),
     ("sigmas / (1 + sigmas)", lambda times, sigmas: sigmas / (1 + sigmas)),

@@ -210,6 +210,8 @@ class CompiledGraph:
                 names = prepared.program.inputs
                 latents = {names[number]: inputs[number] for number in roles.latents}
                 part = self.preparer.part(prepared, latents, len(session.plans))
+                if session.hoists:
+                    part = self.preparer.hoisted(prepared, plan)
                 analysis = self.preparer.analyse(part, plan)
             except GridMismatchError as error:
                 if self._is_whole(shapes) and session.stats.kinds:
@@ -267,19 +269,24 @@ class CompiledGraph:
         if turn.kind is StepKind.FULL:
             session.begun_full(turn)
             if session.plan.context_extrapolation and not turn.fresh:
-                settle(turn.branch)
+                settle(turn.branch, route.device)
                 go_on_from(history, turn.branch.memory(route.key))
         if turn.fresh and (turn.kind is StepKind.FULL or turn.recalls):
             for own in buffers:
                 forget(form, own)
         if turn.recorded is not None and turn.recalls:
-            settle(turn.branch)
+            settle(turn.branch, route.device)
             session.restorer.restore(form.reads, buffers[0], turn.recorded.tensors, turn.branch.correction)
         run = form.streamed if turn.branch.hosted and form.streamed else form.run
         watch = Stopwatch(route.device)
+        unchanging: Sequence[torch.Tensor] = ()
+        if route.part.unchanging is not None and turn.kind is not StepKind.REUSE:
+            with normal_mode(), torch._C.DisableTorchFunctionSubclass():
+                unchanging = route.part.unchanging.of(turn.branch, route.key, turn.weights, inputs)
         results = []
         for p, own in enumerate(buffers):
-            picked = form.pick((*inputs, *route.part.samples[p]) if route.part.samples[p] else inputs)
+            more = unchanging or route.part.samples[p]
+            picked = form.pick((*inputs, *more) if more else inputs)
             indices = [
                 session.index(name, route.device, p, kind=turn.weighed_as, step=turn.step) for name in form.indices
             ]
@@ -288,7 +295,7 @@ class CompiledGraph:
                 results.append(own_outputs(run(*picked, *indices, *own), own))
         session.finish(turn, call, watch.stop(), compile_seconds)
         if turn.recorded is not None and turn.corrects:
-            settle(turn.branch)
+            settle(turn.branch, route.device)
             with normal_mode(), told_of_memory("another text needs a second cache beside that of the branch"):
                 turn.branch.correction = Correction(form.reads, buffers[0], turn.recorded.tensors)
         if session.records(turn):
@@ -315,7 +322,8 @@ class CompiledGraph:
             session.memory.check_entries(form.reads, session.plan)
             inactive = session.restorer.inactive
             with normal_mode():
-                check_alike(route.part.program, route.analysis, inputs, recorded.calls.inputs, inactive)
+                analysis = self.preparer.analyse(route.prepared, session.plan)
+                check_alike(route.prepared.program, analysis, inputs, recorded.calls.inputs, inactive)
             branch.agrees = True
         if can_stream(route.device) and not branch.has_other_text:
             branch.memory(route.key)
@@ -346,7 +354,7 @@ class CompiledGraph:
         held = branch.num_bytes
         branch.lend({(0, name): tensor for name, tensor in tensors.items() if any(tensor is own for own in buffers)})
         session.allocated(branch.num_bytes - held)
-        program, time = route.part.program, route.roles.time
+        program, time = route.prepared.program, route.roles.time
         session.recorded(turn, call, lambda: inputs_of(program, route.analysis, inputs, time), tensors)
 
     def _buffers(self, session: Session, form: CompiledForm, branch: Branch, route: Route) -> list[list[torch.Tensor]]:
@@ -357,7 +365,14 @@ class CompiledGraph:
         """
         plans = range(len(session.plans))
         try:
-            return [buffers_for(session, form, branch, route.key, p, route.device) for p in plans]
+            buffers = [buffers_for(session, form, branch, route.key, p, route.device) for p in plans]
+            if route.part.unchanging is not None:
+                held = branch.num_bytes
+                with normal_mode():
+                    route.part.unchanging.memory(branch, route.key, route.device)
+                session.allocated(branch.num_bytes - held)
+                session.stats.branch_bytes = max(session.stats.branch_bytes, branch.num_bytes)
+            return buffers
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -373,9 +388,11 @@ class CompiledGraph:
             raise NotCachedError(Refused(reason, cause=error)) from error
 
     def _make_form(self, session: Session, route: Route, kind: StepKind, inputs: Sequence[Any]) -> CompiledForm:
+        part = route.part
         with preparing(), normal_mode():
             try:
-                given = (*inputs, *route.part.samples[0])
+                more = part.samples[0] if part.unchanging is None else part.unchanging.empty(route.device)
+                given = (*inputs, *more)
                 form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given, session.ranks)
             except Exception as error:
                 raise NotCachedError(refused_by(error)) from error
@@ -548,10 +565,10 @@ def signature_at(route: Route, inputs: Sequence[Any]) -> str:
         return model_signature(program.module.graph, [*program.state.values(), *route.weights.of(inputs)])
 
 
-def settle(branch: Branch) -> None:
-    """Wait for copies to and from the host, before the host itself reads or writes what is there."""
-    if branch.hosted and torch.cuda.is_available():
-        torch.cuda.synchronize()
+def settle(branch: Branch, device: torch.device) -> None:
+    """Wait for copies between a device and the host, before the host itself reads or writes what is there."""
+    if branch.hosted and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def go_on_from(history: Mapping[Hashable, torch.Tensor], memory: Mapping[Hashable, torch.Tensor]) -> None:

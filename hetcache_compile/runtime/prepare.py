@@ -24,13 +24,14 @@ from torch.utils import _pytree as pytree
 from ..capture.capture import Program, capture, with_input_names, with_places_settled
 from ..capture.offloading import StandIns
 from ..capture.regional import capture_by_regions
-from ..capture.rewrite import analysed, check_weights, planned_token_inputs, write_form
+from ..capture.rewrite import analysed, check_weights, hoisted, planned_token_inputs, write_form
 from ..compilation.cuda_graphs import Recorder
 from ..compilation.options import BackendOptions, Compiled
 from ..compilation.regional import compile_by_regions, compile_whole
 from ..errors import SessionError
 from ..passes.analysis.analyse import Analysis
-from ..passes.analysis.inputs import is_state
+from ..passes.analysis.hoist import is_unchanging
+from ..passes.analysis.inputs import TokenInputs, is_state
 from ..passes.analysis.time_input import time_input
 from ..passes.forms.collectives import Ranks
 from ..passes.forms.pipeline import in_process
@@ -42,12 +43,14 @@ from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
 from .streaming import WEIGHT, Streamed, can_stream, transfers_of, uses_of
+from .unchanging import Unchanging
 
 LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or threading.RLock()
 """Held while anything is made: capture must not run while Dynamo compiles in another thread."""
 OBJECTS = 100_000
 """New objects between two looks for garbage while graphs are made: they live in the hundred thousands, and to look
 through them at Python's usual pace takes an eighth of the time."""
+HOISTED = "hoisted"
 MOST_FORMS = 24
 """Compiled forms that are kept for one graph and set of shapes; the one not used for longest goes first."""
 
@@ -97,13 +100,15 @@ class Prepared:
     """A graph for one set of input shapes, and what was made of it.
 
     With several plans, `parts` holds the graph for the samples of one plan, by the number of plans. Such a graph has
-    one more input, which is `samples[p]` for plan p, and says where the samples lie in each output.
+    one more input, which is `samples[p]` for plan p, and says where the samples lie in each output. With one plan it
+    holds the graph whose last inputs are `unchanging`, by the token inputs that plans have.
     """
 
     program: Program
     samples: tuple[tuple[torch.Tensor, ...], ...] = ((),)
     outputs: tuple[AxisState, ...] = ()
-    parts: dict[int, Prepared] = field(default_factory=dict)
+    unchanging: Unchanging | None = None
+    parts: dict[Hashable, Prepared] = field(default_factory=dict)
     analyses: dict[Hashable, Analysis] = field(default_factory=dict)
     forms: OrderedDict[Hashable, CompiledForm] = field(default_factory=OrderedDict)
 
@@ -141,15 +146,17 @@ class Preparer:
             UnsupportedGraphError: the graph cannot be rewritten.
             GridMismatchError: the plan is for another grid.
         """
-        key = plan.grid, *plan.token_inputs.items()
+        key = _analysed_for(plan)
         if key not in prepared.analyses:
-            token_inputs = self.options.token_inputs or planned_token_inputs(prepared.program, plan)
-            program, analysis = analysed(prepared.program, plan.grid, token_inputs)
+            program, analysis = analysed(prepared.program, plan.grid, self._token_inputs(prepared, plan))
             if program.module is not prepared.program.module:
                 prepared.program = program
                 prepared.analyses.clear()  # they know the nodes of the graph before
             prepared.analyses[key] = analysis
         return prepared.analyses[key]
+
+    def _token_inputs(self, prepared: Prepared, plan: Plan) -> TokenInputs | None:
+        return self.options.token_inputs or planned_token_inputs(prepared.program, plan)
 
     def time_of(self, prepared: Prepared) -> int | None:
         """The position of the input that holds the time of a step."""
@@ -210,6 +217,21 @@ class Preparer:
             prepared.parts[num_plans] = Prepared(program, tuple((index,) for index in samples), outputs)
         return prepared.parts[num_plans]
 
+    def hoisted(self, prepared: Prepared, plan: Plan) -> Prepared:
+        """The graph without what makes keys and values that no step changes; itself if it has none."""
+        if self.offloaded:
+            return prepared  # weights are on the device while their block runs
+        key = HOISTED, _analysed_for(plan)
+        if key not in prepared.parts:
+            analysis = self.analyse(prepared, plan)
+            found = hoisted(prepared.program, analysis, self._token_inputs(prepared, plan))
+            prepared.parts[key] = prepared
+            if found is not None:
+                rest = Prepared(found.program, unchanging=Unchanging(found.graphs, prepared.program))
+                rest.analyses[_analysed_for(plan)] = found.analysis
+                prepared.parts[key] = rest
+        return prepared.parts[key]
+
     def form(
         self, prepared: Prepared, plan: Plan, kind: str, inputs: Sequence[Any], ranks: Ranks | None = None
     ) -> CompiledForm:
@@ -248,6 +270,11 @@ class Preparer:
         prepared.forms.move_to_end(key)
         check_weights(prepared.forms[key].indices, plan)
         return prepared.forms[key]
+
+
+def _analysed_for(plan: Plan) -> Hashable:
+    """What of a plan an analysis depends on."""
+    return plan.grid, tuple(plan.token_inputs.items())
 
 
 def with_numbers(graph: GraphModule, inputs: Sequence[Any], floats: frozenset[int]) -> GraphModule:
@@ -339,11 +366,11 @@ def _picker(numbers: list[int], constants: list[tuple[int, Any]]) -> Callable[[S
 
 
 def stays_in_memory(form: Form, program: Program) -> list[bool]:
-    """Which inputs of a form are weights or its cache."""
+    """Which inputs of a form are weights or its cache, or what else is kept for a branch."""
     placeholders = form.module.graph.find_nodes(op="placeholder")
     num_others = len(placeholders) - len(form.reads)
     return [
-        number >= num_others or is_state(node.name) or node.name in program.state
+        number >= num_others or is_state(node.name) or is_unchanging(node.name) or node.name in program.state
         for number, node in enumerate(placeholders)
     ]
 

@@ -199,7 +199,7 @@ class Session:
         self.form_options = self.plan.form_options
         self.route_key = (
             self.form_options, self.plan.weights.size > 0, len(self.plans), tuple(self.plan.token_inputs.items()),
-            self.ranks,
+            self.ranks, self.hoists,
         )  # fmt: skip
         times = self.plan.timesteps
         self._timeline = Timeline(times, self.plan.sigmas) if times.size else None
@@ -227,6 +227,12 @@ class Session:
         """The processes that share the rows of each form, if several do."""
         return None if self.parallel is None else self.parallel.rows
 
+    @property
+    def hoists(self) -> bool:
+        """Whether keys and values that no step changes are kept beside the cache, on the device. (The samples of a
+        batch that has several plans would share them.)"""
+        return len(self.plans) == 1 and self.plan.cache_device != "cpu"
+
     # Opening and closing
 
     def __enter__(self) -> Session:
@@ -251,6 +257,9 @@ class Session:
         reference = SESSION.get()
         if reference is not None and reference() is self:
             SESSION.set(None)
+        if self.record is not None:
+            for device in {device for _, device, _ in self._indices if device.type == "cuda"}:
+                torch.cuda.synchronize(device)  # copies to the host may be under way
         for model in list(self._models.values()):
             model.release()
         self._models = WeakIdKeyDictionary()

@@ -25,13 +25,14 @@ class Stopwatch:
         self.events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
             self.events = (_event(), _event())
-            self.events[0].record()
+            self.events[0].record(torch.cuda.current_stream(device))
+        self.device = device
         self.start = self.end = time.perf_counter()
 
     def stop(self) -> Stopwatch:
         """Mark the end."""
         if self.events:
-            self.events[1].record()
+            self.events[1].record(torch.cuda.current_stream(self.device))
         self.end = time.perf_counter()
         return self
 

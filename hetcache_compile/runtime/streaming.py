@@ -239,7 +239,8 @@ def host_buffers(entries: Sequence[CacheEntry]) -> list[torch.Tensor]:
         first = len(buffers)
         ends = list(accumulate(room[first:]))
         count = max(1, bisect_right(ends, CHUNK))
-        chunk = torch.empty(ends[count - 1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        pinned = torch.cuda.is_available()
+        chunk = torch.empty(ends[count - 1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
         for entry, begin in zip(entries[first : first + count], (0, *ends), strict=False):
             numbers = chunk[begin : begin + entry.num_bytes].view(entry.dtype)
             buffers.append(numbers.view(entry.shape))

@@ -76,7 +76,7 @@ class Extrapolate(FormPass):
             weights = take_weights(form, self.order, self.num_tokens, self.num_active)
         call = form.at_start()
         points = {entry: points_of(form, entry, self.order) for entry in outputs}
-        now = {entry: latest_time(call, time, arithmetic_of(entry)) for entry in outputs}
+        now = {entry: latest_time(call, time, arithmetic_of(entry), form.device) for entry in outputs}
         writes = dict(computed)
         for entry in outputs:
             known, fresh = points[entry], computed.get(entry)

@@ -59,7 +59,7 @@ class PredictContext(FormPass):
         time = time_of(form, self.time_input)
         call = form.at_start()
         times_entry = full_step_times(entries[0])
-        now = latest_time(call, time, times_entry.dtype)
+        now = latest_time(call, time, times_entry.dtype, form.device)
         times = form.read(times_entry)
         if form.kind == "partial":
             line = _Line(call, times, now)

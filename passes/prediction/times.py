@@ -41,8 +41,12 @@ def arithmetic_of(entry: CacheEntry) -> torch.dtype:
     return torch.promote_types(entry.dtype, torch.float32)
 
 
-def latest_time(call: AddNode, time: Node, dtype: torch.dtype) -> Node:
-    """The time of a step, `[1]`. Where tokens have their own, the latest: those of a given first frame stand at 0."""
-    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=dtype), [-1])
+def latest_time(call: AddNode, time: Node, dtype: torch.dtype, device: torch.device) -> Node:
+    """The time of a step, `[1]`. Where tokens have their own, the latest: those of a given first frame stand at 0.
+
+    A model may be given its time on the host, and bring it to the device itself.
+    """
+    elsewhere = {} if time.meta["val"].device == device else {"device": device}
+    flat = call(aten.view.default, call(aten._to_copy.default, time, dtype=dtype, **elsewhere), [-1])
     now: Node = call(aten.amax.default, flat, [0])
     return now
