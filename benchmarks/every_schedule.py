@@ -1,6 +1,6 @@
 """How near can any schedule come in few steps? All of them are tried, on the reference model: the limit of a search.
 
-    python benchmarks/every_schedule.py --device cuda --jobs 3     # writes benchmarks/results/every_schedule.json
+    python benchmarks/every_schedule.py --jobs 2      # writes benchmarks/results/every_schedule.json, after each task
 
 Each clip has a mask of 20 %. For each margin, every schedule of FULL, PARTIAL and REUSE whose speed-up lies in one of
 the bands is followed, with and without predicted keys and values, and with the weights of outputs that a search would
@@ -39,8 +39,9 @@ from hetcache_compile.provenance import provenance
 from hetcache_compile.runtime.backend import hetcache_backend
 
 RESULTS = Path(__file__).parent / "results"
-BANDS = ((2.0, 2.3), (3.0, 3.45))
-"""Speed-ups looked at, in FLOPs."""
+BANDS = {2: (2.0, 2.3), 3: (3.0, 3.45)}
+"""Speed-ups looked at, in FLOPs: from, and to."""
+KINDS = {kind.letter: kind for kind in hetcache.StepKind}
 BEST = 5
 """Schedules that are kept of each clip, margin, prediction and band."""
 
@@ -58,7 +59,7 @@ def try_all(number: int, margin: float, options: argparse.Namespace) -> tuple[st
     with recorded(pipe, silent) as (recorder, observe):
         uncached = run_pipeline(pipe, request, "uncached", observe).frames
     call = recorder.steps[0][0]
-    for prediction in (1, 0):
+    for prediction in options.predictions:
         plan = make_plan(
             pipe, request, "FP" + "R" * (options.steps - 2), margin=margin, context_ratio=0, multiple=32,
             context_extrapolation=prediction, extrapolation=1,
@@ -68,13 +69,14 @@ def try_all(number: int, margin: float, options: argparse.Namespace) -> tuple[st
         flops = flops_of(pipe.transformer, plan, call)
         costs = {kind.letter: flops[kind.form] / flops["plain"] for kind in hetcache.StepKind}
         with compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}):
-            for band in BANDS:
+            for band in (BANDS[speedup] for speedup in options.speedups):
                 tried, end = [], time.monotonic() + options.seconds
                 every = list(schedules(options.steps, costs, band))
                 for letters in random.Random(0).sample(every, len(every)):
                     if time.monotonic() > end:
                         break
-                    weighted = calibration.scheduled(plan, letters, timesteps=plan.timesteps, lengths=lengths)
+                    kinds = [KINDS[letter] for letter in letters]
+                    weighted = calibration.scheduled(plan, kinds, timesteps=plan.timesteps, lengths=lengths)
                     with hetcache.session(weighted, strict=True):
                         frames = run_pipeline(pipe, request, letters, silent).frames
                     fidelity = psnr(frames, uncached, clip.mask)
@@ -98,15 +100,16 @@ def schedules(steps: int, costs: dict[str, float], band: tuple[float, float]) ->
 def best_of(clips: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By band: each clip's best, whatever its margin and prediction, and the median of these."""
     result = {}
-    for band, _ in BANDS:
-        name = f"{band:g}x"
+    for speedup in BANDS:
+        name = f"{speedup}x"
         best = {
             clip: max(
                 (row["psnr_db"] for key, of in found.items() if key.endswith(name) for row in of["best"]), default=0
             )
             for clip, found in clips.items()
         }
-        result[name] = {"clips": best, "median": median(best.values())}
+        if any(best.values()):
+            result[name] = {"clips": best, "median": median(best.values())}
     return result
 
 
@@ -116,6 +119,8 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=3, help="with masks of 20 %%")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--margins", type=float, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--predictions", type=int, nargs="+", default=[1, 0], help="of cached keys and values")
+    parser.add_argument("--speedups", type=int, nargs="+", default=list(BANDS), choices=list(BANDS))
     parser.add_argument(
         "--seconds",
         type=float,

@@ -41,14 +41,15 @@ from hetcache_compile.edit.media import Clip
 from hetcache_compile.files import atomically
 from hetcache_compile.passes.analysis.flops import flop_counter, graph_flops
 from hetcache_compile.pipelines.observe import first_call
-from hetcache_compile.provenance import provenance
-from hetcache_compile.reference.few_steps import add_difference
+from hetcache_compile.provenance import processor_name, provenance
+from hetcache_compile.reference.few_steps import DIFFERENCE, add_difference
 
 RESULTS = Path(__file__).parent / "results"
 ORIGINAL, UNGUIDED, DISTILLED = "original", "unguided", "distilled"
-"""As it is edited with; without guidance and with the solver for few steps; the same, distilled (`--difference`)."""
+"""As it is edited with; without guidance and with the solver for few steps; the same, distilled."""
 MODELS = tuple(f"{model}:{steps}" for model, steps in ((ORIGINAL, 4), (ORIGINAL, 8), (ORIGINAL, 20),
-                                                       (UNGUIDED, 4), (UNGUIDED, 8)))  # fmt: skip
+                                                       (UNGUIDED, 4), (UNGUIDED, 8), (DISTILLED, 4), (DISTILLED, 8))
+)  # fmt: skip
 METHODS = (
     "optimal:1.5x", "optimal:2x", "optimal:3x", "balanced", "paper-fast",
     *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
@@ -221,7 +222,9 @@ def main() -> None:
     parser.add_argument("--timed", action="store_true", help="take times too, on a machine that does nothing else")
     parser.add_argument("--out", type=Path, default=Path("out/few_steps"), help="where cells are kept")
     parser.add_argument("--calibration", type=Path, default=reference.CALIBRATION, help="for optimal schedules")
-    parser.add_argument("--difference", type=Path, help="of distil.py, for models such as distilled:8")
+    parser.add_argument(
+        "--difference", type=Path, default=DIFFERENCE, help="of distil.py, for models such as distilled:8"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work; not with --timed")
     parser.add_argument("--result", type=Path, default=RESULTS / "few_steps.json")
@@ -232,13 +235,14 @@ def main() -> None:
     # What other runs measured stays. A run that is cut short has as many clips of each model.
     models = read(options.result).get("models", {})
     tasks = [(model, number) for number in range(options.clips) for model in options.models.split(",")]
+    machine = f"{processor_name(options.device)}, torch {torch.__version__}"
     work = Work.of(reference.load(), reference.procedural_clip(0))
     for _ in measured(tasks, names, options):
         for model in options.models.split(","):
             files = [cells_of(options.out, model, number) / RESULT for number in range(options.clips)]
             results = [result for file in files if (result := read(file)).get("cells")]
             if results:
-                models[model] = collect(results, work)
+                models[model] = {**collect(results, work), "machine": machine}
         write({**provenance(options.device), "models": dict(sorted(models.items(), key=in_order))}, options.result)
     print(f"wrote {options.result}")
 

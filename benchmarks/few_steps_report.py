@@ -93,12 +93,19 @@ def few_steps_table(result: Result) -> str:
         f"{', of times in brackets' if timed else ''}; PSNR to the uncached result and to the true video inside the "
         "mask, in dB. On the right, means of the sizes: against the true video, inside the mask or in its band, "
         "8 pixels on both sides of its edge. `original` has a guidance of 2; the others none, and "
-        "evenly spaced steps. "
-        f"{result['processor']}, torch {result['versions']['torch']}: `python benchmarks/few_steps.py`.",
+        f"evenly spaced steps. {machines(result)}: `python benchmarks/few_steps.py`.",
         "",
         "![Fidelity and quality against work](benchmarks/results/few_steps.png)",
     ]
     return "\n".join(lines)
+
+
+def machines(result: Result) -> str:
+    """Which machine each model was measured on."""
+    models: dict[str, list[str]] = {}
+    for model, part in result["models"].items():
+        models.setdefault(part["machine"], []).append(model.replace(":", " in ") + " steps")
+    return "; ".join(f"{', '.join(names)}: {machine}" for machine, names in models.items())
 
 
 def _all_cells(part: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
     python benchmarks/second_edit.py                  # into results/second_edit.json
     python benchmarks/second_edit.py --clips 0 1 2 --steps 8
+    python benchmarks/second_edit.py --distilled --steps 4 --margin 0     # what other runs measured stays
 
 The second edit has the same mask, text and noise; another text; other noise inside the mask; or a mask that is moved by
 1, 2 or 4 tokens, planned for both masks together. Each is compared, inside its mask, with its own uncached result. Two
@@ -47,8 +48,7 @@ PIXELS = 8
 """Of one token, in height and width."""
 IDENTICAL_DB = 99.0
 """In place of an infinite ratio: above what 8 bits can show."""
-OPTIONS = {"margin": 2.0, "context_extrapolation": 0}
-"""Of all plans: a search that chose them anew for another mask would leave the record behind."""
+MARGIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,18 @@ class Second:
 
 
 class Edits:
-    """The edits of one clip in so many steps."""
+    """The edits of one clip in so many steps.
 
-    def __init__(self, pipe: Any, clip: Clip, steps: int, calibration: Calibration) -> None:
+    The margin holds in all plans: a search that chose it anew for another mask would leave the record behind.
+    """
+
+    def __init__(
+        self, pipe: Any, clip: Clip, steps: int, calibration: Calibration, guidance_scale: float, margin: float
+    ) -> None:
         self.pipe, self.clip, self.steps, self.calibration = pipe, clip, steps, calibration
+        self.options = {"margin": margin, "context_extrapolation": 0}
         request = EditRequest(
-            clip.truth, clip.mask, clip.prompt, num_inference_steps=steps, guidance_scale=reference.GUIDANCE_SCALE,
+            clip.truth, clip.mask, clip.prompt, num_inference_steps=steps, guidance_scale=guidance_scale,
             max_sequence_length=reference.MAX_TEXT_LENGTH,
         )  # fmt: skip
         call = first_call(pipe, planned_arguments(pipe, request) | {"mask": None})
@@ -76,7 +82,7 @@ class Edits:
         self.flops: dict[tuple[str, int], int] = {}
 
     def plan(self, request: EditRequest, schedule: Any) -> Plan:
-        return make_plan(self.pipe, request, schedule, calibration=self.calibration, **OPTIONS)
+        return make_plan(self.pipe, request, schedule, calibration=self.calibration, **self.options)
 
     def seconds(self) -> list[Second]:
         """The second edits."""
@@ -201,23 +207,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, nargs="+", default=range(6), help="held-out clips, by number")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 20], help="numbers of denoising steps")
+    parser.add_argument("--distilled", action="store_true", help="the model for few steps, without guidance")
+    parser.add_argument("--margin", type=float, default=MARGIN, help="of all plans, in tokens")
     parser.add_argument("--cells", type=Path, default=Path("out/second_edit"), help="where clips are kept")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    pipe, calibration = reference.load(), Calibration.load(reference.CALIBRATION)
-    found: dict[str, dict[str, Any]] = {str(steps): {} for steps in options.steps}
+    pipe, calibration = reference.load(distilled=options.distilled), Calibration.load(reference.CALIBRATION)
+    guidance_scale = 1.0 if options.distilled else reference.GUIDANCE_SCALE
+    way = ("distilled, " if options.distilled else "") + (f"margin {options.margin:g}, " * (options.margin != MARGIN))
+    found = json.loads(options.out.read_text())["clips"] if options.out.exists() else {}
+    found |= {f"{way}{steps}": {} for steps in options.steps}
     for number in options.clips:
         clip = reference.procedural_clip(number)
         for steps in options.steps:
-            cell = options.cells / f"{steps}-{clip.name}.json"
+            name = f"{way}{steps}"
+            cell = options.cells / f"{name}-{clip.name}.json"
             measured = json.loads(cell.read_text()) if cell.exists() else {"first": {}, "second": {}}
             save = partial(save_json, cell, measured)
-            edits = Edits(pipe, clip, steps, calibration)
+            edits = Edits(pipe, clip, steps, calibration, guidance_scale, options.margin)
             with compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}):
                 edits.measure(measured, save)
-            found[str(steps)][clip.name] = measured
-    result = {**provenance("cpu"), "schedule": SCHEDULE, "clips": found}
-    save_json(options.out, result)
+            found[name][clip.name] = measured
+            save_json(options.out, {**provenance("cpu"), "schedule": SCHEDULE, "clips": found})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def processor_name(device: str) -> str:
 def command(arguments: list[str]) -> str:
     """A command line without the place that its result was written to, which means nothing on another machine."""
     words = [Path(arguments[0]).name, *arguments[1:]]
-    places = [number for number, word in enumerate(words) if word in ("--out", "-o")]
+    places = [number for number, word in enumerate(words) if word in ("--out", "-o", "--result")]
     hidden = {number for place in places for number in (place, place + 1)}
     return " ".join(word for number, word in enumerate(words) if number not in hidden)
 

@@ -86,12 +86,13 @@ def test_work_is_counted_by_calls_and_tokens_or_was_counted(collected):
 
 
 def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
-    result = {"models": {"distilled:8": collected}, "processor": "P", "versions": {"torch": "2"}}
+    result = {"models": {"distilled:8": {**collected, "machine": "P, torch 2"}}}
     table = few_steps_report.few_steps_table(result)
     assert "| distilled, 8 steps | masks of 20 % |" in table
     assert "| `full` | 1.00x; -; 30.0 | 30.0 | 0.900 | 0.100 | 3.0 |" in table
     assert "| `crop:0.5` | 2.11x (1.90x); 30.0; 30.0 |" in table
     assert "fastercache" not in table
+    assert "distilled in 8 steps: P, torch 2: `python" in table
     few_steps_report.save_plot(tmp_path / "few_steps.png", result)
     assert (tmp_path / "few_steps.png").read_bytes().startswith(b"\x89PNG")
 

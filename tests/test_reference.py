@@ -101,6 +101,23 @@ def test_the_times_of_eight_few_steps_contain_those_of_four_and_each_is_eulers()
     assert set(timesteps[4]) < set(timesteps[8])
 
 
+def test_the_distilled_model_fills_holes_in_four_steps_without_guidance() -> None:
+    clip = reference.held_out(1)[0]
+    plain, pipe = reference.load(), reference.load(distilled=True)
+    request = EditRequest(
+        video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=4, guidance_scale=1.0,
+        max_sequence_length=reference.MAX_TEXT_LENGTH,
+    )  # fmt: skip
+    frames = run_pipeline(pipe, request, "test", lambda *_: None).frames
+    assert psnr(frames, clip.truth, clip.mask) > psnr(clip.video, clip.truth, clip.mask) + 10
+    assert type(pipe.scheduler) is not type(plain.scheduler)
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(pipe.transformer.parameters(), plain.transformer.parameters(), strict=True)
+    ]
+    assert any(moved)
+
+
 def test_an_unknown_demo_edit_is_refused() -> None:
     with pytest.raises(InputFileError, match="remove or replace"):
         reference.demo_clip("explode")

@@ -25,7 +25,7 @@ from hetcache_compile.edit.media import Clip
 from hetcache_compile.edit.metrics import compare, psnr
 from hetcache_compile.files import atomically
 from hetcache_compile.provenance import provenance
-from hetcache_compile.reference.few_steps import add_difference
+from hetcache_compile.reference.few_steps import DIFFERENCE, add_difference
 
 RESULT = Path(__file__).parents[1] / "results" / "reference_few_steps.json"
 METRICS = ("psnr_db", "ssim", "flip")
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=12, help="held-out procedural clips, beside the real one")
     parser.add_argument("--samplers", default=";".join(SAMPLERS), help="those to run now, with semicolons between")
-    parser.add_argument("--difference", type=Path, default=Path("out/distil/difference.safetensors"))
+    parser.add_argument("--difference", type=Path, default=DIFFERENCE)
     parser.add_argument("--frames", type=Path, default=Path("out/few_steps_evaluation"), help="where results are kept")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from ..edit.media import GREY, Clip, read_video
 from ..errors import InputFileError
 from .clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES, Batch, render_batch
 from .codec import BlockTransformCodec  # noqa: F401  diffusers loads it only where it was imported before
-from .few_steps import few_steps_scheduler
+from .few_steps import add_difference, few_steps_scheduler
 
 FOLDER = Path(__file__).parent / "weights"
 """A diffusers checkpoint: `from_pretrained(FOLDER)` works once this module is imported."""
@@ -33,15 +33,24 @@ REAL_START = 142
 MASK_SHARES = (0.05, 0.2, 0.5)
 
 
-def load(dtype: torch.dtype = torch.float32, device: str = "cpu", *, few_steps: bool = False) -> Any:
+def load(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", *, few_steps: bool = False, distilled: bool = False
+) -> Any:
     """The reference model in diffusers' `WanVACEPipeline`.
 
-    With `few_steps` its solver is better for 4 to 8 steps; see `few_steps_scheduler`.
+    Args:
+        dtype: of its weights.
+        device: where it is.
+        few_steps: whether its solver is one for 4 to 8 steps; see `few_steps_scheduler`.
+        distilled: whether its weights are those for 4 and 8 steps without guidance (`guidance_scale=1`), and with them
+            that solver.
     """
     from ..edit.editing import load_pipeline
 
     pipe = load_pipeline(FOLDER, dtype, device)
-    if few_steps:
+    if distilled:
+        add_difference(pipe.transformer)
+    if few_steps or distilled:
         pipe.scheduler = few_steps_scheduler()
     return pipe
 

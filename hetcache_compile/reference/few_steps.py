@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 SHIFT = 3.0
+DIFFERENCE = Path(__file__).with_name("few_steps.safetensors")
+"""The weights of the distilled model, less those of the other."""
 
 
 def few_steps_scheduler() -> Any:
@@ -25,7 +27,7 @@ def few_steps_scheduler() -> Any:
 
 
 @torch.no_grad()
-def add_difference(model: torch.nn.Module, file: Path) -> None:
+def add_difference(model: torch.nn.Module, file: Path = DIFFERENCE) -> None:
     """Add what benchmarks/reference/distil.py wrote, a low-rank difference, to the weights of linear layers."""
     tensors = load_file(file)
     for name, down in tensors.items():
