@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -29,10 +30,10 @@ def cells_of(method: dict[str, Any], size: str | None = None) -> list[dict[str, 
 
 
 def figure(cells: list[dict[str, Any]], what: str, region: str, metric: str) -> float | None:
-    """The median over cells; None where there is none, or where all are identical to what they are compared with."""
+    """The median over cells; None where there is none, or where it is identical to what it is compared with."""
     values = [cell[what][region][metric] for cell in cells if what in cell]
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
+    middle = median([inf if value is None else value for value in values] or [inf])
+    return None if middle == inf else middle
 
 
 def points(part: dict[str, Any], size: str, what: str) -> Iterator[dict[str, Any]]:

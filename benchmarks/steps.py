@@ -65,19 +65,28 @@ def build(width: int, layers: int, control_layers: int, device: str, dtype: torc
 
 
 def prepare(forms, kind: str, kwargs: dict, inner):
-    """A compiled form as the backend runs it, with its cache and the keys and values of the text in place; and FLOPs,
-    by torch's counter, of the form that makes these keys and values itself."""
+    """A compiled form as the backend runs it, with its cache in place, and its FLOPs by torch's counter.
+
+    Keys and values of the text are made in full forms. They count in the FLOPs of partial ones, which find them made.
+    """
     plan, options = forms.plan, forms.plan.form_options
     parts = hoisted(forms.program, forms.analysis, None)
     form = in_process(write_form(kind, parts.program, parts.analysis, plan), options)
     names = (node.name for node in forms.program.module.graph.nodes if node.op == "placeholder")
     inputs = dict(zip(names, forms.program.flat_inputs((), kwargs), strict=True))
-    unchanging = parts.graphs.before(*(inputs[name] for name in parts.graphs.takes))
+    taken = [inputs[name] for name in parts.graphs.takes]
+    unchanging = parts.graphs.before(*taken)
     device = kwargs["hidden_states"].device
     indices = [torch.as_tensor(getattr(plan, name), device=device) for name in form.indices]
     cache = [torch.randn(e.shape, device=device).to(e.dtype) for e in form.reads]
     arguments = [*inputs.values(), *unchanging, *indices, *cache]
-    run = compile_by_regions(form.module, arguments, inner, f"{kind} form")
+    compiled = compile_by_regions(form.module, arguments, inner, f"{kind} form")
+
+    def run(*arguments):
+        if kind == "full":
+            parts.graphs.before(*taken)
+        return compiled(*arguments)
+
     return run, arguments, graph_flops(in_process(forms.by_kind[kind], options).module)
 
 

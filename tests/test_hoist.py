@@ -1,4 +1,4 @@
-"""Keys and values of the text: made once for a branch, by value what each call would make, and anew where they must."""
+"""Keys and values of the text: made in FULL steps, for PARTIAL ones what they would make, and anew where they must."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ def test_a_graph_in_two() -> None:
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["one tensor", "equal ones"])
-def test_made_once_for_a_branch(made: list[int], same: bool) -> None:
-    model, plan = wan(), plan_of("FPRPF")
-    calls = [[call(model, seed=50 * branch + step) for step in range(5)] for branch in range(2)]
+def test_made_in_full_steps_alone(made: list[int], same: bool) -> None:
+    model, plan = wan(), plan_of("FPRPFP")
+    calls = [[call(model, seed=50 * branch + step) for step in range(6)] for branch in range(2)]
     if same:
         for branch in calls:
             for one in branch:
                 one["encoder_hidden_states"] = branch[0]["encoder_hidden_states"]
     fast, outputs = compiled(model), [list[torch.Tensor](), list[torch.Tensor]()]
     with hetcache.session(plan, strict=True) as session:
-        for step in range(5):
+        for step in range(6):
             for branch, held in zip(calls, outputs, strict=True):
                 held += run(fast, [branch[step]])
-    assert len(made) == 2
+    assert len(made) == session.stats.kinds.count(hetcache.StepKind.FULL) == 4
     forms = hetcache.rewrite(model, plan, (), calls[0][0])
     for branch, held in zip(calls, outputs, strict=True):
-        check(held, expected(forms, "FPRPF", branch))
+        check(held, expected(forms, "FPRPFP", branch))
     assert session.stats.cache_bytes == 2 * forms.buffer_bytes
 
 
@@ -189,4 +189,144 @@ def test_a_second_edit_from_memory(made: list[int]) -> None:
     assert second.stats.recalled == 3
     check(outputs, truths)
     check(truths, run(model, calls))
+    assert len(made) == 3 + 1
+
+
+class Telling(TinyDiT):
+    """Returns its text too."""
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor) -> Any:
+        return super().forward(latents, text), self.embed_text(text)
+
+
+def test_a_text_that_is_returned(made: list[int]) -> None:
+    """REUSE steps need it too, and what was returned is the caller's."""
+    model, plan = Telling(), plan_of("FRP")
+    fast, outputs, truths = compiled(model), [], []
+    with hetcache.session(plan, strict=True), torch.no_grad():
+        for first in (0, 50):
+            for one in tiny_calls("FRP", first):
+                outputs.append(fast(**one)[1])
+                truths.append(model(**one)[1])
+    check(outputs, truths)
+
+
+class Scaled(TinyDiT):
+    """A buffer is in its text, and an input whose name looks like a weight's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, c_gate: torch.Tensor) -> torch.Tensor:
+        return super().forward(latents, text * self.scale * c_gate)
+
+
+@pytest.mark.parametrize("steps", ["FF", "FP"])
+@pytest.mark.parametrize("how", ["in place", "another buffer", "another gate", "data"])
+def test_what_torch_does_not_count(made: list[int], how: str, steps: str) -> None:
+    """A FULL step is right whatever was done; a PARTIAL one but for writes through `.data`."""
+    model, plan = Scaled(), plan_of(steps)
+    calls = [{**one, "c_gate": torch.ones(1)} for one in tiny_calls(steps)]
+    fast, outputs = compiled(model), []
+    with hetcache.session(plan, strict=True) as session:
+        for step, one in enumerate(calls):
+            if step == 1 and how == "in place":
+                model.scale.mul_(1.5)
+            elif step == 1 and how == "another buffer":
+                model.scale = model.scale * 1.5
+            elif step == 1 and how == "another gate":
+                one["c_gate"] = torch.full((1,), 1.5)
+            elif step == 1:
+                one["text"] = calls[0]["text"]
+                one["text"].data.mul_(1.5)
+            with session.branch("cond"):
+                outputs += run(fast, [one])
+    if steps == "FF":
+        check(outputs[1:], [model(**calls[1])])
+    elif how != "data":
+        first = {"in place": 1 / 1.5, "another buffer": 1 / 1.5}.get(how, 1.0)  # the forms have the buffer as it is now
+        begun = {**calls[0], "text": calls[0]["text"] * first}
+        check(outputs, expected(hetcache.rewrite(model, plan, (), calls[1]), steps, [begun, calls[1]]))
+    assert len(made) == (1 if (how, steps) == ("data", "FP") else 2)
+
+
+def test_numpy_writes_where_the_text_lies(made: list[int]) -> None:
+    """Each call has an object of its own, on one memory."""
+    model, plan = TinyDiT(), plan_of("FPPP")
+    calls = tiny_calls("FPPP")
+    memory = calls[0]["text"].numpy().copy()
+    fast, outputs, given = compiled(model), [], []
+    with hetcache.session(plan, strict=True) as session:
+        for step, one in enumerate(calls):
+            if step == 2:
+                memory *= 1.5
+            given.append({**one, "text": torch.from_numpy(memory.copy())})
+            with session.branch("cond"):
+                outputs += run(fast, [{**one, "text": torch.from_numpy(memory)}])
+    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPPP", given))
     assert len(made) == 2
+
+
+class Split(TinyDiT):
+    """Keys and values are two halves of one product, which may be expanded to a batch."""
+
+    def __init__(self, expands: bool) -> None:
+        super().__init__()
+        self.expands, self.keys = expands, nn.Linear(13, 44)
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        both = self.keys(text[:1]).expand(len(text), -1, -1) if self.expands else self.keys(text)
+        key, value = both.chunk(2, dim=-1)
+        tokens = latents.flatten(2).transpose(1, 2) @ torch.ones(5, 22) / 5
+        seen = nn.functional.scaled_dot_product_attention(tokens, key, value)
+        return super().forward(latents) + seen.mean()
+
+
+@pytest.mark.parametrize("expands", [False, True])
+def test_halves_of_one_product(expands: bool) -> None:
+    """They are kept as one, with no gaps between."""
+    forms = hetcache.rewrite(Split(expands), plan_of("F"), (), tiny_call(0, batch=2))
+    parts = hoisted(forms.program, forms.analysis, None)
+    assert parts is not None
+    assert len(parts.graphs.names) == 1
+    (value,) = (node.meta["val"] for node in parts.graphs.before.graph.output_node().all_input_nodes)
+    assert value.untyped_storage().nbytes() == parts.graphs.num_bytes == (1 if expands else 2) * 11 * 44 * 4
+
+
+class Refined(TinyDiT):
+    """Its text attends to itself first."""
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            text = text + nn.functional.scaled_dot_product_attention(text, text * self.embed.bias[:13], text)
+        return super().forward(latents, text)
+
+
+def test_what_only_others_are_made_of_is_not_kept() -> None:
+    forms = hetcache.rewrite(Refined(), plan_of("F"), (), tiny_call(0))
+    parts = hoisted(forms.program, forms.analysis, None)
+    assert parts is not None
+    assert len(parts.graphs.names) == 1
+
+
+def test_an_interrupt_while_they_are_made(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = wan(), plan_of("FPPP")
+    calls = [call(model, seed=step) for step in range(4)]
+    other = torch.randn(calls[0]["encoder_hidden_states"].shape, generator=torch.Generator().manual_seed(1))
+    fast, copy, left = compiled(model), torch.Tensor.copy_, [2]
+
+    def stopping(self: torch.Tensor, *args: Any) -> torch.Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return copy(self, *args)
+
+    with hetcache.session(plan, strict=True) as session, session.branch("cond"):
+        outputs = run(fast, calls[:2])
+        monkeypatch.setattr(torch.Tensor, "copy_", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(fast, [{**calls[2], "encoder_hidden_states": other}])
+        monkeypatch.undo()
+        outputs += run(fast, calls[2:])
+    check(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), "FPPP", calls))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class Branch:
         has_other_text: whether its conditions are not those of the recorded edit.
         correction: of what is read from memory, for another text.
         number: among the branches of its model, in the order of their first calls.
-        made_of: the weights and inputs that the keys and values were made of which no step changes.
+        made_of: what the keys and values were made of that no step changes.
     """
 
     owner: Hashable | None = None
@@ -74,7 +75,7 @@ class Branch:
     correction: Correction | None = None
     _lent: set[Hashable] = field(default_factory=set)
     number: int | None = None
-    made_of: tuple[int, tuple[Remembered, ...]] | None = None
+    made_of: Any = None
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)

@@ -280,9 +280,10 @@ class CompiledGraph:
         run = form.streamed if turn.branch.hosted and form.streamed else form.run
         watch = Stopwatch(route.device)
         unchanging: Sequence[torch.Tensor] = ()
-        if route.part.unchanging is not None and turn.kind is not StepKind.REUSE:
+        if route.part.unchanging is not None and form.unchanging:
             with normal_mode(), torch._C.DisableTorchFunctionSubclass():
-                unchanging = route.part.unchanging.of(turn.branch, route.key, turn.weights, inputs)
+                anew = turn.kind is StepKind.FULL
+                unchanging = route.part.unchanging.of(turn.branch, route.key, turn.weights, inputs, anew=anew)
         results = []
         for p, own in enumerate(buffers):
             more = unchanging or route.part.samples[p]
@@ -292,7 +293,7 @@ class CompiledGraph:
             ]
             # A form has the operators that a weight's class asked for when Dynamo looked through it.
             with torch._C.DisableTorchFunctionSubclass():
-                results.append(own_outputs(run(*picked, *indices, *own), own))
+                results.append(own_outputs(run(*picked, *indices, *own), (*own, *unchanging)))
         session.finish(turn, call, watch.stop(), compile_seconds)
         if turn.recorded is not None and turn.corrects:
             settle(turn.branch, route.device)
@@ -585,7 +586,7 @@ def forget(form: CompiledForm, buffers: Sequence[torch.Tensor]) -> None:
 
 
 def own_outputs(outputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """The outputs, with a copy of any that is a view of a cache buffer: the next step overwrites that one.
+    """The outputs, with a copy of any that is a view of a branch's memory: a later step overwrites that one.
 
     A reuse step may return such a view, where nothing but views comes after the tokens; samplers keep outputs.
     """

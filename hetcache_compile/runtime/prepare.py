@@ -77,6 +77,7 @@ class CompiledForm:
         indices: names of what it takes of a plan.
         reads: its cache entries, in order.
         streamed: the same where keys and values are in the host's memory; None where the device has no other.
+        unchanging: whether it takes keys and values that no step changes.
     """
 
     run: Compiled
@@ -84,6 +85,7 @@ class CompiledForm:
     indices: tuple[str, ...]
     reads: tuple[CacheEntry, ...]
     streamed: Compiled | None = None
+    unchanging: bool = False
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,8 @@ class Preparer:
                 run = Streamed(run, weights, transfers_of(device))
             elif self.options.records and device.type == "cuda" and ranks is None:  # a graph of collectives is untried
                 run = Recorder(run, stays_in_memory(form, program), f"{kind} form")
-            prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads, streamed)
+            unchanging = any(is_unchanging(node.name) for node in form.module.graph.find_nodes(op="placeholder"))
+            prepared.forms[key] = CompiledForm(run, pick, form.indices, form.reads, streamed, unchanging)
             while len(prepared.forms) > MOST_FORMS:
                 prepared.forms.popitem(last=False)
         prepared.forms.move_to_end(key)

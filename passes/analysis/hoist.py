@@ -7,6 +7,7 @@ few tokens they are a part of the work that does not shrink with the mask.
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,8 +20,13 @@ from ..ir.graphs import fake_mode, graph_module, has_side_effect
 from .inputs import is_state
 from .replace import VIEWS
 
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 NAME = "unchanging"
+SPLITS = (
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)  # fmt: skip
 KEYS_AND_VALUES = slice(1, 3)
 """Of an attention's arguments."""
 
@@ -60,22 +66,24 @@ def hoist(module: GraphModule, varying: Collection[str]) -> Hoisted | None:
     steady = _steady(module.graph, varying)
     attentions = module.graph.find_nodes(op="call_function", target=ATTENTION)
     operands = [node for one in attentions for node in one.args[KEYS_AND_VALUES] if isinstance(node, Node)]
-    made = {base: None for base in map(_memory_of, operands) if base in steady}
-    if not made:
-        return None
-    before, takes = _graph_of(module, list(made))
-    rest = copy.deepcopy(module.graph)
+    made = dict.fromkeys(base for base in map(_memory_of, operands) if base in steady and _is_dense(base))
+    rest, mode = copy.deepcopy(module.graph), fake_mode(module)
     copies = {node.name: node for node in rest.nodes}
-    last = rest.find_nodes(op="placeholder")[-1]
-    names, mode = [], fake_mode(module)
+    inputs: dict[Node, Node] = {}
     for number, node in enumerate(made):
-        with rest.inserting_after(last):
-            last = rest.placeholder(f"{NAME}_{number}")
-        last.meta = {"val": _in_mode(mode, node.meta["val"])}
-        copies[node.name].replace_all_uses_with(last)
-        names.append(last.name)
+        with rest.inserting_after(rest.find_nodes(op="placeholder")[-1]):
+            inputs[node] = rest.placeholder(f"{NAME}_{number}")
+        inputs[node].meta = {"val": _in_mode(mode, node.meta["val"])}
+        copies[node.name].replace_all_uses_with(inputs[node])
     rest.eliminate_dead_code(has_side_effect)
-    return Hoisted(before, takes, graph_module(module, rest), tuple(names))
+    for node, own in list(inputs.items()):
+        if not own.users:  # only others of them are made of it
+            rest.erase_node(own)
+            del inputs[node]
+    if not inputs:
+        return None
+    names = tuple(own.name for own in inputs.values())
+    return Hoisted(*_graph_of(module, list(inputs)), graph_module(module, rest), names)
 
 
 def _in_mode(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
@@ -114,10 +122,22 @@ def _draws(node: Node) -> bool:
 
 
 def _memory_of(node: Node) -> Node:
-    """The node whose memory a view shows."""
-    while node.op == "call_function" and node.target in VIEWS:
-        node = node.all_input_nodes[0]
+    """The node whose memory a view shows, or a part that was split off."""
+    while node.op == "call_function":
+        whole = node
+        if node.target is operator.getitem:
+            whole = node.all_input_nodes[0]
+        if whole.target not in (SPLITS if whole is not node else VIEWS):
+            break
+        node = whole.all_input_nodes[0]
     return node
+
+
+def _is_dense(node: Node) -> bool:
+    """Whether each number has a place of its own, and no place is left out."""
+    value = node.meta["val"]
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return bool(extent == value.numel())
 
 
 def _graph_of(module: GraphModule, results: list[Node]) -> tuple[GraphModule, tuple[str, ...]]:
