@@ -282,7 +282,7 @@ def second_edit_table(result: dict) -> str:
     counts = ", ".join(f"{len(clips)} at {steps} steps" for steps, clips in result["clips"].items())
     rows += [
         "",
-        f"Reference model, held-out clips ({counts}), guidance in two calls (none if distilled), {result['processor']}, "
+        f"Reference model, held-out clips ({counts}), guidance in two calls, none if distilled, {result['processor']}, "
         f'torch {result["versions"]["torch"]}: `{result["command"]}`. The row "first" is the first edit itself.',
     ]
     return "\n".join(rows)
