@@ -1,7 +1,7 @@
 """`python tests/pipelines_on_device.py --device cuda [NAME ...]` checks pipelines on a GPU, against the table.
 
-The check is that of `pipelines_check`, on pipelines that were moved. A machine without a GPU runs it with
-`--device cpu`, which has to differ in nothing.
+The check is that of `pipelines_check`, on pipelines and arguments that were moved. A machine without a GPU runs it with
+`--device cpu`, which has to differ in nothing. The package need not be installed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,32 @@ from typing import Any
 
 import torch
 from pipelines import ROWS
+from pipelines.row import Row
 from pipelines_check import check
 from pipelines_table import JSON
+from torch.utils._pytree import tree_map_only
+
+from hetcache_compile import hetcache_backend
 
 
 def verdict_on(name: str, device: str) -> dict[str, Any]:
     """What is found of a row whose pipeline was moved; why it ended, where it did."""
     row = next(row for row in ROWS if row.name == name)
     try:
-        return check(replace(row, build=lambda: row.build().to(device))).as_json()
+        return check(moved(row, device)).as_json()
     except Exception as error:
         return {"name": name, "result": "raised", "reason": f"{type(error).__name__}: {error}", "at": places(error)}
+
+
+def moved(row: Row, device: str) -> Row:
+    """The row on a device: its pipeline, and the tensors that it is called with."""
+
+    def here(arguments: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments)
+
+    return replace(
+        row, build=lambda: row.build().to(device), call=lambda: here(dict(row.call())), guided=here(dict(row.guided))
+    )
 
 
 def places(error: Exception) -> list[str]:
@@ -47,6 +62,8 @@ def verdicts(names: list[str], device: str, jobs: int) -> Iterator[dict[str, Any
 
 def quiet() -> None:
     """Of each process. TF32 would round convolutions."""
+    if "hetcache" not in torch._dynamo.list_backends():
+        torch._dynamo.register_backend(hetcache_backend, name="hetcache")
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)

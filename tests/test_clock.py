@@ -87,10 +87,21 @@ SHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
     "one for each sample": lambda time: time.expand(2),
     "one for each token": per_token,
 }
+
+
+def on_a_gpu(time: torch.Tensor) -> torch.Tensor:
+    """Divided by 1000 there: multiplied by an inverse that was rounded, in float32 where the type is shorter."""
+    if time.dtype is fp64:
+        return time * (1 / 1000)
+    inverse = (torch.ones((), dtype=torch.float32) / 1000).item()
+    return (time.double() * inverse).float().to(time.dtype if time.is_floating_point() else fp32)
+
+
 FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "timesteps": lambda time, sigma: time,
     "thousandths": lambda time, sigma: time / 1000,
     "1 - t / 1000": lambda time, sigma: 1 - time / 1000,
+    "1 - t / 1000, on a GPU": lambda time, sigma: 1 - on_a_gpu(time),
     "1000 - t": lambda time, sigma: 1000 - time,
     "sigmas": lambda time, sigma: sigma,
     "sigma / (1 + sigma)": lambda time, sigma: sigma / (1 + sigma),
@@ -111,7 +122,9 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 }
 
 
-SCALED = ("timesteps", "thousandths", "1 - t / 1000", "sigmas", "sigma / (1 + sigma)")
+SCALED = (
+    "timesteps", "thousandths", "1 - t / 1000", "1 - t / 1000, on a GPU", "sigmas", "sigma / (1 + sigma)",
+)  # fmt: skip
 CELLS = [
     (scheduler, form)
     for scheduler, make in SCHEDULERS.items()

@@ -176,6 +176,8 @@ def test_time_distances_are_those_of_the_models_own_embedding():
     assert doubled[1:] == pytest.approx(2 * np.array(expected[1:]) + 1, rel=1e-5)
     with pytest.raises(PlanError, match="Linear has no Timesteps"):
         time_distances(torch.nn.Linear(1, 1), timesteps)
+    with pytest.raises(PlanError, match="nowhere while it is offloaded"):
+        time_distances(model.to("meta"), timesteps)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from test_streaming import Device, device  # noqa: F401  a fixture
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, Record, RecordError, StepKind
+from hetcache_compile.record.signature import model_signature
 from hetcache_compile.runtime.session import HetCacheWarning
 
 STEPS = "FPRFPRF"
@@ -506,3 +507,16 @@ def test_a_call_out_of_order_is_full_and_leaves_the_record_alone(device: Device)
     check(outputs, run(model, [stray]))
     assert session.stats.steps == {"FULL": 1, "PARTIAL": 1, "REUSE": 0}
     assert all(torch.equal(tensor, before[name]) for name, tensor in record._tensors().items())
+
+
+def test_a_model_is_the_same_on_every_device() -> None:
+    """Where a tensor is made is not what is computed."""
+    digests = set()
+    for place in ("cpu", "meta"):
+        graph = torch.fx.Graph()
+        graph.output(graph.call_function(torch.ops.aten.zeros.default, ([2],), {"device": torch.device(place)}))
+        digests.add(model_signature(graph, [torch.ones(3)]))
+    other = torch.fx.Graph()
+    other.output(other.call_function(torch.ops.aten.zeros.default, ([3],), {"device": torch.device("cpu")}))
+    assert len(digests) == 1
+    assert model_signature(other, [torch.ones(3)]) not in digests

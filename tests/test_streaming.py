@@ -189,6 +189,8 @@ def test_host_buffers_share_allocations(monkeypatch: pytest.MonkeyPatch) -> None
         assert not buffer.storage_offset() * buffer.itemsize % streaming.ALIGNMENT
     assert all(bool((buffer == number).all()) for number, buffer in enumerate(buffers))
     assert streaming.host_buffers([]) == []
+    with torch.device("meta"):
+        assert {buffer.device.type for buffer in streaming.host_buffers(entries)} == {"cpu"}
 
 
 def test_where_there_is_no_other_memory_it_changes_nothing() -> None:

@@ -20,12 +20,18 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Tensor = torch.Tensor
 
+
+def thousandths_on_a_gpu(times: Tensor) -> Tensor:
+    """Where torch multiplies by the inverse of a number, in float32 at least. What is left of 1 shows it."""
+    precise = torch.promote_types(times.dtype, torch.float32)
+    return (times.to(precise) * torch.tensor(1 / 1000, dtype=precise)).to(times.dtype)
+
+
 SCALES: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...] = (
     ("timesteps", lambda times, sigmas: times),
     ("timesteps / 1000", lambda times, sigmas: times / 1000),
     ("1 - timesteps / 1000", lambda times, sigmas: 1 - times / 1000),
-    # On a GPU torch multiplies by the inverse of a number. What is left of 1 shows the difference.
-    ("1 - timesteps * (1 / 1000)", lambda times, sigmas: 1 - times * torch.tensor(1 / 1000, dtype=times.dtype)),
+    ("1 - timesteps / 1000 on a GPU", lambda times, sigmas: 1 - thousandths_on_a_gpu(times)),
     ("1000 - timesteps", lambda times, sigmas: 1000 - times),
     ("sigmas", lambda times, sigmas: sigmas),
     ("sigmas / (1 + sigmas)", lambda times, sigmas: sigmas / (1 + sigmas)),

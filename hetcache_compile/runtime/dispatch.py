@@ -394,7 +394,7 @@ class CompiledGraph:
             try:
                 more = part.samples[0] if part.unchanging is None else part.unchanging.empty(route.device)
                 given = (*inputs, *more)
-                form = route.forms[kind] = self.preparer.form(route.part, session.plan, kind.form, given, session.ranks)
+                form = route.forms[kind] = self.preparer.form(part, session.plan, kind.form, given, session.ranks)
             except Exception as error:
                 raise NotCachedError(refused_by(error)) from error
         return form

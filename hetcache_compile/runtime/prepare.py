@@ -50,7 +50,6 @@ LOCK: Any = getattr(torch._dynamo.convert_frame, "compile_lock", None) or thread
 OBJECTS = 100_000
 """New objects between two looks for garbage while graphs are made: they live in the hundred thousands, and to look
 through them at Python's usual pace takes an eighth of the time."""
-HOISTED = "hoisted"
 MOST_FORMS = 24
 """Compiled forms that are kept for one graph and set of shapes; the one not used for longest goes first."""
 
@@ -102,15 +101,16 @@ class Prepared:
     """A graph for one set of input shapes, and what was made of it.
 
     With several plans, `parts` holds the graph for the samples of one plan, by the number of plans. Such a graph has
-    one more input, which is `samples[p]` for plan p, and says where the samples lie in each output. With one plan it
-    holds the graph whose last inputs are `unchanging`, by the token inputs that plans have.
+    one more input, which is `samples[p]` for plan p, and says where the samples lie in each output. `hoisted` holds the
+    graph whose last inputs `unchanging` makes, or None where there is nothing to make, by what an analysis depends on.
     """
 
     program: Program
     samples: tuple[tuple[torch.Tensor, ...], ...] = ((),)
     outputs: tuple[AxisState, ...] = ()
+    parts: dict[int, Prepared] = field(default_factory=dict)
     unchanging: Unchanging | None = None
-    parts: dict[Hashable, Prepared] = field(default_factory=dict)
+    hoisted: dict[Hashable, Prepared | None] = field(default_factory=dict)
     analyses: dict[Hashable, Analysis] = field(default_factory=dict)
     forms: OrderedDict[Hashable, CompiledForm] = field(default_factory=OrderedDict)
 
@@ -223,16 +223,16 @@ class Preparer:
         """The graph without what makes keys and values that no step changes; itself if it has none."""
         if self.offloaded:
             return prepared  # weights are on the device while their block runs
-        key = HOISTED, _analysed_for(plan)
-        if key not in prepared.parts:
+        key = _analysed_for(plan)
+        if key not in prepared.hoisted:
             analysis = self.analyse(prepared, plan)
             found = hoisted(prepared.program, analysis, self._token_inputs(prepared, plan))
-            prepared.parts[key] = prepared
+            rest = None
             if found is not None:
                 rest = Prepared(found.program, unchanging=Unchanging(found.graphs, prepared.program))
-                rest.analyses[_analysed_for(plan)] = found.analysis
-                prepared.parts[key] = rest
-        return prepared.parts[key]
+                rest.analyses[key] = found.analysis
+            prepared.hoisted[key] = rest
+        return prepared.hoisted[key] or prepared
 
     def form(
         self, prepared: Prepared, plan: Plan, kind: str, inputs: Sequence[Any], ranks: Ranks | None = None
