@@ -30,6 +30,7 @@ import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
 from hetcache_compile.runtime import dispatch
 from hetcache_compile.runtime.session import Session
+from hetcache_compile.runtime.unchanging import Unchanging
 
 pytestmark = pytest.mark.usefixtures("strict", "fresh")
 VACE = Case("vace", batch=2, config=(("vace_layers", (0,)),))
@@ -121,21 +122,23 @@ def test_two_experts_with_guidance() -> None:
 
 
 class Allocations:
-    """What caches are allocated, and how much of it is there."""
+    """What caches are allocated, with what is kept beside them, and how much of it is there."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[weakref.ref[torch.Tensor]] = []
+        self.made: dict[int, weakref.ref[torch.Tensor]] = {}
         self.most = 0
-        allocate = dispatch.empty_buffers
+        for owner, name in ((dispatch, "empty_buffers"), (Unchanging, "memory")):
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
 
-        def counted(*args: Any) -> list[torch.Tensor]:
+    def counted(self, allocate: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+        def counting(*args: Any) -> list[torch.Tensor]:
             buffers = allocate(*args)
-            self.made += map(weakref.ref, buffers)
-            alive = [buffer for buffer in (reference() for reference in self.made) if buffer is not None]
+            self.made |= {id(buffer): weakref.ref(buffer) for buffer in buffers}
+            alive = [buffer for buffer in (reference() for reference in self.made.values()) if buffer is not None]
             self.most = max(self.most, sum(buffer.nbytes for buffer in alive))
             return buffers
 
-        monkeypatch.setattr(dispatch, "empty_buffers", counted)
+        return counting
 
 
 def timed(steps: str) -> Plan:
