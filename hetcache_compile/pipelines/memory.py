@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture.by_dynamo import capture_model
 from ..capture.capture import Program, is_more_than_data
+from ..capture.offloading import is_offloaded
 from ..capture.rewrite import analysed, planned_token_inputs, unchanging_bytes
 from ..errors import PlanError
 from ..passes.forms.pipeline import cache_of
@@ -53,11 +54,13 @@ class Footprint:
         program: the model's graph.
         branches: model calls in each step.
         has_gpu: whether there is a device whose memory is not the host's.
+        offloaded: whether weights come to their device part by part: then nothing is kept beside the cache.
     """
 
     program: Program
     branches: int
     has_gpu: bool
+    offloaded: bool = False
 
     @classmethod
     def of(cls, pipe: Any, call: PlannedCall) -> Footprint:
@@ -80,7 +83,7 @@ class Footprint:
         device = pipe._execution_device
         answers = [torch.zeros(shape_of(node), dtype=node.meta["val"].dtype, device=device) for node in results]
         branches = count_calls(pipe, call.arguments, pytree.tree_unflatten(answers, program.out_spec))
-        return cls(program, branches, torch.cuda.is_available())
+        return cls(program, branches, torch.cuda.is_available(), is_offloaded(first.model))
 
     def ways(self, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What `SMALLER` has for this device, options left alone that are given."""
@@ -106,7 +109,8 @@ class Footprint:
             if entry.is_context:
                 layers[entry.layer] += entry.num_bytes
         window = READ_AND_FETCHED * max(layers.values(), default=0)
-        total = sum(entry.num_bytes for entry in entries) + unchanging_bytes(program, found, plan)
+        beside = 0 if self.offloaded else unchanging_bytes(program, found, plan)
+        total = sum(entry.num_bytes for entry in entries) + beside
         return replace(plan, counted=CacheSize(plan.form_options, total, layers.total(), window, self.branches))
 
 
