@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..capture.capture import Program, is_more_than_data
 from ..capture.offloading import is_offloaded
 from ..capture.rewrite import analysed, planned_token_inputs, unchanging_bytes
 from ..errors import PlanError
+from ..passes.analysis.analyse import Analysis
 from ..passes.forms.pipeline import cache_of
 from ..passes.ir.refusal import UnsupportedGraphError, shape_of
 from ..plan.cache_size import CacheSize
@@ -61,6 +62,8 @@ class Footprint:
     branches: int
     has_gpu: bool
     offloaded: bool = False
+    _seen: dict[Hashable, tuple[Analysis, int]] = field(default_factory=dict, compare=False)
+    """By grid and token inputs: the analysis, and bytes that are kept beside a cache on the device."""
 
     @classmethod
     def of(cls, pipe: Any, call: PlannedCall) -> Footprint:
@@ -100,7 +103,7 @@ class Footprint:
             PlanError: the model's graph has not what the plan asks for.
         """
         try:
-            program, found = analysed(self.program, plan.grid, planned_token_inputs(self.program, plan))
+            found, beside = self._of(plan)
             entries = cache_of(found, plan.form_options)
         except UnsupportedGraphError as error:
             raise PlanError(f"the memory of the cache cannot be counted: {error}") from error
@@ -109,9 +112,17 @@ class Footprint:
             if entry.is_context:
                 layers[entry.layer] += entry.num_bytes
         window = READ_AND_FETCHED * max(layers.values(), default=0)
-        beside = 0 if self.offloaded else unchanging_bytes(program, found, plan)
-        total = sum(entry.num_bytes for entry in entries) + beside
+        total = sum(entry.num_bytes for entry in entries) + (0 if plan.cache_device == "cpu" else beside)
         return replace(plan, counted=CacheSize(plan.form_options, total, layers.total(), window, self.branches))
+
+    def _of(self, plan: Plan) -> tuple[Analysis, int]:
+        """What all plans on a grid have in common: a search under a limit asks for many."""
+        key = plan.grid, tuple(plan.token_inputs.items())
+        if key not in self._seen:
+            program, found = analysed(self.program, plan.grid, planned_token_inputs(self.program, plan))
+            here = replace(plan, cache_device="same")
+            self._seen[key] = found, 0 if self.offloaded else unchanging_bytes(program, found, here)
+        return self._seen[key]
 
 
 def _check_callable(model: Any, device: torch.device) -> None:
