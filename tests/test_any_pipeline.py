@@ -134,7 +134,7 @@ def test_flux_fill_compiled_ahead(hetcache_command, flux_fill, tmp_path) -> None
     assert json.loads((tmp_path / "out" / "report.json").read_text())["steps"] == {"FULL": 2, "PARTIAL": 1, "REUSE": 0}
 
 
-@pytest.mark.parametrize("name", ["mask.png", "mask.npy"])
+@pytest.mark.parametrize("name", ["mask.png", pytest.param("mask.npy", marks=pytest.mark.wide)])
 def test_a_plan_of_a_picture_needs_its_mask_alone(name, hetcache_command, flux_fill, tmp_path) -> None:
     """The size is the mask's own, cut to whole tokens of the usual size; the plan is that of the picture."""
     mask = np.zeros((41, 60), dtype=np.uint8)
@@ -224,6 +224,7 @@ def test_what_is_missing_is_asked_for_before_weights_are_read(
     assert not out.exists()
 
 
+@pytest.mark.wide
 def test_a_picture_that_a_pipeline_misses_is_named(hetcache_command, tmp_path) -> None:
     """Its signature does not say so; it fails in its own way, before anything is compiled."""
     BY_NAME["FluxControlInpaintPipeline"].build().save_pretrained(tmp_path / "model")

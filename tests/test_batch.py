@@ -101,6 +101,7 @@ def test_frozen_inputs() -> None:
     assert session.stats.kinds == [StepKind.FULL, StepKind.PARTIAL, StepKind.PARTIAL, StepKind.REUSE]
 
 
+@pytest.mark.wide
 def test_an_input_with_as_many_rows_as_the_batch_for_another_reason() -> None:
     """VACE's control scales: one for each of its two control blocks, and here there are two samples."""
     case = Case("vace", batch=2)
@@ -158,6 +159,7 @@ def test_a_time_for_each_token() -> None:
     check(outputs, alone(model, plans, calls, 4))
 
 
+@pytest.mark.wide
 def test_extrapolation_and_branches() -> None:
     case = Case("wan", batch=2, config=(("num_layers", 1),))
     model, plans = case.build(), [replace(plan_of(STEPS, seed=seed), extrapolation=1) for seed in range(2)]

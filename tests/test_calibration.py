@@ -397,6 +397,7 @@ def test_the_calibration_that_is_shipped_can_be_used():
     assert expect(shipped, steps, shipped.timesteps_for(20), share=0.3).time_factor >= 3
 
 
+@pytest.mark.wide
 def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated):
     """Another way to put the same error in: a session that repeats one step."""
     empty, c = emptied(calibrated[0]), clip(1)

@@ -232,6 +232,7 @@ def test_weights_are_not_streamed(patcher: ModelPatcher) -> None:
     assert dynamic.is_dynamic()
 
 
+@pytest.mark.wide
 def test_a_model_is_not_kept_alive() -> None:
     patcher = patcher_of(Transformer(2))
     model = apply(patcher)

@@ -51,6 +51,12 @@ STYLES: dict[str, Callable[[float], Branches]] = {
     "on midway": lambda done: [(None, 0)] if done < 0.5 else [(None, 1), (None, 0)],
     "batched": lambda done: [(None, 3)],
 }
+CROSS = [
+    pytest.param(name, style, id=f"{name}-{style}", marks=[pytest.mark.wide] if (row + column) % 3 else [])
+    for row, name in enumerate(SCHEDULERS)
+    for column, style in enumerate(STYLES)
+]
+"""Every scheduler with every style. All of both are run with all other tests, a third of the pairs."""
 LETTERS = "FRPRRPRF"
 
 
@@ -104,8 +110,7 @@ def edit(model: Any, fast: Any, times: torch.Tensor, style: str, form: str, late
     return errors
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "style"), CROSS)
 def test_samplers(model: Any, fast: Any, name: str, style: str) -> None:
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(STEPS)

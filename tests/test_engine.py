@@ -255,6 +255,7 @@ def test_bench_engine_times_every_form(folder, tmp_path, monkeypatch, capsys):
     assert f"trtexec --onnx={folder / 'full.onnx'} --stronglyTyped --loadInputs='context_index':" in out
 
 
+@pytest.mark.wide
 def test_bench_engine_times_other_budgets_of_an_export_with_free_sizes():
     result = latency.bench_engine(exported.export("fp32", 23, True), "ort-cpu", 2, lambda *_: None)
     assert list(result["by_active_share"]) == [f"{active / models.NUM_TOKENS:.3f}" for active in (20, 27, 40)]

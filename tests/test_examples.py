@@ -54,6 +54,7 @@ def test_a_loop_with_guidance() -> None:
     assert 1e-4 < found["error"] < 0.05
 
 
+@pytest.mark.wide
 def test_a_batch_with_a_mask_for_each_sample() -> None:
     found = run_example("batch", "--steps", "4")
     assert found["steps"] == {"FULL": 2, "PARTIAL": 1, "REUSE": 1}

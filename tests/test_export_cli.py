@@ -157,10 +157,11 @@ class OrtStatusError(Exception):
         pytest.param(
             "export.onnx.files.onnx.checker.check_model", MemoryError(), "writing ONNX", marks=pytest.mark.wide
         ),
-        (
+        pytest.param(
             "engine.runners.OrtRunner.prepare",
             OrtStatusError("[ONNXRuntimeError] : 6 : bad allocation"),
             "checking with onnxruntime",
+            marks=pytest.mark.wide,
         ),
     ],
 )
@@ -187,6 +188,7 @@ def test_other_errors_do_not_blame_the_memory():
     assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
 
 
+@pytest.mark.wide
 def test_a_terminated_export_leaves_nothing(plan_file, tmp_path):
     before = set(tmp_path.iterdir())
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from hetcache_compile.export.cli import main; main()"

@@ -36,6 +36,7 @@ def test_the_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     assert sections["9 frames, eager"]["seconds"] > 0
 
 
+@pytest.mark.wide
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [

@@ -53,7 +53,7 @@ def test_a_graph_in_two() -> None:
     assert torch.equal(parts.program.module(*inputs.values(), *unchanging)[0], model(**given)[0])
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["one tensor", "equal ones"])
+@pytest.mark.parametrize("same", [True, pytest.param(False, marks=pytest.mark.wide)], ids=["one tensor", "equal ones"])
 def test_made_in_full_steps_alone(made: list[int], same: bool) -> None:
     model, plan = wan(), plan_of("FPRPFP")
     calls = [[call(model, seed=50 * branch + step) for step in range(6)] for branch in range(2)]
@@ -310,6 +310,7 @@ def test_what_only_others_are_made_of_is_not_kept() -> None:
     assert len(parts.graphs.names) == 1
 
 
+@pytest.mark.wide
 def test_an_interrupt_while_they_are_made(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan = wan(), plan_of("FPPP")
     calls = [call(model, seed=step) for step in range(4)]

@@ -108,6 +108,7 @@ def test_in_a_session(captured: Callable[[Case], Captured], options: dict[str, A
         assert [entry.shape[entry.dim] for entry in entries if entry.role == "key"] == [9, 30, 14, 3]
 
 
+@pytest.mark.wide
 def test_blocks_of_one_number_are_compiled_once() -> None:
     """A deeper model with the same numbers compiles no more."""
     graphs = []

@@ -68,6 +68,12 @@ STYLES: dict[str, tuple[list[Branch], list[Branch]]] = {
     "three": ([FIRST, SECOND, THIRD],) * 2,
 }
 """The calls at each time in the first half of an edit, and in the second."""
+CROSS = [
+    pytest.param(name, style, id=f"{name}-{style}", marks=[pytest.mark.wide] if (row + column) % 3 else [])
+    for row, name in enumerate(SCHEDULERS)
+    for column, style in enumerate(STYLES)
+]
+"""Every scheduler with every style. All of both are run with all other tests, a third of the pairs."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +232,7 @@ def check_kinds(
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "style"), CROSS)
 def test_full_steps_are_the_uncached_model(timely: Made, name: str, style: str, strength: float) -> None:
     edits = two_edits(name, style, strength)
     truths = [edit.run(timely.fast) for edit in edits]
@@ -241,8 +246,7 @@ def test_full_steps_are_the_uncached_model(timely: Made, name: str, style: str, 
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "style"), CROSS)
 def test_no_call_has_the_cache_of_another(frozen: Made, name: str, style: str, strength: float) -> None:
     edits = two_edits(name, style, strength)
     truths = [{branch: output for _, branch, output in edit.run(frozen.fast, moves=False)} for edit in edits]

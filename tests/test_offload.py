@@ -216,6 +216,7 @@ def test_two_experts_with_model_offload() -> None:
             torch.testing.assert_close(torch.as_tensor(output), torch.as_tensor(truth))
 
 
+@pytest.mark.wide
 def test_a_compiled_model_that_hooks_replaced() -> None:
     """Compiled after the offload and held in the pipeline, it is replaced by the plain one after the first edit."""
     row = BY_NAME["FluxInpaintPipeline"]
@@ -367,7 +368,9 @@ def test_weights_come_when_they_are_needed(
     assert len(fast.forward._captures) == 1
 
 
-@pytest.mark.parametrize(("hooks", "first"), [("leaves", "offloaded"), ("blocks", "compiled")])
+@pytest.mark.parametrize(
+    ("hooks", "first"), [pytest.param("leaves", "offloaded", marks=pytest.mark.wide), ("blocks", "compiled")]
+)
 def test_plain_calls_around_sessions(device: Residents, hooks: str, first: str) -> None:
     """diffusers' hooks bring the weights then, as ever. Nothing is said."""
     steps, model = "FPR", wan(num_layers=1)
@@ -398,6 +401,7 @@ class Sorted(nn.Module):
         return self.model(x) * self.table
 
 
+@pytest.mark.wide
 def test_a_table_made_of_a_buffer_in_the_first_call(device: Residents) -> None:
     steps, model = "FPR", wan(num_layers=1)
     model.blocks[0].ffn = Sorted(model.blocks[0].ffn)
@@ -437,6 +441,7 @@ def test_a_forward_that_is_replaced_is_seen() -> None:
         check(run(fast, calls), truths)
 
 
+@pytest.mark.wide
 def test_offload_that_ends_and_begins_again(device: Residents) -> None:
     """Between edits of a model that was captured whole."""
     model, steps = wan(num_layers=1), "FPR"

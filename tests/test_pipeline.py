@@ -122,6 +122,7 @@ def test_two_edits_in_one_session_do_not_see_each_other(pipe, mask):
     assert torch.equal(first, again)
 
 
+@pytest.mark.wide
 def test_reference_images_add_frames_in_front(pipe, mask):
     reference = to_pictures(np.full((1, SIZE, SIZE, 3), 90, dtype=np.uint8))
     expected = call(pipe, mask, reference_images=reference)
@@ -204,6 +205,7 @@ def test_a_plan_for_another_size_is_an_error(pipe, mask):
         call(pipe, mask)
 
 
+@pytest.mark.wide
 def test_compared_runs_leave_the_pipeline_as_it_was(pipe, mask):
     model = pipe.transformer
     video = np.zeros((FRAMES, SIZE, SIZE, 3), dtype=np.uint8)

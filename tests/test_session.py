@@ -193,7 +193,7 @@ def cast_and_offloaded(model: Any) -> None:
     model.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1)
 
 
-@pytest.mark.parametrize("hook", [cast_by_layer, cast_and_offloaded])
+@pytest.mark.parametrize("hook", [pytest.param(cast_by_layer, marks=pytest.mark.wide), cast_and_offloaded])
 def test_hooks_on_parts_of_a_model_are_one_warning(
     hook: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +299,7 @@ def test_a_copy_and_a_pickle_of_a_compiled_model() -> None:
 # Modes, memory, errors
 
 
+@pytest.mark.wide
 def test_modes_of_autograd_mixed_in_a_session() -> None:
     """Dynamo makes a graph for each, which finds no cache of its own and is FULL: right, whatever the mix."""
     model = ignoring_time(wan())

@@ -102,7 +102,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+QUICK = ("outputs too", "boxes")
+"""Those run with all other tests."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name in QUICK else [pytest.mark.wide])
+        for name, options in SETTINGS.items()
+    ],
+)
 def test_with_everything_else(options: dict[str, Any]) -> None:
     """In a session as functionally; and nearer to the same plan with an exact cache than other context is."""
     mask = np.zeros(GRID, dtype=bool)

@@ -68,7 +68,7 @@ STEPS = "FPRFP"
     [
         pytest.param({}, True, id="as computed", marks=pytest.mark.wide),
         pytest.param({"cache_dtype": "int8", "context_extrapolation": 1}, True, id="int8, predicted"),
-        pytest.param({"cache_dtype": "fp8"}, False, id="fp8, compiled whole"),
+        pytest.param({"cache_dtype": "fp8"}, False, id="fp8, compiled whole", marks=pytest.mark.wide),
     ],
 )
 def test_results_are_the_same(device: Device, options: dict[str, Any], regional: bool) -> None:
@@ -131,7 +131,9 @@ def test_only_what_is_needed_is_there(device: Device, monkeypatch: pytest.Monkey
     assert most <= 2 * (streaming.AHEAD + 1)
 
 
-@pytest.mark.parametrize(("free", "hosted"), [(10**9, False), (0, True), (-(10**9), True)])
+@pytest.mark.parametrize(
+    ("free", "hosted"), [(10**9, False), pytest.param(0, True, marks=pytest.mark.wide), (-(10**9), True)]
+)
 def test_what_does_not_fit_goes_to_the_host(
     device: Device, monkeypatch: pytest.MonkeyPatch, free: int, hosted: bool
 ) -> None:
@@ -150,6 +152,7 @@ def test_what_does_not_fit_goes_to_the_host(
     assert bool(device.log) is hosted
 
 
+@pytest.mark.wide
 def test_a_second_branch_that_does_not_fit(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one's cache is on the device, the second one's on the host."""
     room = iter([10**9, 0])
@@ -193,6 +196,7 @@ def test_host_buffers_share_allocations(monkeypatch: pytest.MonkeyPatch) -> None
         assert {buffer.device.type for buffer in streaming.host_buffers(entries)} == {"cpu"}
 
 
+@pytest.mark.wide
 def test_where_there_is_no_other_memory_it_changes_nothing() -> None:
     model = vace(num_layers=1, vace_layers=(0,))
     plan = replace(plan_of("FP"), cache_device="cpu")

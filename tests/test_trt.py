@@ -47,7 +47,7 @@ def test_fp32_with_fused_operators_and_free_sizes(tmp_path):
     build(exported.export("fp32", 23, True), tmp_path, "8.6")
 
 
-@pytest.mark.parametrize("merging", ["boxes", "kmeans"])
+@pytest.mark.parametrize("merging", ["boxes", pytest.param("kmeans", marks=pytest.mark.wide)])
 def test_merged_context(tmp_path, merging):
     """Sums over clusters, and which cluster is nearest."""
     folder, whole = tmp_path / "merged", exported.plan_of()
@@ -140,6 +140,7 @@ except trt.ExportError as error:
 """
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_memory_that_runs_out_in_tensorrt_is_known_as_that(tmp_path):
     """In a process with room for less than two copies of the weights."""
