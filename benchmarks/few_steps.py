@@ -6,8 +6,9 @@
 
 Methods are those of `hetcache bench quality` and of peers.py, by name. Each result is compared with the uncached one of
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
-machine does not change; with `--timed` times are taken too. Cells are kept in out/few_steps, and a run that was cut
-short goes on there; the result is written as they are done.
+machine does not change; with `--timed` times are taken too. Each model is calibrated first, in as many steps, on clips
+that are not held out. Cells and calibrations are kept in out/few_steps, and a run that was cut short goes on there; the
+result is written as they are done, over what an earlier run measured of the same methods and clips.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from front import as_many_steps, family, our_methods, read, rounded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetcache_compile import Plan, reference, rewrite
+from hetcache_compile.bench.calibrate import calibrate
 from hetcache_compile.bench.methods import FULL, Method
 from hetcache_compile.bench.quality import RESULT, Bench, Measured, Settings, bench_quality, file_digest
 from hetcache_compile.calibration.calibration import Calibration
@@ -55,6 +57,8 @@ METHODS = (
     *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
     "crop:0.25", "crop:0.5", "crop:1", "crop:0.5+optimal:2x", *peers.NAMES,
 )  # fmt: skip
+CALIBRATED_ON = 6
+"""Clips."""
 WRITTEN_EVERY = 20
 """Seconds after which the result is written, with the cells that are there."""
 OF_FIDELITY, OF_QUALITY = ("psnr_db",), ("psnr_db", "ssim", "flip", "warp_error")
@@ -114,22 +118,49 @@ class Work:
         return calls.get("FULL", 0) * self.of_call(tokens, tokens) + calls.get("PARTIAL", 0) * partial
 
 
-def measure(model: str, number: int, names: Sequence[str], options: argparse.Namespace) -> None:
-    """The missing cells of a model and number of steps, such as `unguided:8`, and of one held-out clip."""
-    kind, _, steps = model.partition(":")
-    guided, clip = kind == ORIGINAL, reference.procedural_clip(number)
-    pipe = reference.load(device=options.device, few_steps=not guided)
+def load(kind: str, options: argparse.Namespace) -> Any:
+    """The pipeline of a kind of model."""
+    pipe = reference.load(device=options.device, few_steps=kind != ORIGINAL)
     if kind == DISTILLED:
         add_difference(pipe.transformer, options.difference)
-    calibration = Calibration.load(options.calibration)
+    return pipe
+
+
+def edited_with(model: str) -> dict[str, Any]:
+    """Steps, guidance and text length of a model such as `unguided:8`."""
+    kind, _, steps = model.partition(":")
+    return {
+        "num_inference_steps": int(steps),
+        "guidance_scale": reference.GUIDANCE_SCALE if kind == ORIGINAL else 1.0,
+        "max_sequence_length": reference.MAX_TEXT_LENGTH,
+    }
+
+
+def calibration_of(model: str, options: argparse.Namespace) -> Path:
+    """The calibration of a model in as many steps, made if it is not there. Costs are those of the shipped one."""
+    if options.calibration is not None:
+        return Path(options.calibration)
+    kind, _, steps = model.partition(":")
+    path = options.out / "calibrations" / f"{kind}-{steps}.hetcal"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    costs, clips = Calibration.load(reference.CALIBRATION).costs, reference.calibration_clips(CALIBRATED_ON)
+    settings, pipe = {"model": kind, "difference": file_digest(options.difference)}, load(kind, options)
+    print("calibrating", model, flush=True)
+    with progress_bars() as progress:
+        calibrate(pipe, clips, path, progress, costs=costs, settings=settings, **edited_with(model))
+    return path
+
+
+def measure(model: str, number: int, names: Sequence[str], calibrated: Path, options: argparse.Namespace) -> None:
+    """The missing cells of a model and number of steps, such as `unguided:8`, and of one held-out clip."""
+    kind, _, steps = model.partition(":")
+    pipe, clip = load(kind, options), reference.procedural_clip(number)
     settings = Settings(
         f"reference, {kind}",
-        num_inference_steps=int(steps),
-        guidance_scale=reference.GUIDANCE_SCALE if guided else 1.0,
-        max_sequence_length=reference.MAX_TEXT_LENGTH,
+        **edited_with(model),
         inner="inductor" if options.timed else "eager",
         timed=options.timed,
-        calibration=file_digest(options.calibration),
+        calibration=file_digest(calibrated),
     )
     wanted = [name for name in names if not as_many_steps(name, int(steps))]
     ours = our_methods([name for name in wanted if name.partition(":")[0] not in peers.PEERS])
@@ -138,7 +169,7 @@ def measure(model: str, number: int, names: Sequence[str], options: argparse.Nam
     print(model, clip.name, flush=True)
     with progress_bars() as progress:
         for methods in (ours, *([Method(FULL), rival] for rival in others)):
-            bench_quality(pipe, [clip], methods, settings, out, progress, calibration, measured)
+            bench_quality(pipe, [clip], methods, settings, out, progress, Calibration.load(calibrated), measured)
 
 
 def cells_of(out: Path, model: str, number: int) -> Path:
@@ -151,15 +182,20 @@ def measured(tasks: Sequence[tuple[str, int]], names: Sequence[str], options: ar
 
     One that fails is reported, and leaves out that clip.
     """
+    prepare(os.cpu_count() or 1)
+    searched = any("optimal:" in name for name in names)
+    calibrated = {
+        model: calibration_of(model, options) if searched else reference.CALIBRATION
+        for model in dict.fromkeys(model for model, _ in tasks)
+    }
     if options.jobs == 1:
-        prepare(os.cpu_count() or 1)
-        for task in tasks:
-            measure(*task, names, options)
+        for model, number in tasks:
+            measure(model, number, names, calibrated[model], options)
             yield
         return
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), prepare, (threads,)) as pool:
-        left = {pool.submit(measure, *task, names, options): task for task in tasks}
+        left = {pool.submit(measure, *task, names, calibrated[task[0]], options): task for task in tasks}
         while left:
             done, _ = wait(left, timeout=WRITTEN_EVERY, return_when=FIRST_COMPLETED)
             for future in done:
@@ -176,8 +212,8 @@ def prepare(threads: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def collect(results: Sequence[dict[str, Any]], work: Work) -> dict[str, Any]:
-    """The figures that few_steps.json keeps of a model's `quality.json`, one or more."""
+def collect(results: Sequence[dict[str, Any]], work: Work, machine: str) -> dict[str, Any]:
+    """The figures that few_steps.json keeps of a model's `quality.json`, one or more, measured on a machine."""
     methods: dict[str, dict[str, Any]] = {}
     cells_of_clips = {clip: cells for result in results for clip, cells in sorted(result["cells"].items())}
     for clip, cells in cells_of_clips.items():
@@ -185,7 +221,7 @@ def collect(results: Sequence[dict[str, Any]], work: Work) -> dict[str, Any]:
         full = work.cell(cells[FULL], num_tokens)
         for name, cell in cells.items():
             whose = "uncached" if name == FULL else family(name)
-            method = methods.setdefault(name, {"family": whose, "cells": {}})
+            method = methods.setdefault(name, {"family": whose, "machine": machine, "cells": {}})
             method["cells"][clip] = cell if "failed" in cell else brief(cell, full / work.cell(cell, num_tokens))
     masked = {name: clip["masked"] for result in results for name, clip in result["clips"].items()}
     return {"masked": {name: masked[name] for name in cells_of_clips}, "methods": methods}
@@ -200,6 +236,12 @@ def brief(cell: dict[str, Any], fewer_flops: float) -> dict[str, Any]:
         if cell[name] is not None
     }
     return rounded({**kept, "fewer_flops": fewer_flops, **figures})
+
+
+def extended(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a model: the methods of an earlier result, with those found now in their place."""
+    masked = {**earlier.get("masked", {}), **found["masked"]}
+    return {"masked": masked, "methods": {**earlier.get("methods", {}), **found["methods"]}}
 
 
 def in_order(item: tuple[str, Any]) -> tuple[int, int]:
@@ -221,7 +263,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--timed", action="store_true", help="take times too, on a machine that does nothing else")
     parser.add_argument("--out", type=Path, default=Path("out/few_steps"), help="where cells are kept")
-    parser.add_argument("--calibration", type=Path, default=reference.CALIBRATION, help="for optimal schedules")
+    parser.add_argument("--calibration", type=Path, help="for optimal schedules, in place of one of each model")
     parser.add_argument(
         "--difference", type=Path, default=DIFFERENCE, help="of distil.py, for models such as distilled:8"
     )
@@ -233,7 +275,8 @@ def main() -> None:
         parser.error("processes beside each other cannot be timed: --jobs 1")
     names = [name for name in options.methods.split(",") if name]
     # What other runs measured stays. A run that is cut short has as many clips of each model.
-    models = read(options.result).get("models", {})
+    earlier = read(options.result).get("models", {})
+    models = dict(earlier)
     tasks = [(model, number) for number in range(options.clips) for model in options.models.split(",")]
     machine = f"{processor_name(options.device)}, torch {torch.__version__}"
     work = Work.of(reference.load(), reference.procedural_clip(0))
@@ -242,7 +285,7 @@ def main() -> None:
             files = [cells_of(options.out, model, number) / RESULT for number in range(options.clips)]
             results = [result for file in files if (result := read(file)).get("cells")]
             if results:
-                models[model] = {**collect(results, work), "machine": machine}
+                models[model] = extended(earlier.get(model, {}), collect(results, work, machine))
         write({**provenance(options.device), "models": dict(sorted(models.items(), key=in_order))}, options.result)
     print(f"wrote {options.result}")
 

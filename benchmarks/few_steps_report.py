@@ -102,10 +102,11 @@ def few_steps_table(result: Result) -> str:
 
 
 def machines(result: Result) -> str:
-    """Which machine each model was measured on."""
+    """Which machines each model was measured on."""
     models: dict[str, list[str]] = {}
     for model, part in result["models"].items():
-        models.setdefault(part["machine"], []).append(model.replace(":", " in ") + " steps")
+        found = " and ".join(sorted({method["machine"] for method in part["methods"].values()}))
+        models.setdefault(found, []).append(model.replace(":", " in ") + " steps")
     return "; ".join(f"{', '.join(names)}: {machine}" for machine, names in models.items())
 
 

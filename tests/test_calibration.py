@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import hetcache_compile as hetcache
@@ -22,6 +23,7 @@ from hetcache_compile.cli import main as cli
 from hetcache_compile.cli.calibrate import measured_elsewhere
 from hetcache_compile.edit.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
 from hetcache_compile.edit.media import Clip
+from hetcache_compile.plan.prediction import Prediction
 from hetcache_compile.provenance import processor_name
 from hetcache_compile.reference.clips import HELD_OUT_TEXTURES, TRAINING_TEXTURES
 from hetcache_compile.reference.demo import demo_clip, moving_mask, save_random_checkpoint
@@ -195,6 +197,7 @@ def test_a_calibration_survives_saving_and_loading(calibrated, tmp_path):
         "partial",
         "probes",
         "log_amplification",
+        "sensitivity",
         "counts",
         "attention_mass",
     ):
@@ -398,11 +401,13 @@ def test_the_calibration_that_is_shipped_can_be_used():
 
 
 @pytest.mark.wide
-def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated):
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated, guidance, monkeypatch):
     """Another way to put the same error in: a session that repeats one step."""
+    monkeypatch.setattr(pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))  # whose steps have lengths
     empty, c = emptied(calibrated[0]), clip(1)
     request = EditRequest(
-        c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=3.0, max_sequence_length=16
+        c.video, c.mask, c.prompt, num_inference_steps=STEPS, guidance_scale=guidance, max_sequence_length=16
     )
     plan = make_plan(pipe, request, "full", margin=1.0, multiple=1, extrapolation=0)
     one = empty.add("clip 1", measure_clip(pipe, request, [plan], empty, lambda *_: None))
@@ -414,11 +419,28 @@ def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated):
         hetcache.session(plan.with_schedule(list("FFRFF"))),
     ):
         run_pipeline(pipe, request, "session", lambda *_: None, decode=False, latents=cached)
-    amplification = one.amplification_at(one.timesteps)
+    amplification, sways = one.amplification_at(one.timesteps), one.sways_at(one.timesteps)
+    wrong = [cached[step] - true[step] for step in (2, 3, -1)]
     for kind, mask in zip(TokenKind, kind_masks(plan, true[0]), strict=True):
-        before, after = (float((cached[s] - true[s])[..., mask].square().sum().sqrt()) for s in (2, -1))
+        before, added, after = (
+            float(error[..., mask].square().sum().sqrt()) for error in (wrong[0], wrong[1] - wrong[0], wrong[-1])
+        )
         assert amplification[kind, 2] == pytest.approx(after / before, rel=1e-2)
+        if guidance == 1:  # else the outputs of two branches are weighed against each other
+            assert sways[kind, 3] == pytest.approx(added / before, rel=1e-2)
     assert amplification[:, -1] == pytest.approx(1)
+
+
+def test_what_older_calibrations_do_not_know_counts_as_nothing(calibrated):
+    older = replace(calibrated[0], sensitivity=np.zeros((3, 0)))
+    measured = replace(older, sensitivity=np.ones((3, older.probes.size)))
+    assert not older.sways_at(older.timesteps).any()
+    gone_on_with = older.add("another", Measured(measured.gram, measured.partial, np.ones(3, bool)))
+    assert gone_on_with.sensitivity.shape == (3, 0)
+    steps = tuple(hetcache.StepKind[name] for name in ("FULL", "REUSE", "FULL", "REUSE", "FULL"))
+    corrects = Prediction(1, fitted=True, corrects=True)
+    errors = [expect(known, steps, known.timesteps, 0.5, corrects).error for known in (older, measured)]
+    assert errors[1] > 1.01 * errors[0]
 
 
 def test_errors_count_as_they_are_amplified(calibrated):

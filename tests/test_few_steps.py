@@ -69,7 +69,7 @@ def collected():
         "fastercache:2": {"failed": "IndexError: out"},
     }
     result = {"clips": {"01-box-20": {"masked": 0.2}}, "cells": {"01-box-20": cells}}
-    return few_steps.collect([result], few_steps.Work(call=0.0, token=900.0, pair=1.0, embedding=0.0))
+    return few_steps.collect([result], few_steps.Work(call=0.0, token=900.0, pair=1.0, embedding=0.0), "P, torch 2")
 
 
 def test_work_is_counted_by_calls_and_tokens_or_was_counted(collected):
@@ -86,7 +86,7 @@ def test_work_is_counted_by_calls_and_tokens_or_was_counted(collected):
 
 
 def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
-    result = {"models": {"distilled:8": {**collected, "machine": "P, torch 2"}}}
+    result = {"models": {"distilled:8": collected}}
     table = few_steps_report.few_steps_table(result)
     assert "| distilled, 8 steps | masks of 20 % |" in table
     assert "| `full` | 1.00x; -; 30.0 | 30.0 | 0.900 | 0.100 | 3.0 |" in table
@@ -95,6 +95,20 @@ def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
     assert "distilled in 8 steps: P, torch 2: `python" in table
     few_steps_report.save_plot(tmp_path / "few_steps.png", result)
     assert (tmp_path / "few_steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_before_stays_but_for_the_same_methods(collected):
+    """And a model that was measured on two machines names both."""
+    before = {"masked": {"00-box-5": 0.05}, "methods": {
+        name: {"family": "", "machine": "Q, torch 2", "cells": {"00-box-5": {}}} for name in ("steps:4", "steps:2")
+    }}  # fmt: skip
+    both = few_steps.extended(before, collected)
+    assert list(both["masked"]) == ["00-box-5", "01-box-20"]
+    assert list(both["methods"]["steps:4"]["cells"]) == ["01-box-20"]
+    assert both["methods"]["steps:2"] == before["methods"]["steps:2"]
+    assert few_steps_report.machines({"models": {"distilled:8": both}}) == (
+        "distilled in 8 steps: P, torch 2 and Q, torch 2"
+    )
 
 
 def test_a_scheduler_has_one_digest_in_every_process():

@@ -13,7 +13,7 @@ from hetcache_compile import CalibrationError, Plan, PlanError, StepKind
 from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
 from hetcache_compile.calibration.calibration import Calibration
 from hetcache_compile.calibration.error_model import RecordedErrors
-from hetcache_compile.calibration.output_weights import Outputs
+from hetcache_compile.calibration.output_weights import Outputs, moved
 from hetcache_compile.calibration.record import FEW_STEPS, Costs, Measured
 from hetcache_compile.calibration.schedule_search import Budget, StepCosts, shortest, total_error
 from hetcache_compile.pipelines.planning import choices
@@ -259,11 +259,38 @@ def test_a_step_that_corrects_leaves_less_than_one_that_does_not():
             assert better.sum() < 0.5 * plain.sum()
 
 
+@pytest.mark.parametrize("sways", [0.0, 0.1, 1.5])
+def test_an_output_is_off_where_predictions_led_the_latents_astray(sways):
+    """Steps 4 to 7 repeat an output. That of 8 is off, some way: it adds to the latents `sways` of their error."""
+    timesteps, (start, stop) = np.geomspace(1000, 30, STEPS), (4, 8)
+    _, v = calibration_of(timesteps)
+    v, lengths = v[0], -np.diff([*timesteps, 0.0]) / timesteps[0]
+    aside = np.linalg.svd(v)[2][-1]  # where no output lies
+    outputs = Outputs(v @ v.T, lengths, np.full(STEPS, sways))
+    points, none = np.array([[start]]), np.zeros((1, 1))
+    weights, missed, passed_on = outputs.correct(np.array([stop]), points, none, np.zeros(1))
+    assert passed_on == 0
+
+    def left(weights):
+        """By running the steps."""
+        repeated = moved(outputs, np.array([stop]), points, none)[0, 0]
+        truth = (lengths[start:stop, None] * v[start:stop]).sum(axis=0)
+        astray = repeated * v[start] - truth
+        off = sways / lengths[stop] * np.linalg.norm(astray) * aside
+        corrected = weights @ np.stack([v[start], v[stop] + off]) - truth
+        return ((corrected + lengths[stop] * off) ** 2).sum()
+
+    assert missed == pytest.approx(left(weights[0]))
+    assert all(left(weights[0] + step) >= left(weights[0]) for step in 0.02 * np.array([[0, 1], [0, -1], [1, 0]]))
+    unaware = Outputs(v @ v.T, lengths, np.zeros(STEPS)).correct(np.array([stop]), points, none, np.zeros(1))[0]
+    assert left(unaware[0]) > left(weights[0]) if sways else np.array_equal(unaware, weights)
+
+
 def test_errors_that_are_alike_do_not_average_out():
     """A sum of two outputs whose errors are one and the same is off by twice that error, a difference by none of it."""
     noise, weights = np.array([[4.0, 4.0], [4.0, 4.0]]), np.array([[1.0, 1.0], [1.0, -1.0]])
     for correlation, expected in ((0.0, [8, 8]), (0.5, [12, 4]), (1.0, [16, 0])):
-        outputs = Outputs(np.eye(3), np.ones(3), correlation)
+        outputs = Outputs(np.eye(3), np.ones(3), np.zeros(3), correlation)
         assert outputs.passed_on(noise, weights) == pytest.approx(expected)
 
 

@@ -95,6 +95,7 @@ def calibrate(
     max_sequence_length: int = 512,
     seed: int = 0,
     inner: str = "inductor",
+    costs: Costs | None = None,
     shares: Sequence[float] = SHARES,
     variants: Sequence[Mapping[str, Any]] = VARIANTS,
     settings: Mapping[str, Any] | None = None,
@@ -112,6 +113,7 @@ def calibrate(
         max_sequence_length: text tokens.
         seed: of the noise.
         inner: the torch.compile backend of the timed forms. Errors are measured on forms that run eagerly.
+        costs: what steps take, if that is known; nothing is timed then.
         shares: M / N of the PARTIAL steps that are timed.
         variants: options of `plan_for` that PARTIAL steps are run with, in turn, in place of those of `partition`.
         settings: what else belongs to this calibration, such as the model's name; as JSON knows it.
@@ -155,7 +157,9 @@ def calibrate(
         for clip in clips
     }  # fmt: skip
     # Times first: a calibration that is cut short after its first clip can be used as it is.
-    if requests and (calibration.costs is None or calibration.costs.inner != inner):
+    if costs is not None:
+        calibration = replace(calibration, costs=costs)
+    elif requests and (calibration.costs is None or calibration.costs.inner != inner):
         request = next(iter(requests.values()))
         costs = measure_costs(pipe, request, make_plan(pipe, request, "full", **partition), shares, inner, progress)
         calibration = replace(calibration, costs=costs)
@@ -212,6 +216,7 @@ def _empty(timesteps: Array, **known: Any) -> Calibration:
         partial_correlation=np.zeros((len(known["variants"]), kinds)),
         probes=probes,
         log_amplification=np.zeros((kinds, probes.size)),
+        sensitivity=np.zeros((kinds, probes.size)),
         **known,
     )
 
@@ -254,16 +259,25 @@ def measure_clip(
         partial[variant] = np.diagonal(products, axis1=1, axis2=2).reshape(partial[variant].shape)
         correlation[variant] = [mean_correlation(of_kind[np.ix_(different, different)]) for of_kind in products]
     progress("partial steps", len(variants) * len(branches), len(variants) * len(branches))
-    logs = np.zeros(layout.log_amplification.shape)
+    logs, sensitivity = np.zeros(layout.log_amplification.shape), np.zeros(layout.log_amplification.shape)
     for number, probe in enumerate(layout.probes):
-        logs[:, number] = log_amplification(pipe, request, int(probe), recorder, latents, masks, progress)
+        logs[:, number], swayed = put_error_in(pipe, request, int(probe), recorder, latents, masks, progress)
+        sensitivity[:, number] = swayed * path_per_output(pipe.scheduler, layout, int(probe) + 1)
     attentions, mass, relevance = attention_mass(
         forms, [steps[at][branch] for at in layout.sources for branch in branches]
     )
-    return Measured(np.asarray(gram) / unit, partial / unit, present, correlation, logs, attentions, mass, relevance)
+    return Measured(
+        np.asarray(gram) / unit, partial / unit, present, correlation, logs, sensitivity, attentions, mass, relevance
+    )  # fmt: skip
 
 
-def log_amplification(
+def path_per_output(scheduler: Any, layout: Calibration, step: int) -> float:
+    """How far a step as long as all of the path moves the latents for an output of 1; 0 for solvers without lengths."""
+    lengths = step_lengths(scheduler, layout.num_steps)
+    return 0.0 if lengths is None else float(lengths[step] / layout.shares_of_path(layout.timesteps)[step])
+
+
+def put_error_in(
     pipe: Any,
     request: EditRequest,
     probe: int,
@@ -271,8 +285,12 @@ def log_amplification(
     latents: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
     progress: Progress,
-) -> Array:
-    """`[3]`: an edit whose step `probe` repeats the velocities before it; its error at the end over that at once."""
+) -> tuple[Array, Array]:
+    """An edit whose step `probe` repeats the velocities before it.
+
+    Returns:
+        `[3]` the log of its error at the end over that at once, and `[3]` the error of the next velocity over that.
+    """
     branches = len(recorder.steps[0])
     calls = iter(range(branches * len(recorder.steps)))
     compute = pipe.transformer.forward
@@ -280,18 +298,25 @@ def log_amplification(
     def replay(*args: Any, **kwargs: Any) -> Any:
         """Nothing is computed up to the probe: these steps are those of the uncached run."""
         step, branch = divmod(next(calls), branches)
-        return recorder.steps[min(step, probe - 1)][branch].output if step <= probe else compute(*args, **kwargs)
+        if step <= probe:
+            return recorder.steps[min(step, probe - 1)][branch].output
+        output = compute(*args, **kwargs)
+        if step == probe + 1:
+            off.append(velocity_of(output) - recorder.steps[step][branch].velocity)
+        return output
 
     changed: list[torch.Tensor] = []
+    off: list[torch.Tensor] = []
     with computed_by(pipe.transformer, replay):
         run_pipeline(pipe, request, f"an error at step {probe}", progress, decode=False, latents=changed)
-    errors = [
-        [float((changed[step] - latents[step])[..., mask].double().square().sum()) for mask in masks]
-        for step in (probe, -1)
-    ]
-    before, after = np.array(errors)
+    wrong = [[changed[probe] - latents[probe]], [changed[-1] - latents[-1]], off]
+    before, after, next_output = (
+        np.array([sum(float(one[..., mask].double().square().sum()) for one in many) / len(many) for mask in masks])
+        for many in wrong
+    )
     known = (before > 0) & (after > 0)
-    return np.asarray(0.5 * np.log(np.where(known, after, 1) / np.where(known, before, 1)))
+    before, after = np.where(known, before, 1), np.where(known, after, 1)
+    return np.asarray(0.5 * np.log(after / before)), np.where(known, np.sqrt(next_output / before), 0)
 
 
 @contextmanager

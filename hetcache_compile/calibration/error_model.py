@@ -24,7 +24,7 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..plan.prediction import Prediction
-from .output_weights import Index, Outputs, active_kind, inactive_kind, moved, partial_errors_squared
+from .output_weights import Index, Outputs, active_kind, inactive_kind, moved, outputs_of, partial_errors_squared
 from .record import Array, Record
 
 
@@ -46,11 +46,12 @@ class RecordedErrors:
         self.method = method or Prediction()
         self.timesteps, lengths = timesteps, flow_lengths(timesteps) if lengths is None else lengths
         self.lengths = lengths / lengths.sum()
-        gram, amplification = calibration.gram_at(timesteps), calibration.amplification_at(timesteps)
+        amplification = calibration.amplification_at(timesteps)
         active, inactive = active_kind(calibration), inactive_kind(calibration)
         self.correlation = calibration.correlation_of(active)
-        self.active = Outputs(gram[active], self.lengths, self.correlation)
-        self.inactive = Outputs(gram[inactive], self.lengths)
+        self.active, self.inactive = (
+            outputs_of(calibration, timesteps, self.lengths, kind) for kind in (active, inactive)
+        )
         last = amplification[:, -1:]
         self.amplified = {
             outputs: np.concatenate([amplification, last], axis=1)[kind] ** 2
@@ -100,15 +101,13 @@ class RecordedErrors:
 
         `own` is the noise of the outputs of the stops, or None where they have none.
         """
-        starts = points[:, 0]
         if own is not None and self.method.corrects:
-            points = np.concatenate([points, stops[:, None]], axis=1)
-            noise = np.concatenate([noise, own[:, None]], axis=1)
-            weights = outputs.fit_moves(starts, stops, points, noise)
+            _, missed, passed_on = outputs.correct(stops, points, noise, own)
         else:
             weights = moved(outputs, stops, points, noise, None if self.method.fitted else self.timesteps)
-        errors = [outputs.missed(starts, stops, points, weights), outputs.passed_on(noise, weights)]
-        return np.asarray(np.stack(errors, axis=1) * self.amplified[outputs][stops][:, None])
+            missed = outputs.missed(points[:, 0], stops, points, weights)
+            passed_on = outputs.passed_on(noise, weights)
+        return np.asarray(np.stack([missed, passed_on], axis=1) * self.amplified[outputs][stops][:, None])
 
 
 def flow_lengths(timesteps: Array) -> Array:

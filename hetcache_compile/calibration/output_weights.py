@@ -10,7 +10,9 @@ outputs of all steps (`Record.gram`). So the weights here are those of least exp
 * predicted: `E |v_j - sum_i w_i v_(s_i)|^2` is least, over the last computed steps s_i;
 * corrected: the step k that computes again also knows its own output. `E |sum_j l_j v_j - sum_i w_i v_(s_i)|^2` is
   least over k and the steps s_i, where j runs over the steps since the last computed one and l_j is how far each moves
-  the latents. What was applied is subtracted; the rest, over l_k, is added to the output of step k.
+  the latents. What was applied is subtracted; the rest, over l_k, is added to the output of step k. That output was
+  computed where the predictions led, and is off for it, by as much as the calibration's `sensitivity` says. In few
+  steps this is most of what a prediction costs.
 
 The output of a PARTIAL step is off by what its stale context costs. The calibration knows how much, and how alike these
 errors are from one PARTIAL step to the next, and such a point gets less weight. Active and inactive tokens were
@@ -53,11 +55,12 @@ class Outputs:
     Args:
         gram: `[S, S]`, inner products of the outputs of two steps.
         lengths: `[S]`, how far a step moves the latents for an output of 1, in any unit.
+        sways: `[S]`, how much of an error of the latents before a step its output adds to it.
         correlation: of the errors of the outputs of different PARTIAL steps, 0 to 1.
     """
 
-    def __init__(self, gram: Array, lengths: Array, correlation: float = 0.0) -> None:
-        self.gram, self.lengths, self.correlation = gram, lengths, correlation
+    def __init__(self, gram: Array, lengths: Array, sways: Array, correlation: float = 0.0) -> None:
+        self.gram, self.lengths, self.sways, self.correlation = gram, lengths, sways, correlation
         self.ridge = RIDGE * float(np.trace(gram)) / max(1, len(lengths))
         self._moved = np.cumsum([0.0, *lengths])
         with_moves = np.cumsum(gram * lengths, axis=1)
@@ -88,6 +91,31 @@ class Outputs:
             points, noise, self._products_with(starts, stops, points), self._moved[stops] - self._moved[starts]
         )
 
+    def correct(self, stops: Index, points: Index, noise: Array, own: Array) -> tuple[Array, Array, Array]:
+        """Weights, as of `fit_moves`, for the moves from the latest point up to a stop that computes again.
+
+        Args:
+            stops: `[B]`, steps.
+            points: `[B, P]`, see `predict`.
+            noise: `[B, P]`.
+            own: `[B]`, expected squared errors of the outputs of the stops, given the right latents.
+
+        Returns:
+            `[B, P + 1]` the weights of the points and the stop; `[B]` what they miss, as `missed`, and with it what the
+            stop's output is off by because of where the predictions led; `[B]` what they pass on of the noise.
+        """
+        starts, predicted = points[:, 0], moved(self, stops, points, noise)
+        led_astray = self.missed(starts, stops, points, predicted) + self.passed_on(noise, predicted)
+        length = self.lengths[stops]
+        swayed = (self.sways[stops] / length) ** 2 * led_astray
+        points, noise = np.column_stack([points, stops]), np.column_stack([noise, own])
+        # The error of the stop's output goes into the latents with its weight here, and with the step's own length.
+        products = self._products_with(starts, stops, points)
+        products[:, -1] -= length * swayed
+        weights = self._fit(points, noise, products, self._moved[stops] - self._moved[starts], swayed)
+        missed = self.missed(starts, stops, points, weights) + (weights[:, -1] + length) ** 2 * swayed
+        return weights, missed, self.passed_on(noise, weights)
+
     def missed(self, starts: Index, stops: Index, points: Index, weights: Array) -> Array:
         """`[B]`: expected squared errors of the latents where weighted points stand for the moves of `fit_moves`.
 
@@ -103,10 +131,13 @@ class Outputs:
         """`[B]`: expected squared errors that the errors `noise` of weighted points leave in the latents."""
         return np.asarray(np.einsum("bp,bpq,bq->b", weights, self._errors(noise), weights))
 
-    def _fit(self, points: Index, noise: Array, products: Array, totals: Array) -> Array:
+    def _fit(self, points: Index, noise: Array, products: Array, totals: Array, of_last: Array | None = None) -> Array:
+        """The regression. `of_last` is more noise of the last point, which is unlike that of the others."""
         start = np.zeros(points.shape)
         start[:, 0] = totals
         matrix = self._known(points) + self._errors(noise)
+        if of_last is not None:
+            matrix[:, -1, -1] += of_last
         missing = products - np.einsum("bpq,bq->bp", matrix, start)
         ridge = self.ridge * np.eye(points.shape[1])
         return np.asarray(start + np.linalg.solve(matrix + ridge, missing[..., None])[..., 0])
@@ -172,7 +203,7 @@ def step_weights(
     """
     result = np.zeros((len(steps), 2, method.order + 2), dtype=np.float32)
     for tokens, kind in ((ACTIVE, active_kind(calibration)), (INACTIVE, inactive_kind(calibration))):
-        outputs = Outputs(calibration.gram_at(timesteps)[kind], lengths, calibration.correlation_of(kind))
+        outputs = outputs_of(calibration, timesteps, lengths, kind)
         noise = partial_noise(calibration, steps, timesteps, kind)
         computed = {StepKind.FULL} | ({StepKind.PARTIAL} if tokens == ACTIVE else set())
         points: list[int] = []
@@ -196,15 +227,21 @@ def step_weights(
 
 def _correction(outputs: Outputs, step: int, points: list[int], own_noise: float, noise: list[float]) -> Array:
     """What is added to the weights of the fresh output and of the points, `[1 + P]`."""
-    starts, stops = np.array(points[:1]), np.array([step])
+    stops = np.array([step])
     before = moved(outputs, stops, *_one(points, noise))[0]
-    after = outputs.fit_moves(starts, stops, *_one([*points, step], [*noise, own_noise]))[0]
+    after = outputs.correct(stops, *_one(points, noise), np.array([own_noise]))[0][0]
     return np.asarray(np.array([after[-1], *(after[:-1] - before)]) / outputs.lengths[step])
 
 
 def _one(points: list[int], noise: list[float]) -> tuple[Index, Array]:
     """A batch of one."""
     return np.array([points]), np.array([noise])
+
+
+def outputs_of(calibration: Record, timesteps: Array, lengths: Array, kind: TokenKind) -> Outputs:
+    """What a calibration knows of the outputs of one kind of token, at the times of an edit."""
+    gram, sways = calibration.gram_at(timesteps)[kind], calibration.sways_at(timesteps)[kind]
+    return Outputs(gram, lengths, sways, calibration.correlation_of(kind))
 
 
 def partial_noise(

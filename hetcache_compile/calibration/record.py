@@ -9,7 +9,8 @@ one kind. Two facts keep the record small:
   costs there; that share is smooth, and is interpolated.
 
 What an error of one step does to the result is measured too (`amplification`): early errors on generated tokens grow
-as the model goes on from them, while those on known tokens are healed by the control input.
+as the model goes on from them, while those on known tokens are healed by the control input. And so is what it does to
+the next output at once (`sensitivity`), which a step that corrects must know.
 
 `bench.calibrate` measures. `error_model` says what a schedule is expected to leave wrong, and `schedule_search` looks
 for the best one.
@@ -78,6 +79,7 @@ class Measured:
         present: bool `[3]`: the kinds of tokens that this clip has.
         partial_correlation: `[V, 3]`; None where it was not measured.
         log_amplification: `[3, P]`; None where it was not measured.
+        sensitivity: `[3, P]`; None where it was not measured.
         attentions: module paths of the L attentions.
         attention_mass: `[L, 3]`; None where it was not measured.
         relevance: `[L, R]`; None where it was not measured.
@@ -88,6 +90,7 @@ class Measured:
     present: NDArray[np.bool_]
     partial_correlation: Array | None = None
     log_amplification: Array | None = None
+    sensitivity: Array | None = None
     attentions: tuple[str, ...] = ()
     attention_mass: Array | None = None
     relevance: Array | None = None
@@ -111,6 +114,9 @@ class Record:
         probes: int64 `[P]`: steps whose velocity was replaced by that of the step before, to see what becomes of it.
         log_amplification: float64 `[3, P]` by token kind: log of the error of the last latents over that of the latents
             right after the probed step. Mean over clips.
+        sensitivity: float64 `[3, P]` by token kind: how much the error of the latents after the probed step puts the
+            next output off, as a share of that error, in a step as long as all of the path. Mean over clips; `[3, 0]`
+            in calibrations from before it was measured.
         attention_mass: float64 `[L, 3]`: the shares of generative, margin and context tokens in the attention that
             generative tokens give to tokens, mean over clips. L = 0 where it was not measured in every clip.
         relevance: float64 `[L, R]`: the share of their attention that generative tokens give to inactive ones, these
@@ -133,6 +139,7 @@ class Record:
     partial_correlation: Array = field(default_factory=lambda: np.zeros((1, NUM_KINDS)))
     probes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     log_amplification: Array = field(default_factory=lambda: np.zeros((NUM_KINDS, 0)))
+    sensitivity: Array = field(default_factory=lambda: np.zeros((NUM_KINDS, 0)))
     attention_mass: Array = field(default_factory=lambda: np.zeros((0, NUM_KINDS)))
     relevance: Array = field(default_factory=lambda: np.zeros((0, SLICES)))
     attentions: tuple[str, ...] = ()
@@ -152,6 +159,7 @@ class Record:
             ("partial", (len(self.variants), NUM_KINDS, sources.size, offsets.size)),
             ("partial_correlation", (len(self.variants), NUM_KINDS)),
             ("log_amplification", (NUM_KINDS, self.probes.size)),
+            ("sensitivity", (NUM_KINDS, self.probes.size if self.sensitivity.size else 0)),
             ("attention_mass", (len(self.attentions), NUM_KINDS)),
             ("relevance", (len(self.attentions) if self.relevance.size else 0, SLICES)),
             ("counts", (NUM_KINDS,)),
@@ -196,6 +204,7 @@ class Record:
             partial=mean("partial", 1),
             partial_correlation=mean("partial_correlation", 1),
             log_amplification=mean("log_amplification", 0),
+            sensitivity=mean("sensitivity", 0) if self.sensitivity.size else self.sensitivity,
             **self._with_attention(clip),
             counts=counts,
             clips=(*self.clips, name),
@@ -271,6 +280,18 @@ class Record:
         places = [*self.probes, self.num_steps - 1]
         logs = [np.interp(self.positions(timesteps), places, [*log, 0.0]) for log in self.log_amplification]
         return np.exp(np.stack(logs)) if self.probes.size else np.ones((NUM_KINDS, timesteps.size))
+
+    def sways_at(self, timesteps: Array) -> Array:
+        """`[3, T]`: how much of an error of the latents before a step its output adds to it; 0 if not measured."""
+        if not self.sensitivity.size:
+            return np.zeros((NUM_KINDS, timesteps.size))
+        after = self.probes + 1
+        rates = [np.interp(self.positions(timesteps), after, of_kind) for of_kind in self.sensitivity]
+        return np.stack(rates) * self.shares_of_path(timesteps)
+
+    def shares_of_path(self, timesteps: Array) -> Array:
+        """`[T]`: how much of the calibrated path each step takes, by timesteps."""
+        return np.asarray(-np.diff([*timesteps, 0.0]) / self.timesteps[0])
 
     def reuse_errors(self, timesteps: Array | None = None) -> Array:
         """`[3, T, T]` by (kind, source, target): relative error of repeating a velocity. NaN for absent kinds."""
@@ -399,7 +420,7 @@ class Record:
             if times is not None:
                 measured = arrays["cost_shares"], arrays["cost_partial"]
                 costs = Costs(float(times["full"]), float(times["reuse"]), *measured, str(times["inner"]))
-            recorded = {name: arrays[name] for name in ARRAYS if name != "relevance" or name in arrays}
+            recorded = {name: arrays[name] for name in ARRAYS if name not in ADDED or name in arrays}
             return cls(
                 **recorded, clips=tuple(header["clips"]), attentions=tuple(header["attentions"]), costs=costs,
                 one_step=bool(header["one_step"]), variants=tuple(header["variants"]),
@@ -429,7 +450,10 @@ ARRAYS = (
     "partial_correlation",
     "probes",
     "log_amplification",
+    "sensitivity",
     "counts",
     "attention_mass",
     "relevance",
 )
+ADDED = ("relevance", "sensitivity")
+"""Those that older files do not have."""
