@@ -20,7 +20,7 @@ from hetcache_compile.bench.quality import weights_digest
 from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
 from hetcache_compile.calibration.record import Costs, Measured
 from hetcache_compile.cli import main as cli
-from hetcache_compile.cli.calibrate import measured_elsewhere
+from hetcache_compile.cli.calibrate import calibrated_in_more, measured_elsewhere
 from hetcache_compile.edit.editing import EditRequest, compiled, load_pipeline, make_plan, run_pipeline
 from hetcache_compile.edit.media import Clip
 from hetcache_compile.plan.prediction import Prediction
@@ -174,6 +174,18 @@ def test_means_over_clips_count_only_clips_that_have_the_kind(calibrated):
     assert empty.gram[0] == pytest.approx(grams[:, 0].mean(axis=0))
     assert empty.gram[1] == pytest.approx(grams[0, 1])
     assert empty.partial[:, 2] == pytest.approx(partials[:, :, 2].mean(axis=0))
+
+
+def test_the_most_sensitive_clips_count_most(calibrated):
+    measured, *_ = calibrated
+    empty, every = emptied(measured), np.ones(3, dtype=bool)
+    grown = np.random.default_rng(0).random((4, *measured.log_amplification.shape))
+    for number, one in enumerate(grown):
+        clip = Measured(measured.gram, measured.partial, every, log_amplification=np.log(one), sensitivity=one)
+        empty = empty.add(str(number), clip)
+    root_mean_square = np.sqrt((grown**2).mean(axis=0))
+    assert np.exp(empty.log_amplification) == pytest.approx(root_mean_square)
+    assert empty.sensitivity == pytest.approx(root_mean_square)
 
 
 def test_the_variant_nearest_to_a_plan_counts(calibrated):
@@ -353,6 +365,13 @@ def test_a_calibration_of_another_machine_is_told(pipe, calibrated):
     (warning,) = measured_elsewhere(elsewhere, pipe, "cpu")
     assert "of Z80, not of" in warning
     assert measured_elsewhere(elsewhere, pipe) == [], "a plan may be made on another machine than it runs on"
+
+
+@pytest.mark.parametrize(("steps", "said"), [(4, True), (8, True), (9, False), (50, False)])
+def test_few_steps_want_a_calibration_of_their_own(steps, said):
+    plan = hetcache.Plan.from_token_mask(np.arange(8) < 2, (2, 2, 2), num_inference_steps=steps)
+    line = calibrated_in_more(Calibration.load(reference.CALIBRATION), plan)
+    assert (f"calibrate --steps {steps})" in line) == bool(line) == said
 
 
 def test_own_clips_are_calibrated_on_each(checkpoint, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ for the best one.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
@@ -113,10 +113,11 @@ class Record:
             context is stale in much the same way, so their errors do not average out.
         probes: int64 `[P]`: steps whose velocity was replaced by that of the step before, to see what becomes of it.
         log_amplification: float64 `[3, P]` by token kind: log of the error of the last latents over that of the latents
-            right after the probed step. Mean over clips.
+            right after the probed step. The error's root mean square over clips counts: those that are most sensitive
+            decide what a schedule can leave wrong.
         sensitivity: float64 `[3, P]` by token kind: how much the error of the latents after the probed step puts the
-            next output off, as a share of that error, in a step as long as all of the path. Mean over clips; `[3, 0]`
-            in calibrations from before it was measured.
+            next output off, as a share of that error, in a step as long as all of the path. Root mean square over
+            clips; `[3, 0]` in calibrations from before it was measured.
         attention_mass: float64 `[L, 3]`: the shares of generative, margin and context tokens in the attention that
             generative tokens give to tokens, mean over clips. L = 0 where it was not measured in every clip.
         relevance: float64 `[L, R]`: the share of their attention that generative tokens give to inactive ones, these
@@ -193,18 +194,20 @@ class Record:
         # A running mean over the clips that have the kind.
         share = np.where(clip.present, 1 / np.maximum(counts, 1), 0.0)
 
-        def mean(field_name: str, axis: int) -> Array:
+        def mean(field_name: str, axis: int, scale: Callable[[Array], Array] = np.asarray) -> Array:
+            """On a scale; what it gives is on that scale."""
             before, value = getattr(self, field_name), getattr(clip, field_name)
             weight = share.reshape([-1 if dim == axis else 1 for dim in range(before.ndim)])
-            return np.asarray(before + weight * ((0.0 if value is None else value) - before))
+            before, value = scale(before), scale(np.zeros(before.shape) if value is None else value)
+            return np.asarray(before + weight * (value - before))
 
         return replace(
             self,
             gram=mean("gram", 0),
             partial=mean("partial", 1),
             partial_correlation=mean("partial_correlation", 1),
-            log_amplification=mean("log_amplification", 0),
-            sensitivity=mean("sensitivity", 0) if self.sensitivity.size else self.sensitivity,
+            log_amplification=np.log(mean("log_amplification", 0, lambda logs: np.exp(2 * logs))) / 2,
+            sensitivity=np.sqrt(mean("sensitivity", 0, np.square)) if self.sensitivity.size else self.sensitivity,
             **self._with_attention(clip),
             counts=counts,
             clips=(*self.clips, name),

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..calibration.calibration import Calibration
+from ..calibration.record import FEW_STEPS
 from ..console import console, progress_bars
 from ..errors import InputFileError
 from ..files import check_writable
@@ -147,6 +148,17 @@ def not_counted(calibration: Calibration, schedule: str, options: Mapping[str, A
     measured = {**usual, **calibration.like(options).variants[0]}
     changed = [f"{name} {options[name]}" for name, value in measured.items() if options.get(name, value) != value]
     return f"not measured, so what is expected leaves it out: {', '.join(changed)}\n" if changed else ""
+
+
+def calibrated_in_more(calibration: Calibration, plan: Plan) -> str:
+    """A line on an edit of few steps that is planned with a calibration of many; empty for others."""
+    steps = len(plan.steps)
+    if steps > FEW_STEPS or calibration.num_steps < 2 * steps:
+        return ""
+    return (
+        f"the calibration is of {calibration.num_steps} steps: one of {steps} would find better plans for so few "
+        f"(hetcache calibrate --steps {steps})\n"
+    )
 
 
 def measured_elsewhere(calibration: Calibration, pipe: Any, device: str | None = None) -> list[str]:

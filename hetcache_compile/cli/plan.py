@@ -14,6 +14,7 @@ from ..files import check_writable
 from ..plan.cache_size import parse_bytes
 from .calibrate import (
     CalibrationFile,
+    calibrated_in_more,
     comparison,
     expectation,
     load_calibration,
@@ -181,7 +182,8 @@ def make_plan(
     print(made.describe())
     if known is not None:
         print(expectation(known.like(options | dict(considered[0].options)), made))
-        print(comparison(considered) + not_counted(known, schedule, options), end="")
+        lines = comparison(considered), not_counted(known, schedule, options), calibrated_in_more(known, made)
+        print("".join(lines), end="")
         warn(measured_elsewhere(known, pipe) if pipe is not None else ())
     if (inputs is None or inputs.makes_video) and (advice := crop_advice(made, pixels, size_factors(pipe)[1:])):
         print(advice)
