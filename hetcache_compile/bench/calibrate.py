@@ -157,11 +157,10 @@ def calibrate(
         for clip in clips
     }  # fmt: skip
     # Times first: a calibration that is cut short after its first clip can be used as it is.
-    if costs is not None:
-        calibration = replace(calibration, costs=costs)
-    elif requests and (calibration.costs is None or calibration.costs.inner != inner):
+    if costs is None and requests and (calibration.costs is None or calibration.costs.inner != inner):
         request = next(iter(requests.values()))
         costs = measure_costs(pipe, request, make_plan(pipe, request, "full", **partition), shares, inner, progress)
+    if costs is not None:
         calibration = replace(calibration, costs=costs)
         calibration.save(out)
     for number, (name, request) in enumerate(requests.items()):
