@@ -8,7 +8,7 @@ Methods are those of `hetcache bench quality` and of peers.py, by name. Each res
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
 machine does not change; with `--timed` times are taken too. Each model is calibrated first, in as many steps, on clips
 that are not held out. Cells and calibrations are kept in out/few_steps, and a run that was cut short goes on there; the
-result is written as they are done, over what an earlier run measured of the same methods and clips.
+result is written as they are done, in the place of what an earlier run measured of the same methods.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def calibration_of(model: str, options: argparse.Namespace) -> Path:
     path = options.out / "calibrations" / f"{kind}-{steps}.hetcal"
     path.parent.mkdir(parents=True, exist_ok=True)
     costs, clips = Calibration.load(reference.CALIBRATION).costs, reference.calibration_clips(CALIBRATED_ON)
-    settings, pipe = {"model": kind, "difference": file_digest(options.difference)}, load(kind, options)
+    difference = file_digest(options.difference) if kind == DISTILLED else None
+    settings, pipe = {"model": kind, "difference": difference}, load(kind, options)
     print("calibrating", model, flush=True)
     with progress_bars() as progress:
         calibrate(pipe, clips, path, progress, costs=costs, settings=settings, **edited_with(model))
@@ -178,16 +179,12 @@ def cells_of(out: Path, model: str, number: int) -> Path:
 
 
 def measured(tasks: Sequence[tuple[str, int]], names: Sequence[str], options: argparse.Namespace) -> Iterator[None]:
-    """Measure models and clips in `--jobs` processes. Yields when one is done, and every few seconds.
+    """Calibrate, then measure models and clips in `--jobs` processes. Yields when one is done, and every few seconds.
 
-    One that fails is reported, and leaves out that clip.
+    One that fails in a process of its own is reported, and leaves out that clip.
     """
     prepare(os.cpu_count() or 1)
-    searched = any("optimal:" in name for name in names)
-    calibrated = {
-        model: calibration_of(model, options) if searched else reference.CALIBRATION
-        for model in dict.fromkeys(model for model, _ in tasks)
-    }
+    calibrated = {model: calibration_of(model, options) for model in dict.fromkeys(model for model, _ in tasks)}
     if options.jobs == 1:
         for model, number in tasks:
             measure(model, number, names, calibrated[model], options)

@@ -200,7 +200,8 @@ def test_the_variant_nearest_to_a_plan_counts(calibrated):
 
 
 def test_a_calibration_survives_saving_and_loading(calibrated, tmp_path):
-    measured, out, _ = calibrated
+    measured, out = replace(calibrated[0], sensitivity=np.random.default_rng(0).random((3, 3))), tmp_path / "a.hetcal"
+    measured.save(out)
     loaded = Calibration.load(out)
     for name in (
         "timesteps",
@@ -368,11 +369,30 @@ def test_a_calibration_of_another_machine_is_told(pipe, calibrated):
     assert measured_elsewhere(elsewhere, pipe) == [], "a plan may be made on another machine than it runs on"
 
 
-@pytest.mark.parametrize(("steps", "said"), [(4, True), (8, True), (9, False), (50, False)])
-def test_few_steps_want_a_calibration_of_their_own(steps, said):
-    plan = hetcache.Plan.from_token_mask(np.arange(8) < 2, (2, 2, 2), num_inference_steps=steps)
-    line = calibrated_in_more(Calibration.load(reference.CALIBRATION), plan)
+@pytest.mark.parametrize(
+    ("steps", "of_them", "said"),
+    [
+        (1, 1, False),
+        (2, 2, False),
+        (3, 3, True),
+        (8, 8, True),
+        (8, 4, True),
+        (9, 9, False),
+        (9, 4, False),
+        (50, 8, False),
+    ],
+)
+def test_few_steps_want_a_calibration_of_their_own(steps, of_them, said):
+    """Of as many as an edit of the whole path takes, also where this one begins in the middle."""
+    shipped = Calibration.load(reference.CALIBRATION)
+    plan = replace(
+        hetcache.Plan.from_token_mask(np.arange(8) < 2, (2, 2, 2), num_inference_steps=of_them),
+        timesteps=shipped.timesteps_for(steps)[-of_them:],
+    )
+    line = calibrated_in_more(shipped, plan)
     assert (f"calibrate --steps {steps})" in line) == bool(line) == said
+    if steps == of_them:
+        assert calibrated_in_more(shipped, replace(plan, timesteps=np.zeros(0))) == line
 
 
 def test_own_clips_are_calibrated_on_each(checkpoint, tmp_path, monkeypatch, capsys):
@@ -420,8 +440,7 @@ def test_the_calibration_that_is_shipped_can_be_used():
     assert expect(shipped, steps, shipped.timesteps_for(20), share=0.3).time_factor >= 3
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("guidance", [pytest.param(3.0, marks=pytest.mark.wide), 1.0])
 def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated, guidance, monkeypatch):
     """Another way to put the same error in: a session that repeats one step."""
     monkeypatch.setattr(pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))  # whose steps have lengths

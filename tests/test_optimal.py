@@ -259,6 +259,15 @@ def test_a_step_that_corrects_leaves_less_than_one_that_does_not():
             assert better.sum() < 0.5 * plain.sum()
 
 
+def test_a_step_of_no_length_leaves_nothing_wrong():
+    """A solver that stays at a time, or ends at 0 before its last step."""
+    timesteps = np.array([1000.0, 800, 800, 500, 250, 0])
+    known, _ = calibration_of(np.linspace(1000, 30, STEPS))
+    known = replace(known, probes=np.array([1, 5]), log_amplification=np.zeros((3, 2)), sensitivity=np.ones((3, 2)))
+    errors = RecordedErrors(known, timesteps, Prediction(1, True, True))
+    assert np.isfinite(total_error(errors, [F, R, F, R, R, F], 1))
+
+
 @pytest.mark.parametrize("sways", [0.0, 0.1, 1.5])
 def test_an_output_is_off_where_predictions_led_the_latents_astray(sways):
     """Steps 4 to 7 repeat an output. That of 8 is off, some way: it adds to the latents `sways` of their error."""

@@ -15,7 +15,7 @@ import torch
 
 from ..calibration.calibration import Calibration
 from ..calibration.output_weights import step_lengths
-from ..calibration.record import DEFAULTS, SLICES, Array, Costs, Measured
+from ..calibration.record import DEFAULTS, FEWEST_STEPS, SLICES, Array, Costs, Measured
 from ..capture.rewrite import Forms, rewrite, write_forms
 from ..edit.editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from ..edit.media import Clip
@@ -125,8 +125,8 @@ def calibrate(
     """
     if getattr(pipe, "transformer_2", None) is not None:
         raise CalibrationError("pipelines with two transformers cannot be calibrated yet")
-    if num_inference_steps < 3:
-        raise CalibrationError(f"a calibration needs at least 3 steps, got {num_inference_steps}")
+    if num_inference_steps < FEWEST_STEPS:
+        raise CalibrationError(f"a calibration needs at least {FEWEST_STEPS} steps, got {num_inference_steps}")
     known = {
         **(settings or {}),
         "num_inference_steps": num_inference_steps,
@@ -189,6 +189,7 @@ def _open(out: Path, empty: Calibration, digests: Mapping[str, str]) -> Calibrat
     measured = there.pop(DIGESTS, {})
     changed = sorted(name for name in {*empty.settings, *there} if empty.settings.get(name) != there.get(name))
     changed += ["variants"] if found.variants != empty.variants else []
+    changed += ["version: what an error becomes was averaged otherwise"] if not found.sensitivity.size else []
     layout = ("timesteps", "sources", "offsets", "probes")
     changed += [name for name in layout if not np.array_equal(getattr(found, name), getattr(empty, name))]
     changed += [f"clip {name}" for name, digest in digests.items() if measured.get(name, digest) != digest]
@@ -313,9 +314,9 @@ def put_error_in(
         np.array([sum(float(one[..., mask].double().square().sum()) for one in many) / len(many) for mask in masks])
         for many in wrong
     )
-    known = (before > 0) & (after > 0)
-    before, after = np.where(known, before, 1), np.where(known, after, 1)
-    return np.asarray(0.5 * np.log(after / before)), np.where(known, np.sqrt(next_output / before), 0)
+    wrong_at_once, known = before > 0, (before > 0) & (after > 0)
+    sensitivity = np.where(wrong_at_once, np.sqrt(next_output / np.where(wrong_at_once, before, 1)), 0)
+    return np.asarray(0.5 * np.log(np.where(known, after, 1) / np.where(known, before, 1))), sensitivity
 
 
 @contextmanager

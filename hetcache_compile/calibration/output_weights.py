@@ -106,8 +106,8 @@ class Outputs:
         """
         starts, predicted = points[:, 0], moved(self, stops, points, noise)
         led_astray = self.missed(starts, stops, points, predicted) + self.passed_on(noise, predicted)
-        length = self.lengths[stops]
-        swayed = (self.sways[stops] / length) ** 2 * led_astray
+        length = self.lengths[stops]  # 0 where a solver stays at a time
+        swayed = np.divide(self.sways[stops], length, out=np.zeros(len(stops)), where=length > 0) ** 2 * led_astray
         points, noise = np.column_stack([points, stops]), np.column_stack([noise, own])
         # The error of the stop's output goes into the latents with its weight here, and with the step's own length.
         products = self._products_with(starts, stops, points)

@@ -37,6 +37,8 @@ FILE = ArrayFile("hetcal", "calibration", 4, "calibrate anew", CalibrationError)
 NUM_KINDS = len(TokenKind)
 FEW_STEPS = 8
 """So many steps after a FULL one PARTIAL steps are considered, however far that is in time."""
+FEWEST_STEPS = 3
+"""A calibration has at least so many."""
 SLICES = 64
 """R: parts of the inactive tokens of which attention is known, from the most attended on."""
 QUARTERS = 4
@@ -117,7 +119,7 @@ class Record:
             decide what a schedule can leave wrong.
         sensitivity: float64 `[3, P]` by token kind: how much the error of the latents after the probed step puts the
             next output off, as a share of that error, in a step as long as all of the path. Root mean square over
-            clips; `[3, 0]` in calibrations from before it was measured.
+            clips; 0 of solvers whose steps have no length, and `[3, 0]` in files from before it was measured.
         attention_mass: float64 `[L, 3]`: the shares of generative, margin and context tokens in the attention that
             generative tokens give to tokens, mean over clips. L = 0 where it was not measured in every clip.
         relevance: float64 `[L, R]`: the share of their attention that generative tokens give to inactive ones, these
@@ -199,7 +201,7 @@ class Record:
             before, value = getattr(self, field_name), getattr(clip, field_name)
             weight = share.reshape([-1 if dim == axis else 1 for dim in range(before.ndim)])
             before, value = scale(before), scale(np.zeros(before.shape) if value is None else value)
-            return np.asarray(before + weight * (value - before))
+            return np.asarray((1 - weight) * before + weight * value)
 
         return replace(
             self,

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from ..calibration.calibration import Calibration
-from ..calibration.record import FEW_STEPS
+from ..calibration.record import FEW_STEPS, FEWEST_STEPS
 from ..console import console, progress_bars
 from ..errors import InputFileError
 from ..files import check_writable
@@ -152,8 +153,13 @@ def not_counted(calibration: Calibration, schedule: str, options: Mapping[str, A
 
 def calibrated_in_more(calibration: Calibration, plan: Plan) -> str:
     """A line on an edit of few steps that is planned with a calibration of many; empty for others."""
-    steps = len(plan.steps)
-    if steps > FEW_STEPS or calibration.num_steps < 2 * steps:
+    timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
+    if timesteps.size < 2:
+        return ""
+    apart = float(np.median(np.diff(calibration.positions(timesteps))))
+    # Of the whole path: an edit may begin in the middle.
+    steps = round(calibration.num_steps / apart) if apart >= 2 else calibration.num_steps
+    if apart < 2 or not FEWEST_STEPS <= steps <= FEW_STEPS:
         return ""
     return (
         f"the calibration is of {calibration.num_steps} steps: one of {steps} would find better plans for so few "
