@@ -105,6 +105,7 @@ CHANGES: list[Callable[[nn.Module], object]] = [
 ]
 
 
+@pytest.mark.wide
 def test_adapters_that_change_in_an_edit() -> None:
     """Each change makes the call after it FULL, on the new weights; the calls between are those of the plan."""
     model = wan(num_layers=1)

@@ -70,6 +70,7 @@ def save_inputs(folder: Path, size: tuple[int, int, int], name: str) -> tuple[An
     return "--image", folder / "in.png", "--mask", folder / "mask.png"
 
 
+@pytest.mark.wide
 def test_flux_fill(hetcache_command, flux_fill, tmp_path) -> None:
     """The three commands on one folder; the pipeline has its own picture, mask and guidance."""
     files = save_inputs(tmp_path, (1, 16, 24), "FluxFillPipeline")

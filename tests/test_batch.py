@@ -150,6 +150,7 @@ def test_some_samples_of_a_batch_are_those_of_the_whole_batch(name: str) -> None
     assert analyse(module, entry.grid, entry.token_inputs).token_sources == sources
 
 
+@pytest.mark.wide
 def test_a_time_for_each_token() -> None:
     case = Case("wan", batch=4, time_per_token=True)
     model, plans = case.build(), [plan_of("FPRP", seed=seed) for seed in range(2)]

@@ -159,6 +159,7 @@ def test_weights_of_a_stale_step_shrink() -> None:
     assert relied[0] > relied[1] > relied[2]
 
 
+@pytest.mark.wide
 def test_the_session_follows_the_weights_through_compilation() -> None:
     model = PolynomialDiT(2)
     plan = plan_of(2, Prediction(1, True, corrects=True), "FFRRFRRFRPRF")

@@ -174,7 +174,8 @@ def edited_without(row: Any) -> tuple[Any, Any, str]:
     return row.build(), truth, letters(session)
 
 
-@pytest.mark.parametrize("compile_first", [True, pytest.param(False, marks=pytest.mark.wide)])
+@pytest.mark.wide
+@pytest.mark.parametrize("compile_first", [True, False])
 def test_a_pipeline_with_model_offload(compile_first: bool) -> None:
     """Its hooks are renewed at the end of each edit. The size of its cache is known before, and what it holds."""
     row = BY_NAME["FluxInpaintPipeline"]
@@ -513,7 +514,8 @@ def test_weights_on_disk_are_refused(tmp_path: Path) -> None:
         check(run(compiled(model), calls), truths)
 
 
-@pytest.mark.parametrize("compile_first", [True, pytest.param(False, marks=pytest.mark.wide)])
+@pytest.mark.wide
+@pytest.mark.parametrize("compile_first", [True, False])
 def test_a_pipeline_with_group_offload(compile_first: bool) -> None:
     row = BY_NAME["FluxInpaintPipeline"]
     pipe, truth, planned = edited_without(row)

@@ -167,6 +167,7 @@ def check_forms(forms: Forms, model: nn.Module, kwargs: dict[str, Any]) -> None:
     check(expected(forms, "FPR", [kwargs] * 3), truth * 3)
 
 
+@pytest.mark.wide
 @torch.no_grad()
 def test_gguf(tmp_path: Path) -> None:
     """Exact on frozen inputs, in a session and as forms; FULL again when its weights are written to."""

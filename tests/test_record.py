@@ -161,7 +161,7 @@ def test_the_same_edit_again(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("other_text", [False, True])
-@pytest.mark.parametrize("architecture", [TinyDiT, vace])
+@pytest.mark.parametrize("architecture", [TinyDiT, pytest.param(vace, marks=pytest.mark.wide)])
 def test_other_noise_inside_and_another_text(architecture: Callable[..., torch.nn.Module], other_text: bool) -> None:
     """Every step is what a PARTIAL step is on the cache that was recorded of it, corrected for the text."""
     model = architecture()

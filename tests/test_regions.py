@@ -302,6 +302,7 @@ def test_torchs_caches_hit(compile_form: Any, tmp_path: Any, monkeypatch: pytest
     assert hits[1] >= 1
 
 
+@pytest.mark.wide
 def test_an_inner_compiler_that_fails_on_a_block_leaves_the_plain_model(fresh: None) -> None:
     model = deep(4)
     kwargs = call(model)

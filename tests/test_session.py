@@ -405,6 +405,7 @@ def test_masks_share_forms_of_any_kind_but_partial() -> None:
     assert len(sizes) <= 16
 
 
+@pytest.mark.wide
 def test_positional_arguments_have_no_names() -> None:
     """Dynamo calls them args_0, args_1: the time is found by what becomes of it, for reuse forms that need it too."""
     model = wan()

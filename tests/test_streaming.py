@@ -83,6 +83,7 @@ def test_results_are_the_same(device: Device, options: dict[str, Any], regional:
     assert session.stats.cache_bytes == forms.buffer_bytes
 
 
+@pytest.mark.wide
 def test_what_is_copied(device: Device) -> None:
     """A FULL step copies out, a PARTIAL step in, a REUSE step nothing; a few blocks are there at a time."""
     model = vace(num_layers=5, vace_layers=(0,))
@@ -110,6 +111,7 @@ def test_what_is_copied(device: Device) -> None:
     assert device.bytes_in == device.bytes_out == all_rows
 
 
+@pytest.mark.wide
 def test_only_what_is_needed_is_there(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block is done with is let go before later ones come."""
     alive: list[Any] = []
