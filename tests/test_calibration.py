@@ -320,6 +320,8 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
     assert "not measured, so what is expected leaves it out: cached_ratio 0" in out
     status, out, _ = run(*plan, "--margin", 5, "--budget", "2x", "--calibration", calibration, "-o", path)
     assert "leaves it out: margin 5.0\n" in out, "1 and 2 were measured"
+    status, out, _ = run(*plan, "--budget", "2x", "--calibration", "reference", "-o", path)
+    assert "the calibration is of 50 steps" in out
     paper = ("--model", checkpoint, "--schedule", "paper-fast", "--calibration", calibration)
     status, out, err = run(*plan, *paper, "-o", path)
     assert status == 0, err

@@ -156,14 +156,13 @@ def calibrated_in_more(calibration: Calibration, plan: Plan) -> str:
     timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
     if timesteps.size < 2:
         return ""
-    apart = float(np.median(np.diff(calibration.positions(timesteps))))
-    # Of the whole path: an edit may begin in the middle.
-    steps = round(calibration.num_steps / apart) if apart >= 2 else calibration.num_steps
+    apart = max(1.0, float(np.median(np.diff(calibration.positions(timesteps)))))
+    steps = round(calibration.num_steps / apart)  # of the whole path: an edit may begin in the middle
     if apart < 2 or not FEWEST_STEPS <= steps <= FEW_STEPS:
         return ""
     return (
-        f"the calibration is of {calibration.num_steps} steps: one of {steps} would find better plans for so few "
-        f"(hetcache calibrate --steps {steps})\n"
+        f"the calibration is of {calibration.num_steps} steps, and this edit's are {apart:.1f} times as far apart: one "
+        f"of {steps} steps would know them better (hetcache calibrate --steps {steps})\n"
     )
 
 
