@@ -148,6 +148,10 @@ def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkey
     ):
         with pytest.raises(CalibrationError, match=message):
             calibrate(pipe, [these], out, stop, **{**known, **settings})
+    older = tmp_path / "older.hetcal"
+    replace(half, sensitivity=np.zeros((3, 0))).save(older)
+    with pytest.raises(CalibrationError, match="averaged otherwise"):
+        calibrate(pipe, [clip(1)], older, stop, **known)
     monkeypatch.setattr("hetcache_compile.bench.calibrate.OFFSETS", (1, 2))
     with pytest.raises(CalibrationError, match="other offsets"):
         calibrate(pipe, [clip(1)], out, stop, **known)

@@ -12,7 +12,7 @@ outputs of all steps (`Record.gram`). So the weights here are those of least exp
   least over k and the steps s_i, where j runs over the steps since the last computed one and l_j is how far each moves
   the latents. What was applied is subtracted; the rest, over l_k, is added to the output of step k. That output was
   computed where the predictions led, and is off for it, by as much as the calibration's `sensitivity` says. In few
-  steps this is most of what a prediction costs.
+  steps this can be most of what a prediction costs.
 
 The output of a PARTIAL step is off by what its stale context costs. The calibration knows how much, and how alike these
 errors are from one PARTIAL step to the next, and such a point gets less weight. Active and inactive tokens were
