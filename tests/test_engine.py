@@ -280,19 +280,21 @@ def test_the_exported_package_has_no_hidden_state(folder):
 
 
 @pytest.mark.wide
-def test_engines_read_merged_and_predicted_context(tmp_path):
+@pytest.mark.parametrize("how", ["merged", "moving"])
+def test_engines_read_predicted_context_that_is_merged_or_moves(tmp_path, how):
     """Parity of every form is checked by `verify_with_ort`; then the engine in a session against the forms."""
     whole = exported.plan_of(schedule=list("FFPRFP" + "R" * 14), extrapolation=1, context_extrapolation=1)
     merged = dataclasses.replace(whole, context_cluster=np.arange(whole.num_context) // 3)
-    out = tmp_path / "merged"
+    plan = merged if how == "merged" else dataclasses.replace(whole, context_motion=1)
+    out = tmp_path / how
     options = ExportOptions(baseline=False)
-    export_model(str(exported.checkpoint()), merged, out, options, shape=exported.shape(), checks=[verify_with_ort])
+    export_model(str(exported.checkpoint()), plan, out, options, shape=exported.shape(), checks=[verify_with_ort])
     made = exported.source()
-    forms = hetcache.rewrite(made.model, merged, (), made.kwargs)
+    forms = hetcache.rewrite(made.model, plan, (), made.kwargs)
     loaded, cache = engine.load(out), {}
     times = [900.0, 400.0, 800.0, 700.0, 600.0, 500.0, *np.linspace(390, 10, 14)]  # the second one looks ahead
-    with hetcache.session(dataclasses.replace(merged, timesteps=np.array(times)), strict=True), torch.no_grad():
-        for time, kind in zip(times, merged.steps[:6], strict=False):
+    with hetcache.session(dataclasses.replace(plan, timesteps=np.array(times)), strict=True), torch.no_grad():
+        for time, kind in zip(times, plan.steps[:6], strict=False):
             kwargs = {**made.kwargs, "timestep": torch.full_like(made.kwargs["timestep"], time)}
             expected, cache = forms.run(kind.form, cache, (), kwargs)
             actual = loaded(**kwargs, return_dict=False)

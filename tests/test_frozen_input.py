@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,7 @@ def reference_partial(
     active[plan.active_index] = True
     seen = active.clone()
     seen[plan.context_index] = True
+    anchor = torch.from_numpy(plan.active_index[plan.token_anchor])
     cached: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def record(key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...]:
@@ -177,9 +179,11 @@ def reference_partial(
         return key, value, None
 
     def replay(key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...]:
-        old_key, old_value = cached.pop(0)
-        rows = active[:, None]
-        return torch.where(rows, key, old_key), torch.where(rows, value, old_value), seen[None, :]
+        return read(key, cached[0][0]), read(value, cached.pop(0)[1]), seen[None, :]
+
+    def read(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+        moved = then + (now - then)[..., anchor, :] if plan.context_motion else then
+        return torch.where(active[:, None], now, moved)
 
     with self_attention(monkeypatch, record, N):
         before = model.plain(old)
@@ -190,14 +194,14 @@ def reference_partial(
     return torch.where(active[:, None], to_tokens(after), to_tokens(before))
 
 
-@pytest.mark.parametrize("num_context", [N - 35, 40, 0])
+@pytest.mark.parametrize(("num_context", "motion"), [(N - 35, 0), (40, 0), (0, 0), (N - 35, 1)])
 @pytest.mark.parametrize("case", ids({"vace": VACE, "wan-time-per-token": FULL_SWEEP["wan-time-per-token"]}))
 def test_new_inputs_against_reference(
-    captured: Callable[[Case], Captured], case: Case, num_context: int, monkeypatch: pytest.MonkeyPatch
+    captured: Callable[[Case], Captured], case: Case, num_context: int, motion: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Latents, timesteps, text, control latents and control scales all change after the full step."""
     model = captured(case)
-    plan = random_plan(case, 35, num_context)
+    plan = replace(random_plan(case, 35, num_context), context_motion=motion)
     forms, old, new = model.forms(plan), model.call(0), model.call(1)
     expected = reference_partial(model, plan, old, new, monkeypatch)
     _, cache = forms.full(**old)

@@ -137,6 +137,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "as computed": {},
     "int8": {"cache_dtype": "int8"},
     "predicted": {"context_extrapolation": 1, "extrapolation": 1},
+    "moving": {"context_motion": 1, "extrapolation": 1},
     "some tokens": {"context_index": np.flatnonzero(~mask_of())[::2].copy()},
     "merged": {"context_cluster": np.arange(N - 35) // 2, "merging": "kmeans"},
 }
@@ -154,7 +155,7 @@ def test_the_same_edit_again(options: dict[str, Any]) -> None:
     record, first = recorded(fast, plan, calls)
     with hetcache.session(plan, strict=True, memory_of=record) as session:
         second = run(fast, calls)
-    exact = options.keys() <= {"context_extrapolation", "extrapolation"}
+    exact = options.keys() <= {"context_extrapolation", "context_motion", "extrapolation"}
     check(second, first if exact else [first[1]] * len(STEPS))
     assert session.stats.steps == {"FULL": 0, "PARTIAL": 5, "REUSE": 2}
     assert session.stats.recalled == STEPS.count("F")
@@ -455,6 +456,7 @@ def test_bytes_are_known_from_the_first_step_on_and_freed() -> None:
     [
         ({}, False),
         ({"context_extrapolation": 1}, False),
+        ({"context_motion": 1}, False),
         ({"cache_dtype": "int8"}, True),
         ({"cache_device": "cpu"}, True),
     ],

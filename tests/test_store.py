@@ -97,6 +97,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "boxes": {"merged_ratio": 0.3},
     "kmeans": {"merged_ratio": 0.3, "merging": "kmeans"},
     "boxes, predicted": {"merged_ratio": 0.3, "context_extrapolation": 1},
+    "moving, predicted": {"context_motion": 1, "context_extrapolation": 1},
     "chosen": {"selection": "attention"},
     "chosen, predicted": {"selection": "hetcache", "context_extrapolation": 1},
 }

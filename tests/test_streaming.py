@@ -68,6 +68,7 @@ STEPS = "FPRFP"
     [
         pytest.param({}, True, id="as computed", marks=pytest.mark.wide),
         pytest.param({"cache_dtype": "int8", "context_extrapolation": 1}, True, id="int8, predicted"),
+        pytest.param({"context_motion": 1}, True, id="moving", marks=pytest.mark.wide),
         pytest.param({"cache_dtype": "fp8"}, False, id="fp8, compiled whole", marks=pytest.mark.wide),
     ],
 )

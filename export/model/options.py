@@ -44,6 +44,8 @@ class ExportOptions:
             )
         if plan.form_options.cached_by == "attention":
             raise ExportError("engines cannot choose what they cache: make the plan with cached_by=distance")
+        if self.dynamic_active and plan.context_motion:
+            raise ExportError("--dynamic-active needs cached tokens as they are: make the plan with context_motion=0")
         if self.dynamic_active and plan.num_merged < plan.num_context:
             raise ExportError("--dynamic-active needs all cached tokens: make the plan with merged_ratio=1")
         if not FIRST_OPSET <= self.actual_opset <= LAST_OPSET:

@@ -41,9 +41,11 @@ PROBES = (0.04, 0.16, 0.4, 0.75)
 SHARES = (0.0625, 0.25)
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
-    {"context_extrapolation": 1},
+    {"context_motion": 1},
+    {"context_motion": 1, "context_extrapolation": 1},
     {"margin": 1.0},
-    {"margin": 1.0, "context_extrapolation": 1},
+    {"margin": 1.0, "context_motion": 1},
+    {"margin": 1.0, "context_motion": 1, "context_extrapolation": 1},
 )
 """Options of a plan that change what PARTIAL steps are off by, and that a planner may choose."""
 DIGESTS = "digests"

@@ -44,7 +44,7 @@ SLICES = 64
 QUARTERS = 4
 """Attentions cache so many parts of C on average, each some whole number of parts: so that few numbers differ, and what
 is compiled for blocks of one number is compiled once."""
-DEFAULTS = {"margin": 2.0, "context_extrapolation": 0}
+DEFAULTS = {"margin": 2.0, "context_extrapolation": 0, "context_motion": 0}
 """What a plan has where it says nothing."""
 
 

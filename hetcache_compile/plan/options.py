@@ -65,6 +65,11 @@ class PlanOptions:
     context_extrapolation: int = _option(
         0, "1 to predict cached keys and values from the last two FULL steps, for twice their memory"
     )
+    context_motion: int = _option(
+        0,
+        "1 to move the cached keys and values of a token as those of the nearest computed token outside the mask have "
+        "moved since the last FULL step",
+    )
     selection: str = _option(
         "uniform",
         f"how the context among the active tokens is chosen, one of {', '.join(SELECTIONS)}: none of it, spread "

@@ -159,6 +159,12 @@ def choose_context(
     return np.sort(rest[: round(cached_ratio * rest.size)])
 
 
+def nearest(chosen: NDArray[np.bool_], grid: Grid) -> NDArray[np.int64]:
+    """For each token `[N]` the nearest of the chosen ones, bool `[N]`, over time and space; at least one is chosen."""
+    places = distance_transform_edt(~chosen.reshape(grid), return_distances=False, return_indices=True)
+    return np.asarray(np.ravel_multi_index(tuple(places), grid), dtype=np.int64).ravel()
+
+
 def merge_context(
     context: NDArray[np.int64], distance: NDArray[np.float64], grid: Grid, *, merged_ratio: float
 ) -> NDArray[np.int64]:

@@ -35,6 +35,7 @@ from .partition import (
     choose_context,
     classify,
     merge_context,
+    nearest,
     to_token_grid,
 )
 from .prediction import Prediction
@@ -55,6 +56,7 @@ HEADER = (
     "schedule",
     "extrapolation",
     "context_extrapolation",
+    "context_motion",
     "selection",
     "merging",
     "cache_dtype",
@@ -99,6 +101,7 @@ class Plan:
             `passes.prediction.extrapolate`).
         context_extrapolation: 1 where cached K/V are predicted from two FULL steps, which takes their memory twice (see
             `passes.prediction.predict`); 0 where they are read as they are.
+        context_motion: 1 where cached K/V move with computed tokens near them (see `passes.prediction.motion`).
         selection: how the context among the active tokens is chosen (see `options.SELECTIONS`). Where full steps
             choose it (`passes.forms.select`), `active_index` is what they start from.
         context_cluster: int64 `[C]`, which of C' centroids each cached token goes into (see `passes.forms.merge`), or
@@ -137,6 +140,7 @@ class Plan:
     cached_by: str = "distance"
     cached_counts: tuple[int, ...] = ()
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    context_motion: int = 0
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     counted: CacheSize | None = None
 
@@ -158,6 +162,8 @@ class Plan:
             raise PlanError(f"extrapolation must be 0 to {MAX_ORDER}, got {self.extrapolation}")
         if self.context_extrapolation not in (0, 1):
             raise PlanError(f"context_extrapolation must be 0 or 1, got {self.context_extrapolation}")
+        if self.context_motion not in (0, 1):
+            raise PlanError(f"context_motion must be 0 or 1, got {self.context_motion}")
         if self.selection not in SELECTIONS:
             raise PlanError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         if self.selects_at_run_time and both.size < self.num_tokens:
@@ -168,6 +174,7 @@ class Plan:
             raise PlanError(f"cache_device must be one of {', '.join(CACHE_DEVICES)}, got {self.cache_device!r}")
         self._check_clusters()
         self._check_cached_by()
+        self._check_motion()
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
         self._check_weights()
@@ -212,6 +219,16 @@ class Plan:
         if not all(0 < count <= most for count in self.cached_counts) or sum(self.cached_counts) > total:
             raise PlanError(f"cached_counts must be 1 to {most} for each attention, and no more than {total} in all")
 
+    def _check_motion(self) -> None:
+        if not self.context_motion:
+            return
+        if self.selects_at_run_time:
+            raise PlanError(
+                f"selection {self.selection!r} changes the active tokens, with which no others can move: context_motion=0"
+            )
+        if not self.form_options.caches_all:
+            raise PlanError("context_motion needs every token active or cached: use cached_ratio 1 and merged_ratio 1")
+
     def _check_weights(self) -> None:
         if not self.weights.size:
             return
@@ -254,7 +271,7 @@ class Plan:
             self.grid, self.num_active, self.num_context, self.num_merged, self.merging if merged else "boxes",
             self.extrapolation, self.context_extrapolation, self.selection if self.selects_at_run_time else "fixed",
             self.cache_dtype, self.cached_by if self.num_active + self.num_context < self.num_tokens else "distance",
-            self.cached_counts,
+            self.cached_counts, self.context_motion,
         )  # fmt: skip
 
     @property
@@ -292,6 +309,18 @@ class Plan:
         """Int64 `[N]`: whether FULL steps may choose a token (see `passes.kernels.token_choice`): context only."""
         kept = np.where(self.active_mask, ALWAYS, NEVER)
         return np.where(self.token_kind == TokenKind.CONTEXT, CANDIDATE, kept).astype(np.int64)
+
+    @property
+    def token_anchor(self) -> NDArray[np.int64]:
+        """Int64 `[N]`: the place in `active_index` of the active token that shows how a token's K/V have moved.
+
+        It is the nearest one outside the mask, or the nearest one where all are inside; an active token is its own.
+        """
+        place = np.zeros(self.num_tokens, dtype=np.int64)
+        place[self.active_index] = np.arange(self.num_active)
+        active = self.active_mask
+        known = active & (self.token_kind != TokenKind.GENERATIVE)
+        return np.where(active, place, place[nearest(known if known.any() else active, self.grid)])
 
     @property
     def query_index(self) -> NDArray[np.int64]:
@@ -363,9 +392,12 @@ class Plan:
         )  # fmt: skip
         context = choose_context(active, distance, cached_ratio=chosen.cached_ratio)
         clusters = merge_context(context, distance, grid, merged_ratio=chosen.merged_ratio)
+        if chosen.context_motion and (kind[active] == TokenKind.GENERATIVE).all():
+            raise PlanError("context_motion needs computed tokens outside the mask: a context_ratio or margin above 0")
         plan = cls(
             grid, active, context, kind, make_schedule("full", num_inference_steps),
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
+            context_motion=chosen.context_motion,
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
             cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device, cached_by=chosen.cached_by,
         )  # fmt: skip
@@ -377,7 +409,10 @@ class Plan:
             return plan.with_schedule(schedule)
         if chosen.cached_shares == "measured":
             plan = replace(plan, cached_counts=calibration.counts_for(plan))
-        varied = {"margin": float(chosen.margin), "context_extrapolation": chosen.context_extrapolation}
+        varied = {
+            "margin": float(chosen.margin), "context_extrapolation": chosen.context_extrapolation,
+            "context_motion": chosen.context_motion,
+        }  # fmt: skip
         return calibration.like(varied).scheduled(plan, schedule, multistep=bool(chosen.multistep))
 
     @classmethod
@@ -390,6 +425,7 @@ class Plan:
         schedule: Schedule = "balanced",
         extrapolation: int = 0,
         context_extrapolation: int = 0,
+        context_motion: int = 0,
     ) -> Plan:
         """A plan in which exactly the tokens `active` (bool `[N]`) are active and all others are context.
 
@@ -409,7 +445,7 @@ class Plan:
         indices = np.flatnonzero(array), np.flatnonzero(~array)
         return cls(
             grid, *indices, kind, steps, schedule=schedule_name(schedule), extrapolation=extrapolation,
-            context_extrapolation=context_extrapolation,
+            context_extrapolation=context_extrapolation, context_motion=context_motion,
         )  # fmt: skip
 
     def with_schedule(self, schedule: Schedule) -> Plan:
@@ -442,6 +478,7 @@ class Plan:
             stored += f", {min(self.cached_counts)} to {max(self.cached_counts)} each"
         stored += " in the host's memory" if self.cache_device == "cpu" else ""
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
+        predicted += ", cached K/V move" if self.context_motion else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
         size = self.cache_size
         cache = "" if size is None else f"\n{size.describe(hosted=self.cache_device == 'cpu')}"

@@ -16,6 +16,7 @@ from ..ir.editor import FormPass
 from ..ir.form import Form
 from ..ir.pipeline import run_passes
 from ..prediction.extrapolate import Extrapolate
+from ..prediction.motion import MoveContext
 from ..prediction.predict import PredictContext
 from ..writing.cache_layout import cache_layout
 from ..writing.write import WRITERS
@@ -42,11 +43,12 @@ def functional_passes(options: FormOptions, time: str | None = None) -> list[For
     """
     chooses = options.selection != "fixed"
     passes: list[FormPass] = []
+    if chooses or options.context_motion:
+        passes += [KeepAllRows(options.num_tokens)]
     if chooses:
-        passes += [
-            KeepAllRows(options.num_tokens),
-            SelectActive(options.selection, options.num_tokens, options.num_active),
-        ]
+        passes += [SelectActive(options.selection, options.num_tokens, options.num_active)]
+    if options.context_motion:
+        passes += [MoveContext(options.num_tokens, options.num_active)]
     if options.cached_by == "attention":
         passes += [KeepRelevant(options.num_tokens, options.num_active, options.num_context, options.cached_counts)]
     if options.merges:
@@ -66,7 +68,7 @@ def functional_passes(options: FormOptions, time: str | None = None) -> list[For
 
 def in_process_passes(options: FormOptions) -> list[FormPass]:
     """What makes of a functional form the one that runs in a process: its cache is buffers that it overwrites."""
-    has_all_rows = options.selection != "fixed"
+    has_all_rows = options.selection != "fixed" or options.context_motion
     whole = [KeepAllRows(options.num_tokens)] if options.caches_all and not has_all_rows else []
     return [*whole, EmbedActive(), WriteInPlace()]
 

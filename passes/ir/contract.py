@@ -20,6 +20,7 @@ CACHED_BY = ("distance", "attention")
 """Which of the inactive tokens are cached, where not all are: the nearest, or by FULL steps (see
 `passes.forms.keep_relevant`)."""
 STEP_WEIGHTS = "step_weights"
+TOKEN_ANCHOR = "token_anchor"
 INACTIVE, ACTIVE = range(2)
 """The rows of `step_weights`."""
 
@@ -47,6 +48,7 @@ class FormOptions(NamedTuple):
         cache_dtype: one of `CACHE_DTYPES`.
         cached_by: one of `CACHED_BY`; "distance" where all are.
         cached_counts: how many tokens each attention caches, in graph order; empty where it is C for all.
+        context_motion: 1 where cached keys and values move with computed tokens near them.
     """
 
     grid: tuple[int, int, int]
@@ -60,6 +62,7 @@ class FormOptions(NamedTuple):
     cache_dtype: str = "same"
     cached_by: str = "distance"
     cached_counts: tuple[int, ...] = ()
+    context_motion: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +91,8 @@ class FormOptions(NamedTuple):
         """
         if kind == "partial" or self.selection != "fixed" or not self.caches_all:
             return self
-        return self._replace(num_active=1, num_context=self.num_tokens - 1, num_merged=self.num_tokens - 1)
+        context = self.num_tokens - 1
+        return self._replace(num_active=1, num_context=context, num_merged=context, context_motion=0)
 
     def at(self, budgets: Budgets) -> FormOptions:
         """The same options for another M and C."""

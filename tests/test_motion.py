@@ -1,0 +1,193 @@
+"""Cached keys and values that move with computed tokens: exact where neighbours move alike, wherever tokens lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hetcache_compile as hetcache
+from hetcache_compile.errors import PlanError, UnsupportedGraphError
+from hetcache_compile.passes.forms.collectives import Ranks
+from hetcache_compile.passes.forms.pipeline import write_form
+from hetcache_compile.plan.partition import TokenKind
+
+GRID = (2, 3, 5)
+N = 30
+KINDS = {"F": "full", "P": "partial", "R": "reuse"}
+TIMES = {"FP": [900, 700], "FFP": [900, 800, 500], "FPFP": [900, 700, 500, 200]}
+
+
+class Moving(nn.Module):
+    """Keys and values of tokens move in time: all alike, or those of each frame; those of text rows as they like.
+
+    Args:
+        degree: of the movement, as a polynomial in time.
+        by_frame: whether each frame has a movement of its own.
+        layout: what attention reads, such as `text, tokens`.
+    """
+
+    def __init__(self, degree: int = 2, by_frame: bool = False, layout: str = "tokens") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.query, self.pair = nn.Conv3d(3, 12, 1), nn.Linear(12, 12), nn.Linear(12, 24)
+        self.paths = nn.Parameter(torch.randn(degree, GRID[0] if by_frame else 1, 24))
+        self.layout = layout.split(", ")
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        t = timestep / 1000
+        moved = sum(path * t ** (power + 1) for power, path in enumerate(self.paths))
+        pairs = self.pair(x) + moved.repeat_interleave(N // len(moved), 0)
+        parts = {"tokens": pairs, "again": 2 * pairs, "text": text * t}
+        k, v = torch.cat([parts[name] for name in self.layout], 1).unflatten(2, (2, 2, 6)).permute(2, 0, 3, 1, 4)
+        q = self.query(x).unflatten(2, (2, 6)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x.transpose(1, 2).unflatten(2, GRID)
+
+
+SCATTERED = np.random.default_rng(1).permutation(N) < 9
+"""Active tokens, here and there."""
+
+
+def plan(steps: str = "FP", active: Any = SCATTERED, **options: Any) -> hetcache.Plan:
+    made = hetcache.Plan.from_token_mask(active, GRID, num_inference_steps=len(steps), schedule=list(steps))
+    return replace(made, **{"context_motion": 1, **options})
+
+
+def active_error(model: nn.Module, steps: str, inner: str | None = None, **options: Any) -> float:
+    """How far the last step is off at the active tokens, on latents that stay; with an inner compiler in a session."""
+    made, random = plan(steps, **options), torch.Generator().manual_seed(0)
+    given = torch.randn(1, 3, *GRID, generator=random), torch.randn(1, 4, 24, generator=random)
+    calls = [(*given, torch.tensor([time])) for time in TIMES[steps]]
+    with torch.no_grad():
+        expected = model(*calls[-1])
+        if inner is not None:
+            torch._dynamo.reset()
+            run = torch.compile(model, backend="hetcache", options={"inner": inner})
+            with hetcache.session(made, strict=True):
+                actual = [run(*call) for call in calls][-1]
+        else:
+            forms, cache = hetcache.rewrite(model, made, calls[0]), {}
+            for letter, call in zip(steps, calls, strict=True):
+                actual, cache = forms.run(KINDS[letter], cache, call, {})
+    rows = torch.from_numpy(made.active_index)
+    difference = (actual - expected).flatten(2)[:, :, rows].abs().max()
+    return float(difference / expected.abs().max())
+
+
+@pytest.mark.parametrize("inner", [None, "eager"])
+@pytest.mark.parametrize("layout", ["tokens", "text, tokens", "tokens, text", "again, text, tokens"])
+def test_exact_where_all_tokens_move_alike(layout: str, inner: str | None) -> None:
+    for steps in ("FP", "FPFP"):
+        assert active_error(Moving(layout=layout), steps, inner) < 1e-5
+        assert active_error(Moving(layout=layout), steps, inner, context_motion=0) > 1e-2
+
+
+def test_exact_where_the_nearest_active_token_moves_alike() -> None:
+    """Frames move otherwise, so that each token needs an anchor in its own."""
+    middle = np.zeros(GRID, dtype=bool)
+    middle[:, 1, 1:4] = True
+    frames = np.arange(N) // (N // GRID[0])
+    for active, same in ((middle.ravel(), True), (SCATTERED, False)):
+        made = plan(active=active)
+        assert (frames[made.active_index[made.token_anchor]] == frames).all() == same
+    assert active_error(Moving(by_frame=True), "FP", active=middle.ravel()) < 1e-5
+    assert active_error(Moving(by_frame=True), "FP") > 1e-3
+
+
+def test_what_a_prediction_is_off_is_moved() -> None:
+    """A parabola that all tokens share, of which a line knows nothing."""
+    for inner in (None, "eager"):
+        assert active_error(Moving(2), "FFP", inner, context_extrapolation=1) < 1e-5
+        assert active_error(Moving(2), "FFP", inner, context_extrapolation=1, context_motion=0) > 1e-3
+
+
+def test_inductor() -> None:
+    assert active_error(Moving(), "FPFP", "inductor") < 1e-5
+
+
+def test_stored_in_fewer_bytes() -> None:
+    for inner in (None, "eager"):
+        assert active_error(Moving(), "FPFP", inner, cache_dtype="int8") < 0.02
+        assert active_error(Moving(), "FPFP", inner, cache_dtype="int8", context_motion=0) > 0.05
+
+
+def test_nothing_moves_on_inputs_that_stay() -> None:
+    model, made = Moving(), plan()
+    call = torch.randn(1, 3, *GRID), torch.randn(1, 4, 24), torch.tensor([900.0])
+    forms = hetcache.rewrite(model, made, call)
+    with torch.no_grad():
+        full, cache = forms.run("full", {}, call, {})
+        partial, after = forms.run("partial", cache, call, {})
+    torch.testing.assert_close(partial, full, atol=1e-6, rtol=0)
+    for entry in forms.cache_entries:
+        if entry.group == "key_values":
+            assert torch.equal(after[entry.input_name], cache[entry.input_name]), "the cache is of the last full step"
+
+
+def test_it_takes_no_memory() -> None:
+    call = torch.randn(1, 3, *GRID), torch.randn(1, 4, 24), torch.tensor([900.0])
+    still, moving = (hetcache.rewrite(Moving(), plan(context_motion=motion), call) for motion in (0, 1))
+    assert moving.buffer_bytes == still.buffer_bytes
+
+
+def test_plans_of_any_active_tokens_share_their_full_form() -> None:
+    moving, still = plan().form_options, plan(context_motion=0).form_options
+    assert moving != still
+    assert all(moving.for_kind(kind) == still.for_kind(kind) for kind in ("full", "reuse"))
+
+
+def test_anchors() -> None:
+    """The nearest token that is computed and outside the mask; of a computed one, itself."""
+    mask = np.zeros((1, 1, 12), dtype=bool)
+    mask[..., :3] = True
+    made = hetcache.Plan.from_mask(
+        mask, mask.shape, schedule="full", margin=1.0, context_ratio=0.0, multiple=1, context_motion=1
+    )
+    assert made.active_index.tolist() == [0, 1, 2, 3]
+    assert made.token_anchor.tolist() == [0, 1, 2, *[3] * 9]
+    kind = np.full(12, TokenKind.CONTEXT, dtype=np.uint8)
+    kind[[0, 5]] = TokenKind.GENERATIVE
+    inactive = np.delete(np.arange(12), [0, 5, 9])
+    many = replace(made, active_index=np.array([0, 5, 9]), context_index=inactive, token_kind=kind)
+    assert many.token_anchor.tolist() == [0, 2, 2, 2, 2, 1, *[2] * 6]
+    alone = replace(many, active_index=np.array([0, 5]), context_index=np.delete(np.arange(12), [0, 5]))
+    assert alone.token_anchor.tolist() == [0, 0, 0, 1, 1, 1, *[1] * 6], "all are inside: the nearest of them"
+
+
+def test_it_is_saved(tmp_path: Any) -> None:
+    plan().save(tmp_path / "edit.hetplan")
+    loaded = hetcache.Plan.load(tmp_path / "edit.hetplan")
+    assert loaded.context_motion == 1
+    assert "cached K/V move" in loaded.describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_motion": 2}, "context_motion must be 0 or 1"),
+        ({"cached_ratio": 0.5}, "cached_ratio 1"),
+        ({"merged_ratio": 0.5}, "merged_ratio 1"),
+        ({"selection": "attention"}, "context_motion=0"),
+        ({"context_ratio": 0.0, "margin": 0.0, "multiple": 1}, "context_ratio or margin above 0"),
+    ],
+    ids=str,
+)
+def test_plans_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    mask = np.zeros((2, 6, 6), dtype=bool)
+    mask[:, 2:4, 2:4] = True
+    with pytest.raises(PlanError, match=message):
+        hetcache.Plan.from_mask(mask, mask.shape, **{"context_motion": 1, **options})
+
+
+def test_processes_that_share_rows_refuse_it() -> None:
+    call = torch.randn(1, 3, *GRID), torch.randn(1, 4, 24), torch.tensor([900.0])
+    forms = hetcache.rewrite(Moving(), plan(context_motion=0), call)
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)move with computed tokens.*context_motion=0"):
+        write_form("partial", forms.program.module, forms.analysis, plan().form_options, Ranks(0, 2, "rows"))
