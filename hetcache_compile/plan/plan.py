@@ -224,7 +224,7 @@ class Plan:
             return
         if self.selects_at_run_time:
             raise PlanError(
-                f"selection {self.selection!r} changes the active tokens, with which no others can move: context_motion=0"
+                f"selection {self.selection!r} changes the active tokens, with which others move: context_motion=0"
             )
         if not self.form_options.caches_all:
             raise PlanError("context_motion needs every token active or cached: use cached_ratio 1 and merged_ratio 1")

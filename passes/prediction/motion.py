@@ -1,7 +1,7 @@
 """Move cached keys and values as those of computed tokens near them have moved since the last FULL step.
 
-What is stale in a partial step are the keys and values of the context. Its active tokens show how stale: the cache holds
-their own keys and values of the last FULL step too, and the difference to the fresh ones is much the same for
+What is stale in a partial step are the keys and values of the context. The active tokens show how stale: the cache
+holds their keys and values of the last FULL step too, and the difference to the fresh ones is much the same for
 neighbours. So every inactive token has an *anchor*, the nearest active token that is not generated, and moves by its
 anchor's difference. That takes no model call and no memory; a few context tokens that are computed all over the
 picture (`context_ratio`) are anchors for all others.
