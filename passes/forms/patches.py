@@ -86,5 +86,5 @@ def embed(
         index = index // length
     of_patch = split.permute(0, *dims, 1, *(dim + 1 for dim in dims))[(slice(None), *places)]
     flat = of_patch.flatten(2).flatten(0, 1)  # torch versions differ in how they flatten it themselves
-    rows = functional.linear(flat, weight.flatten(1), bias).unflatten(0, (len(latents), -1))
+    rows = functional.linear(flat, weight.flatten(1), bias).view(len(latents), -1, len(weight))
     return (rows.transpose(1, 2).contiguous(),)  # as `index_select` leaves it, which strides behind it follow
