@@ -171,7 +171,7 @@ def reference_partial(
     active[plan.active_index] = True
     seen = active.clone()
     seen[plan.context_index] = True
-    anchor = torch.from_numpy(plan.active_index[plan.token_anchor])
+    anchors = torch.from_numpy(plan.active_index[plan.token_anchors])
     cached: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def record(key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...]:
@@ -182,7 +182,7 @@ def reference_partial(
         return read(key, cached[0][0]), read(value, cached.pop(0)[1]), seen[None, :]
 
     def read(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
-        moved = then + (now - then)[..., anchor, :] if plan.context_motion else then
+        moved = then + (now - then)[..., anchors, :].mean(-3) if plan.context_motion else then
         return torch.where(active[:, None], now, moved)
 
     with self_attention(monkeypatch, record, N):

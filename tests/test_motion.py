@@ -89,15 +89,16 @@ def test_exact_where_all_tokens_move_alike(layout: str, inner: str | None) -> No
         assert active_error(Moving(layout=layout), steps, inner, context_motion=0) > 1e-2
 
 
-def test_exact_where_the_nearest_active_token_moves_alike() -> None:
-    """Frames move otherwise, so that each token needs an anchor in its own."""
-    middle = np.zeros(GRID, dtype=bool)
-    middle[:, 1, 1:4] = True
+def test_exact_where_the_nearest_active_tokens_move_alike() -> None:
+    """Frames move otherwise, so that each token needs anchors in its own."""
+    sides = np.zeros(GRID, dtype=bool)
+    sides[:, :, [0, 1, 3, 4]] = True
     frames = np.arange(N) // (N // GRID[0])
-    for active, same in ((middle.ravel(), True), (SCATTERED, False)):
+    for active, same in ((sides.ravel(), True), (SCATTERED, False)):
         made = plan(active=active)
-        assert (frames[made.active_index[made.token_anchor]] == frames).all() == same
-    assert active_error(Moving(by_frame=True), "FP", active=middle.ravel()) < 1e-5
+        alike = frames[made.active_index[made.token_anchors]] == frames
+        assert alike[:, made.context_index].all() == same
+    assert active_error(Moving(by_frame=True), "FP", active=sides.ravel()) < 1e-5
     assert active_error(Moving(by_frame=True), "FP") > 1e-3
 
 
@@ -144,21 +145,24 @@ def test_plans_of_any_active_tokens_share_their_full_form() -> None:
 
 
 def test_anchors() -> None:
-    """The nearest token that is computed and outside the mask; of a computed one, itself."""
+    """The nearest tokens that are computed and outside the mask."""
     mask = np.zeros((1, 1, 12), dtype=bool)
     mask[..., :3] = True
     made = hetcache.Plan.from_mask(
         mask, mask.shape, schedule="full", margin=1.0, context_ratio=0.0, multiple=1, context_motion=1
     )
     assert made.active_index.tolist() == [0, 1, 2, 3]
-    assert made.token_anchor.tolist() == [0, 1, 2, *[3] * 9]
+    assert made.token_anchors.tolist() == [[3] * 12] * 2, "one is as good as two"
     kind = np.full(12, TokenKind.CONTEXT, dtype=np.uint8)
     kind[[0, 5]] = TokenKind.GENERATIVE
-    inactive = np.delete(np.arange(12), [0, 5, 9])
-    many = replace(made, active_index=np.array([0, 5, 9]), context_index=inactive, token_kind=kind)
-    assert many.token_anchor.tolist() == [0, 2, 2, 2, 2, 1, *[2] * 6]
-    alone = replace(many, active_index=np.array([0, 5]), context_index=np.delete(np.arange(12), [0, 5]))
-    assert alone.token_anchor.tolist() == [0, 0, 0, 1, 1, 1, *[1] * 6], "all are inside: the nearest of them"
+    active = np.array([0, 2, 5, 9, 11])
+    many = replace(made, active_index=active, context_index=np.delete(np.arange(12), active), token_kind=kind)
+    first, second = active[many.token_anchors]
+    assert first[[0, 1, 2, 3, 7, 8, 9, 11]].tolist() == [2, 2, 2, 2, 9, 9, 9, 11]
+    assert second[[0, 1, 2, 3, 7, 8, 9, 11]].tolist() == [9, 9, 9, 9, 11, 11, 11, 9]
+    inside = np.array([0, 5])
+    alone = replace(many, active_index=inside, context_index=np.delete(np.arange(12), inside))
+    assert inside[alone.token_anchors[0]].tolist() == [0, 0, 0, 5, 5, 5, *[5] * 6], "all are inside: any of them"
 
 
 def test_it_is_saved(tmp_path: Any) -> None:

@@ -145,7 +145,7 @@ def not_counted(calibration: Calibration, schedule: str, options: Mapping[str, A
     of the preset too.
     """
     options = {**preset_options(schedule), **options}
-    usual = {"cached_ratio": 1.0, "merged_ratio": 1.0, "margin_ratio": 1.0, "selection": "uniform"}
+    usual = {"cached_ratio": 1.0, "merged_ratio": 1.0, "margin_ratio": 1.0, "selection": "uniform", "context_motion": 0}
     measured = {**usual, **calibration.like(options).variants[0]}
     changed = [f"{name} {options[name]}" for name, value in measured.items() if options.get(name, value) != value]
     return f"not measured, so what is expected leaves it out: {', '.join(changed)}\n" if changed else ""

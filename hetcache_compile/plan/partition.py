@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
+from scipy.spatial import KDTree
 
 from ..errors import MaskError, PlanError
 from .mask import to_mask
@@ -159,10 +160,15 @@ def choose_context(
     return np.sort(rest[: round(cached_ratio * rest.size)])
 
 
-def nearest(chosen: NDArray[np.bool_], grid: Grid) -> NDArray[np.int64]:
-    """For each token `[N]` the nearest of the chosen ones, bool `[N]`, over time and space; at least one is chosen."""
-    places = distance_transform_edt(~chosen.reshape(grid), return_distances=False, return_indices=True)
-    return np.asarray(np.ravel_multi_index(tuple(places), grid), dtype=np.int64).ravel()
+def nearest(chosen: NDArray[np.int64], grid: Grid, count: int) -> NDArray[np.int64]:
+    """For each token those of the chosen ones `[R]` that are nearest to it, over time and space.
+
+    Returns:
+        int64 `[count, N]`: numbers of chosen tokens, the nearest first; the same ones again where fewer are chosen.
+    """
+    places = np.stack(np.unravel_index(np.arange(prod(grid)), grid), axis=1)
+    _, found = KDTree(places[chosen]).query(places, k=range(1, 1 + min(count, chosen.size)))
+    return np.ascontiguousarray(found[:, np.arange(count) % found.shape[1]].T, dtype=np.int64)
 
 
 def merge_context(

@@ -20,6 +20,7 @@ from ..passes.ir.contract import (
     CANDIDATE,
     MAX_ORDER,
     NEVER,
+    NUM_ANCHORS,
     NUM_QUERIES,
     STRATEGIES,
     Budgets,
@@ -311,16 +312,14 @@ class Plan:
         return np.where(self.token_kind == TokenKind.CONTEXT, CANDIDATE, kept).astype(np.int64)
 
     @property
-    def token_anchor(self) -> NDArray[np.int64]:
-        """Int64 `[N]`: the place in `active_index` of the active token that shows how a token's K/V have moved.
+    def token_anchors(self) -> NDArray[np.int64]:
+        """Int64 `[NUM_ANCHORS, N]`: the places in `active_index` of the tokens that show how a token's K/V have moved.
 
-        It is the nearest one outside the mask, or the nearest one where all are inside; an active token is its own.
+        They are the nearest active ones outside the mask; the nearest active ones where all are inside.
         """
-        place = np.zeros(self.num_tokens, dtype=np.int64)
-        place[self.active_index] = np.arange(self.num_active)
-        active = self.active_mask
-        known = active & (self.token_kind != TokenKind.GENERATIVE)
-        return np.where(active, place, place[nearest(known if known.any() else active, self.grid)])
+        known = np.flatnonzero(self.token_kind[self.active_index] != TokenKind.GENERATIVE)
+        known = known if known.size else np.arange(self.num_active)
+        return known[nearest(self.active_index[known], self.grid, NUM_ANCHORS)]
 
     @property
     def query_index(self) -> NDArray[np.int64]:

@@ -20,7 +20,9 @@ CACHED_BY = ("distance", "attention")
 """Which of the inactive tokens are cached, where not all are: the nearest, or by FULL steps (see
 `passes.forms.keep_relevant`)."""
 STEP_WEIGHTS = "step_weights"
-TOKEN_ANCHOR = "token_anchor"
+TOKEN_ANCHORS, NUM_ANCHORS = "token_anchors", 2
+"""Context that moves: an index, and how many computed tokens show how one that is not computed has moved. One has noise
+of its own, which would be that of all its neighbours; more are farther away."""
 INACTIVE, ACTIVE = range(2)
 """The rows of `step_weights`."""
 
