@@ -49,7 +49,7 @@ docs: .venv/ready build/typings   ## the pages of docs/ and the API, into build/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/ready   ## measure the forms into benchmarks/results, and put the figures into docs/benchmarks.md
-	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5
+	$(BIN)/python benchmarks/steps.py --active 0.125 0.25 0.5 --moving
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/tables.py
 

@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--control-layers", type=int, default=2)
     parser.add_argument("--active", type=float, nargs="+", default=[0.25])
     parser.add_argument("--cache-dtypes", nargs="+", default=["same"], choices=CACHE_DTYPES, help="of the cache")
+    parser.add_argument("--moving", action="store_true", help="partial forms with context_motion=1 too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -145,14 +146,15 @@ def main() -> None:
         active = np.zeros(num_tokens, dtype=bool)
         active[generator.permutation(num_tokens)[: round(share * num_tokens)]] = True
         plan = hetcache.Plan.from_token_mask(active, GRID, num_inference_steps=5)
-        of_share = {
-            cache_dtype: hetcache.rewrite(model, replace(plan, cache_dtype=cache_dtype), kwargs=kwargs)
-            for cache_dtype in args.cache_dtypes
+        plans = {
+            "" if dtype == "same" else f", {dtype}": replace(plan, cache_dtype=dtype) for dtype in args.cache_dtypes
         }
-        for (cache_dtype, forms), kind in itertools.product(of_share.items(), ("full", "partial", "reuse")):
-            name = f"partial {share:g}" if kind == "partial" else kind
-            name += "" if cache_dtype == "same" else f", {cache_dtype}"
-            if name not in runs and not (kind == "reuse" and cache_dtype != "same"):
+        plans |= {", context moves": replace(plan, context_motion=1)} if args.moving else {}
+        of_share = {change: hetcache.rewrite(model, changed, kwargs=kwargs) for change, changed in plans.items()}
+        for (change, forms), kind in itertools.product(of_share.items(), ("full", "partial", "reuse")):
+            name = (f"partial {share:g}" if kind == "partial" else kind) + change
+            same = kind == "reuse" or (kind == "full" and forms.plan.context_motion)
+            if name not in runs and not (same and change):
                 print(f"compiling {name}", file=sys.stderr)
                 run, arguments, flops[name] = prepare(forms, kind, kwargs, inner)
                 runs[name] = run, arguments

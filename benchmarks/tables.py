@@ -205,8 +205,8 @@ def soak_text(result: dict) -> str:
 
 def look_ahead_table(result: dict) -> str:
     rows = [
-        "| schedule | margin | steps | M/N | FLOPs of the model | PSNR to the uncached result | PSNR to the truth |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| schedule | margin | moves | steps | M/N | FLOPs of the model | PSNR to the uncached result | to the truth |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     clips = list(result["cells"].values())
     for name, typical in sorted(result["medians"].items(), key=lambda item: item[1]["speedup_flops"]):
@@ -216,7 +216,8 @@ def look_ahead_table(result: dict) -> str:
         active = sorted(cell["active"] for cell in cells)
         fidelity = f"{typical['fidelity_db']:.1f} dB, worst {min(cell['fidelity_db'] for cell in cells):.1f}"
         rows.append(
-            f"| `{name.partition('+')[0]}` | {found[1] if found else 'searched'} | {steps} | {active[0]:.2f} to "
+            f"| `{name.partition('+')[0]}` | {found[1] if found else 'searched'} | "
+            f"{'yes' if 'context_motion=1' in name else 'no'} | {steps} | {active[0]:.2f} to "
             f"{active[-1]:.2f} | {typical['speedup_flops']:.2f}x | {fidelity} | {typical['quality_db']:.1f} dB |"
         )
     uncached = median(clip["full"]["quality_db"] for clip in clips)
@@ -226,6 +227,30 @@ def look_ahead_table(result: dict) -> str:
         f"inside the mask; the uncached results have {uncached:.1f} dB to the truth. Speed-up is in FLOPs of the "
         f"forms, no time was taken. Schedules that begin with FF look ahead, to {result['at']:g} of the first time: "
         "`python benchmarks/look_ahead.py`."
+    )
+    return "\n".join(rows)
+
+
+def fresher_context_table(result: dict) -> str:
+    """Each way to keep the context fresh, by schedule and mask size."""
+    cells = result["cells"]
+    groups = {group: [clip for clip in cells if mask_size(clip) == group] for group in map(mask_size, cells)}
+    schedules = list(next(iter(cells.values())))
+    columns = [(schedule, group) for schedule in schedules for group in sorted(groups, key=int)]
+    heads = [f"`{schedule}`, {group} %" for schedule, group in columns]
+    rows = [f"| context | {' | '.join(heads)} |", "| --- |" + " --- |" * len(columns)]
+    for way in next(iter(cells.values()))[schedules[0]]:
+        found = [[cells[clip][schedule][way] for clip in groups[group]] for schedule, group in columns]
+        figures = [
+            f"{median(c['psnr_db'] for c in of):.1f} dB, {median(c['fewer_flops'] for c in of):.2f}x" for of in found
+        ]
+        rows.append(f"| {f'`{way}`' if '=' in way else way} | {' | '.join(figures)} |")
+    rows.append("")
+    rows.append(
+        f"Reference model without guidance, {len(cells)} held-out clips, 8 steps, margin {result['margin']:g}; medians "
+        "inside the mask to the uncached result, and FLOPs of all steps FULL over those of the schedule. The last two "
+        f"rows are plans in sessions, the others are simulated. {result['processor']}, torch "
+        f"{result['versions']['torch']}: `python benchmarks/fresher_context.py`."
     )
     return "\n".join(rows)
 
@@ -356,6 +381,7 @@ TABLES = (
     ("overhead", "overhead", overhead_table, BENCHMARKS),
     ("ladder", "ladder", ladder_table, BENCHMARKS),
     ("soak", "soak", soak_text, BENCHMARKS),
+    ("fresher_context", "fresher_context", fresher_context_table, BENCHMARKS),
     ("look_ahead", "look_ahead", look_ahead_table, BENCHMARKS),
     ("reference", "reference", reference_table, MODEL_CARD),
     ("few_steps_reference", "reference_few_steps", few_steps_reference_table, MODEL_CARD),

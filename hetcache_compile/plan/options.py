@@ -67,7 +67,7 @@ class PlanOptions:
     )
     context_motion: int = _option(
         0,
-        "1 to move the cached keys and values of a token as those of the nearest computed token outside the mask have "
+        "1 to move the cached keys and values of a token as those of the nearest computed tokens outside the mask have "
         "moved since the last FULL step",
     )
     selection: str = _option(
