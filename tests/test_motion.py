@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.errors import PlanError, UnsupportedGraphError
-from hetcache_compile.passes.forms.collectives import Ranks
-from hetcache_compile.passes.forms.pipeline import write_form
+from hetcache_compile.errors import PlanError
 from hetcache_compile.plan.partition import TokenKind
 
 GRID = (2, 3, 5)
@@ -109,6 +107,7 @@ def test_what_a_prediction_is_off_is_moved() -> None:
         assert active_error(Moving(2), "FFP", inner, context_extrapolation=1, context_motion=0) > 1e-3
 
 
+@pytest.mark.wide
 def test_inductor() -> None:
     assert active_error(Moving(), "FPFP", "inductor") < 1e-5
 
@@ -188,10 +187,3 @@ def test_plans_that_cannot_be(options: dict[str, Any], message: str) -> None:
     mask[:, 2:4, 2:4] = True
     with pytest.raises(PlanError, match=message):
         hetcache.Plan.from_mask(mask, mask.shape, **{"context_motion": 1, **options})
-
-
-def test_processes_that_share_rows_refuse_it() -> None:
-    call = torch.randn(1, 3, *GRID), torch.randn(1, 4, 24), torch.tensor([900.0])
-    forms = hetcache.rewrite(Moving(), plan(context_motion=0), call)
-    with pytest.raises(UnsupportedGraphError, match=r"(?s)move with computed tokens.*context_motion=0"):
-        write_form("partial", forms.program.module, forms.analysis, plan().form_options, Ranks(0, 2, "rows"))

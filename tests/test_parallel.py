@@ -102,6 +102,8 @@ def test_a_configuration_of_diffusers_says_who_shares_rows(two: Ranks, config: A
 OPTIONS: dict[str, dict[str, Any]] = {
     "predicted outputs": {"extrapolation": 1},
     "predicted context": {"context_extrapolation": 1},
+    "context moves": {"context_motion": 1},
+    "predicted context moves": {"context_motion": 1, "context_extrapolation": 1},
     "int8": {"cache_dtype": "int8"},
     "half of the context": {"cached": 30},
     "merged in boxes": {"merging": "boxes"},

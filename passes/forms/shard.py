@@ -50,9 +50,6 @@ def write_share(kind: str, source: GraphModule, analysis: Analysis, options: For
     """
     if kind == "reuse":
         return write_reuse(source, analysis, options.budgets)
-    if options.context_motion:
-        reason = "cached keys and values move with computed tokens, which other processes may have"
-        raise UnsupportedGraphError([Refusal(reason, help="make the plan with context_motion=0")])
     if options.selection != "fixed":
         reason = f"full steps choose the active tokens ({options.selection}), which needs the queries of all ranks"
         raise UnsupportedGraphError([Refusal(reason, help="make the plan with selection='uniform'")])
