@@ -93,7 +93,12 @@ class ArrayFile:
     def save_tensors(self, path: PathLike, tensors: dict[str, torch.Tensor], header: Mapping[str, Any]) -> None:
         """Write a file of tensors, of types that numpy may not know."""
         metadata = {"format": self.format, "schema_version": str(self.version), self.noun: json.dumps(header)}
-        atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+        def write(temporary: str) -> None:
+            save_file(tensors, temporary, metadata=metadata)
+            _sort_metadata(temporary)
+
+        atomically(Path(path), write)
 
     def load(self, path: PathLike, decode: Callable[[dict[str, Any], Arrays], T]) -> T:
         """What `decode(header, arrays)` makes of the file. Whatever goes wrong is the format's error, with the path."""
@@ -123,3 +128,18 @@ class ArrayFile:
             raise error if str(path) in str(error) else self.error(f"{path}: {error}") from error
         except (SafetensorError, HetCacheError, OSError, KeyError, TypeError, ValueError) as error:
             raise self.error(f"{path} cannot be read as a {self.noun}: {error}") from error
+
+
+def _sort_metadata(path: PathLike) -> None:
+    """Make the bytes of a safetensors file those of its content: safetensors writes metadata in any order.
+
+    Digests of calibrations say whether results belong together.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))

@@ -229,6 +229,15 @@ def test_files_that_are_no_plans(plan, tmp_path):
         Plan.load(tmp_path / "missing.hetplan")
 
 
+def test_one_plan_is_the_same_bytes(plan, tmp_path):
+    """safetensors itself writes metadata in any order."""
+    contents = set()
+    for number in range(8):
+        plan.save(tmp_path / f"{number}.hetplan")
+        contents.add((tmp_path / f"{number}.hetplan").read_bytes())
+    assert len(contents) == 1
+
+
 def test_a_save_that_fails_leaves_what_was_there(plan, tmp_path, monkeypatch):
     path = tmp_path / "a.hetplan"
     plan.save(path)
