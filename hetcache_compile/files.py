@@ -140,6 +140,6 @@ def _sort_metadata(path: PathLike) -> None:
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:
-            file.seek(8)
-            file.write(text.ljust(size))
+        assert len(text) <= size, "the same text in another order is as long"
+        file.seek(8)
+        file.write(text.ljust(size))

@@ -323,7 +323,7 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert "less time in the model than 8 FULL steps" in out
         assert "balanced" in out
         assert "chosen, the first of:" in out
-        assert out.count("margin 1") == 3, "all variants of that margin were considered"
+        assert out.count("margin 1") == 4, "all variants of that margin were considered"
         assert "not measured" not in out
     status, out, _ = run(*plan, "--budget", "2x", "--calibration", calibration, "-o", path, "--set", "cached_ratio=0")
     assert "not measured, so what is expected leaves it out: cached_ratio 0" in out

@@ -19,7 +19,7 @@ from ..calibration.record import DEFAULTS, FEWEST_STEPS, SLICES, Array, Costs, M
 from ..capture.rewrite import Forms, rewrite, write_forms
 from ..edit.editing import EditRequest, Progress, compiled, make_plan, run_pipeline, warm_up
 from ..edit.media import Clip
-from ..errors import CalibrationError
+from ..errors import CalibrationError, PlanError
 from ..passes.forms.all_rows import KeepAllRows
 from ..passes.forms.attention_mass import MeasureMass
 from ..passes.ir.pipeline import run_passes
@@ -39,13 +39,11 @@ FULL_BEFORE = 0.2
 PROBES = (0.04, 0.16, 0.4, 0.75)
 """Where errors are put in, as shares of the steps: close together where what becomes of them changes most."""
 SHARES = (0.0625, 0.25)
-VARIANTS: tuple[dict[str, Any], ...] = (
-    {},
-    {"context_motion": 1},
-    {"context_motion": 1, "context_extrapolation": 1},
-    {"margin": 1.0},
-    {"margin": 1.0, "context_motion": 1},
-    {"margin": 1.0, "context_motion": 1, "context_extrapolation": 1},
+VARIANTS: tuple[dict[str, Any], ...] = tuple(
+    {**margin, **predicted, **moving}
+    for margin in ({}, {"margin": 1.0})
+    for moving in ({}, {"context_motion": 1})
+    for predicted in ({}, {"context_extrapolation": 1})
 )
 """Options of a plan that change what PARTIAL steps are off by, and that a planner may choose."""
 DIGESTS = "digests"
@@ -117,13 +115,15 @@ def calibrate(
         inner: the torch.compile backend of the timed forms. Errors are measured on forms that run eagerly.
         costs: what steps take, if that is known; nothing is timed then.
         shares: M / N of the PARTIAL steps that are timed.
-        variants: options of `plan_for` that PARTIAL steps are run with, in turn, in place of those of `partition`.
+        variants: options of `plan_for` that PARTIAL steps are run with, in turn, in place of those of `partition`;
+            those that `partition` leaves no plan for the first clip are left out.
         settings: what else belongs to this calibration, such as the model's name; as JSON knows it.
         partition: of `plan_for`.
 
     Raises:
         CalibrationError: the file there belongs to other settings, the pipeline has two transformers, or two clips
             have one name.
+        PlanError: a clip has no plan.
     """
     if getattr(pipe, "transformer_2", None) is not None:
         raise CalibrationError("pipelines with two transformers cannot be calibrated yet")
@@ -138,19 +138,6 @@ def calibrate(
         "size": list(clips[0].video.shape[:3]) if clips else None,
         **partition,
     }
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(num_inference_steps)
-    one_step = step_lengths(pipe.scheduler, num_inference_steps) is not None
-    empty = _empty(
-        scheduler.timesteps.double().cpu().numpy(),
-        one_step=one_step,
-        variants=tuple({**DEFAULTS, **partition, **chosen} for chosen in variants),
-        settings=known,
-    )
-    digests = {clip.name: str(describe_clip(clip)["digest"]) for clip in clips}
-    if len(digests) < len(clips):
-        raise CalibrationError(f"clips need names of their own, got {', '.join(clip.name for clip in clips)}")
-    calibration = _open(out, empty, digests)
     requests = {
         clip.name: EditRequest(
             video=clip.video, mask=clip.mask, prompt=clip.prompt, num_inference_steps=num_inference_steps,
@@ -158,6 +145,20 @@ def calibrate(
         )
         for clip in clips
     }  # fmt: skip
+    plans = _plans(pipe, requests, variants, partition)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    one_step = step_lengths(pipe.scheduler, num_inference_steps) is not None
+    empty = _empty(
+        scheduler.timesteps.double().cpu().numpy(),
+        one_step=one_step,
+        variants=tuple({**DEFAULTS, **partition, **chosen} for chosen, _ in plans),
+        settings=known,
+    )
+    digests = {clip.name: str(describe_clip(clip)["digest"]) for clip in clips}
+    if len(digests) < len(clips):
+        raise CalibrationError(f"clips need names of their own, got {', '.join(clip.name for clip in clips)}")
+    calibration = _open(out, empty, digests)
     # Times first: a calibration that is cut short after its first clip can be used as it is.
     if costs is None and requests and (calibration.costs is None or calibration.costs.inner != inner):
         request = next(iter(requests.values()))
@@ -168,14 +169,44 @@ def calibrate(
     for number, (name, request) in enumerate(requests.items()):
         progress("clips", number, len(requests))
         if name not in calibration.clips:
-            options: list[dict[str, Any]] = [{"extrapolation": 0, **partition, **chosen} for chosen in variants]
-            plans = [make_plan(pipe, request, "full", **each) for each in options]
-            calibration = calibration.add(name, measure_clip(pipe, request, plans, calibration, progress))
+            of_clip = [of_clips[name] for _, of_clips in plans]
+            calibration = calibration.add(name, measure_clip(pipe, request, of_clip, calibration, progress))
             measured = {**calibration.settings.get(DIGESTS, {}), name: digests[name]}
             calibration = replace(calibration, settings={**calibration.settings, DIGESTS: measured})
             calibration.save(out)
     progress("clips", len(requests), len(requests))
     return calibration
+
+
+def _plans(
+    pipe: Any,
+    requests: Mapping[str, EditRequest],
+    variants: Sequence[Mapping[str, Any]],
+    partition: Mapping[str, Any],
+) -> list[tuple[Mapping[str, Any], dict[str, Plan]]]:
+    """The variants that the partition leaves a plan, each with the plans of all clips by name.
+
+    Raises:
+        PlanError: there is none, or another clip has none.
+    """
+    found: list[tuple[Mapping[str, Any], dict[str, Plan]]] = []
+    refused: PlanError | None = None
+    for chosen in variants:
+        options = {"extrapolation": 0, **partition, **chosen}
+        of_clips: dict[str, Plan] = {}
+        for name, request in requests.items():
+            try:
+                of_clips[name] = make_plan(pipe, request, "full", **options)
+            except PlanError as error:
+                if of_clips:
+                    raise PlanError(f"the clip {name}: {error}") from error
+                refused = error
+                break
+        else:
+            found.append((chosen, of_clips))
+    if refused is not None and not found:
+        raise refused
+    return found
 
 
 def _open(out: Path, empty: Calibration, digests: Mapping[str, str]) -> Calibration:

@@ -139,7 +139,13 @@ def _make(
         references = np.zeros((whole[0] - grid[0], *grid[1:]), dtype=bool)
         return Plan.from_mask(np.concatenate([tokens, references]), whole, **options)
     options.pop("context_ratio", None)  # there always; the share is of all tokens that are computed
-    if of_mask := options.keys() - {"num_inference_steps", "schedule", "extrapolation", "context_extrapolation"}:
+    if of_mask := options.keys() - {
+        "num_inference_steps",
+        "schedule",
+        "extrapolation",
+        "context_extrapolation",
+        "context_motion",
+    }:
         raise EstimateError(f"{', '.join(sorted(of_mask))} of a plan needs a mask: give --mask or --plan")
     count = max(1, round(active * int(np.prod(grid))))
     return Plan.from_token_mask(np.arange(np.prod(whole)) < count, whole, **options)

@@ -391,8 +391,11 @@ class Plan:
         )  # fmt: skip
         context = choose_context(active, distance, cached_ratio=chosen.cached_ratio)
         clusters = merge_context(context, distance, grid, merged_ratio=chosen.merged_ratio)
-        if chosen.context_motion and (kind[active] == TokenKind.GENERATIVE).all():
-            raise PlanError("context_motion needs computed tokens outside the mask: a context_ratio or margin above 0")
+        if chosen.context_motion and context.size and (kind[active] == TokenKind.GENERATIVE).all():
+            raise PlanError(
+                "context_motion needs computed tokens outside the mask: a context_ratio above 0, or a margin and "
+                "margin_ratio above 0"
+            )
         plan = cls(
             grid, active, context, kind, make_schedule("full", num_inference_steps),
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +174,15 @@ class Record:
                 f"step {missing[0]} is FULL in the plan and was not recorded: recorded were "
                 f"{', '.join(map(str, self.steps)) or 'none'}"
             )
+
+    def known_to(self, plan: Plan) -> Plan:
+        """A plan that knows which of its computed tokens the recorded edit generated.
+
+        They change because they are another's content now, and do not show how the context moves.
+        """
+        generated = self.plan.token_kind == TokenKind.GENERATIVE
+        kind = np.where(generated, TokenKind.GENERATIVE, plan.token_kind).astype(np.uint8)
+        return replace(plan, token_kind=kind) if plan.context_motion else plan
 
     def check_entries(self, entries: tuple[CacheEntry, ...], plan: Plan) -> None:
         """See that what a form reads does not depend on which tokens are active, or that they are the recorded ones.

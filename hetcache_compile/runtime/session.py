@@ -183,6 +183,7 @@ class Session:
         self.restorer = Restorer(~self.plan.active_mask)
         if memory_of is not None:
             self._check_memory(memory_of)
+            self.plans = (memory_of.known_to(self.plan),)
         self.strict, self.check_finite = strict, check_finite
         self.stats = Stats()
         self.is_open = False

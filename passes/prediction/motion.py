@@ -3,8 +3,8 @@
 What is stale in a partial step are the keys and values of the context. The active tokens show how stale: the cache
 holds their keys and values of the last FULL step too, and the difference to the fresh ones is much the same for
 neighbours. So each token moves by the mean difference of its *anchors*, the nearest active tokens that are not
-generated. That takes no model call and no memory; a few context tokens that are computed all over the picture
-(`context_ratio`) are anchors for all others.
+generated. That takes no model call and nothing more in the cache; a few context tokens that are computed all over the
+picture (`context_ratio`) are anchors for all others.
 
 =========  =================================================================================
 form       after the pass
@@ -14,7 +14,8 @@ partial    reads `cached[token] + mean(fresh[anchors] - cached[anchors])`; the c
 reuse      as before
 =========  =================================================================================
 
-Where inputs have not changed, nothing moves. Cached values that are predicted (`predict`) move by what the prediction
+Where inputs have not changed, nothing moves, but for what a smaller cache type rounds. Sums (linear attention) do not
+move. Cached values that are predicted (`predict`) move by what the prediction
 of their anchors is off.
 """
 
