@@ -235,7 +235,7 @@ def test_partial_in_place(forms: Forms) -> None:
 + view_9: view(p_patch_weight, [14, 12]) -> (14, 12)
 + t: t(view_9) -> (12, 14)
 + addmm: addmm(p_patch_bias, view_8, t) -> (8, 14)
-+ view_10: view(addmm, [1, 8, 14]) -> (1, 8, 14)
++ view_10: view(addmm, [1, -1, 14]) -> (1, 8, 14)
 + transpose_5: transpose(view_10, 1, 2) -> (1, 14, 8)
 + clone_1: clone(transpose_5) -> (1, 14, 8)
 - transpose: transpose(index_select, 1, 2) -> (1, 8, 14)
