@@ -14,8 +14,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import hetcache_compile as hetcache
-from hetcache_compile import Calibration, CalibrationError, TokenKind, reference
-from hetcache_compile.bench.calibrate import calibrate, computed_by, inner_products, kind_masks, measure_clip, recorded
+from hetcache_compile import Calibration, CalibrationError, Plan, PlanError, TokenKind, reference
+from hetcache_compile.bench.calibrate import (
+    VARIANTS,
+    calibrate,
+    computed_by,
+    inner_products,
+    kind_masks,
+    measure_clip,
+    plans_of,
+    recorded,
+)
 from hetcache_compile.bench.quality import weights_digest
 from hetcache_compile.calibration.best_schedule import expect, optimal_schedule
 from hetcache_compile.calibration.record import Costs, Measured
@@ -191,6 +200,28 @@ def test_the_most_sensitive_clips_count_most(calibrated):
     root_mean_square = np.sqrt((grown**2).mean(axis=0))
     assert np.exp(empty.log_amplification) == pytest.approx(root_mean_square)
     assert empty.sensitivity == pytest.approx(root_mean_square)
+
+
+def test_variants_that_the_options_leave_no_plan_are_left_out(monkeypatch):
+    """Before anything is timed; and a clip that has no plan is named."""
+    mask = np.zeros((2, 8, 8), dtype=bool)
+    mask[:, 2:4, 2:4] = True
+
+    def made(pipe, request, schedule, **options):
+        if request is None:
+            raise PlanError("nothing is masked")
+        return Plan.from_mask(mask, mask.shape, schedule=schedule, **options)
+
+    monkeypatch.setattr("hetcache_compile.bench.calibrate.make_plan", made)
+    clips = {"one": 1, "two": 2}
+    assert [chosen for chosen, _ in plans_of(None, clips, VARIANTS, {})] == list(VARIANTS)
+    left = plans_of(None, clips, VARIANTS, {"merged_ratio": 0.5})
+    assert [chosen for chosen, _ in left] == [chosen for chosen in VARIANTS if "context_motion" not in chosen]
+    assert all(set(plans) == set(clips) for _, plans in left)
+    with pytest.raises(PlanError, match="clip empty: nothing is masked"):
+        plans_of(None, {**clips, "empty": None}, VARIANTS, {})
+    with pytest.raises(PlanError, match="cached_ratio must"):
+        plans_of(None, clips, VARIANTS, {"cached_ratio": 2.0})
 
 
 def test_the_variant_nearest_to_a_plan_counts(calibrated):

@@ -145,7 +145,7 @@ def calibrate(
         )
         for clip in clips
     }  # fmt: skip
-    plans = _plans(pipe, requests, variants, partition)
+    plans = plans_of(pipe, requests, variants, partition)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     one_step = step_lengths(pipe.scheduler, num_inference_steps) is not None
@@ -178,7 +178,7 @@ def calibrate(
     return calibration
 
 
-def _plans(
+def plans_of(
     pipe: Any,
     requests: Mapping[str, EditRequest],
     variants: Sequence[Mapping[str, Any]],
