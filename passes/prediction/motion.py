@@ -15,8 +15,7 @@ reuse      as before
 =========  =================================================================================
 
 Where inputs have not changed, nothing moves, but for what a smaller cache type rounds. Sums (linear attention) do not
-move. Cached values that are predicted (`predict`) move by what the prediction
-of their anchors is off.
+move. Cached values that are predicted (`predict`) move by what the prediction of their anchors is off.
 """
 
 from __future__ import annotations
