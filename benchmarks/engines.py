@@ -36,7 +36,7 @@ def main() -> None:
     request = EditRequest(video=clip.video, mask=clip.mask, prompt=clip.prompt)
     pipe = reference.load()
     quarter = make_plan(pipe, request, args.schedule).num_tokens // 4
-    plan = make_plan(pipe, request, args.schedule, multiple=quarter)
+    plan = make_plan(pipe, request, args.schedule, multiple=quarter, context_motion=0)
 
     def progress(stage: str, done: int, total: int) -> None:
         print(f"{stage} {done}/{total}", file=sys.stderr)

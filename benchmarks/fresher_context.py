@@ -205,7 +205,7 @@ def edit_clip(pipe: Any, number: int, work: Work, options: argparse.Namespace) -
     cells: dict[str, Any] = {}
     for schedule in SCHEDULES:
         kinds = [KINDS[letter] for letter in schedule]
-        usual = {"margin": options.margin, "context_ratio": 0.0, "multiple": 1, "extrapolation": 1}
+        usual = {"margin": options.margin, "context_ratio": 0.0, "multiple": 1, "context_motion": 0}
         plan = make_plan(pipe, request, kinds, **usual)
         tokens = plan.num_tokens
         cells[schedule] = {}

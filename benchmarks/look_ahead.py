@@ -86,7 +86,9 @@ def edit(pipe: Any, request: EditRequest, method: Method, at: float, call: Recor
     if method.schedule.startswith("FF"):
         pipe.scheduler = hetcache.LookAhead(usual, at)
     try:
-        plan = make_plan(pipe, request, method.schedule, calibration=calibration, **method.options)
+        plan = make_plan(
+            pipe, request, method.schedule, calibration=calibration, **{"context_motion": 0, **method.options}
+        )
         with (
             compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}),
             hetcache.session(plan, strict=True),

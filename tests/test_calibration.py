@@ -362,6 +362,12 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
     assert "leaves it out: margin 5.0\n" in out, "1 and 2 were measured"
     status, out, _ = run(*plan, "--budget", "2x", "--calibration", "reference", "-o", path)
     assert "the calibration is of 50 steps" in out
+    old = known.like({"margin": 1.0})
+    old.save(tmp_path / "old.hetcal")
+    narrow = ("--margin", 1, "--set", "multiple=1", "--budget", "2x", "--calibration", tmp_path / "old.hetcal")
+    status, out, _ = run(*plan, *narrow, "-o", path)
+    assert "leaves it out: context_motion 1\n" in out, "context moves by default, and this one did not measure it"
+    assert hetcache.Plan.load(path).context_motion == 1
     paper = ("--model", checkpoint, "--schedule", "paper-fast", "--calibration", calibration)
     status, out, err = run(*plan, *paper, "-o", path)
     assert status == 0, err

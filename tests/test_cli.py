@@ -51,6 +51,11 @@ def test_plan_takes_any_option_of_a_plan(hetcache_command, mask_file, tmp_path):
     plan = hetcache.Plan.load(path)
     assert (plan.selection, plan.context_extrapolation, plan.extrapolation) == ("hetcache", 1, 1)
     assert "cached K/V predicted, selection hetcache" in printed
+    assert plan.context_motion == 0, "a selection of FULL steps leaves no room for it"
+    narrow = ("--margin", 1, "--set", "multiple=1")
+    for more, moves in (((), 1), (("--set", "context_motion=0"), 0)):
+        hetcache_command("plan", "--mask", mask_file, "-o", path, *narrow, *more, *SMALL)
+        assert hetcache.Plan.load(path).context_motion == moves, "context moves by default where there is any"
     for wrong, message in (("selektion=x", "no option 'selektion'"), ("margin", "name=value")):
         status, _, error = hetcache_command("plan", "--mask", mask_file, "-o", path, "--set", wrong, *SMALL)
         assert status == 2

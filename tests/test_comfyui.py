@@ -409,6 +409,7 @@ def test_both_masks_count(patcher: ModelPatcher) -> None:
     assert generative[-1, -1]
     assert generative[2, 2]
     assert not generative[0, -1]
+    assert plan.context_motion == 1
 
 
 # Nodes

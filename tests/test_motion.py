@@ -203,19 +203,27 @@ def test_it_is_saved(tmp_path: Any) -> None:
     assert "cached K/V move" in loaded.describe()
 
 
+MASK = np.zeros((2, 6, 6), dtype=bool)
+MASK[:, 2:4, 2:4] = True
+IMMOVABLE = [
+    ({"cached_ratio": 0.5}, "cached_ratio 1"),
+    ({"merged_ratio": 0.5}, "merged_ratio 1"),
+    ({"selection": "attention"}, "context_motion=0"),
+    ({"context_ratio": 0.0, "margin": 0.0, "multiple": 1}, "a context_ratio above 0"),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context_motion": 2}, "context_motion must be 0 or 1"),
-        ({"cached_ratio": 0.5}, "cached_ratio 1"),
-        ({"merged_ratio": 0.5}, "merged_ratio 1"),
-        ({"selection": "attention"}, "context_motion=0"),
-        ({"context_ratio": 0.0, "margin": 0.0, "multiple": 1}, "a context_ratio above 0"),
-    ],
-    ids=str,
+    ("options", "message"), [({"context_motion": 2}, "context_motion must be 0, 1 or -1"), *IMMOVABLE], ids=str
 )
 def test_plans_that_cannot_be(options: dict[str, Any], message: str) -> None:
-    mask = np.zeros((2, 6, 6), dtype=bool)
-    mask[:, 2:4, 2:4] = True
     with pytest.raises(PlanError, match=message):
-        hetcache.Plan.from_mask(mask, mask.shape, **{"context_motion": 1, **options})
+        hetcache.Plan.from_mask(MASK, MASK.shape, **{"context_motion": 1, **options})
+
+
+def test_where_it_can() -> None:
+    assert hetcache.Plan.from_mask(MASK, MASK.shape, context_motion=-1).context_motion == 1
+    for options, _ in IMMOVABLE:
+        assert hetcache.Plan.from_mask(MASK, MASK.shape, **{"context_motion": -1, **options}).context_motion == 0
+    everywhere = hetcache.Plan.from_mask(np.ones_like(MASK), MASK.shape, context_motion=-1)
+    assert everywhere.context_motion == 0

@@ -110,6 +110,14 @@ def test_a_strength_leaves_out_the_first_steps() -> None:
     assert part.sigmas.tolist() == whole.sigmas[4:].tolist()
 
 
+def test_context_moves_by_default_where_it_can() -> None:
+    row = BY_NAME["FluxInpaintPipeline"]
+    pipe = row.build()
+    assert plan_for(row, pipe, margin=1, multiple=1).context_motion == 1
+    for others in ({"context_motion": 0}, {"cached_ratio": 0.5}, {"merged_ratio": 0.5}, {"schedule": "paper-fast"}):
+        assert plan_for(row, pipe, margin=1, multiple=1, **others).context_motion == 0
+
+
 def test_packed_tokens_begin_behind_references_in_front() -> None:
     behind, front = (plan_for(BY_NAME[name]) for name in ("FluxKontextPipeline", "Flux2KleinKVPipeline"))
     assert behind.token_inputs == {"hidden_states": (1, 0)}

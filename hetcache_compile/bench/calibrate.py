@@ -192,7 +192,7 @@ def plans_of(
     found: list[tuple[Mapping[str, Any], dict[str, Plan]]] = []
     refused: PlanError | None = None
     for chosen in variants:
-        options = {"extrapolation": 0, **partition, **chosen}
+        options = {"extrapolation": 0, "context_motion": 0, **partition, **chosen}
         of_clips: dict[str, Plan] = {}
         for name, request in requests.items():
             try:

@@ -69,6 +69,7 @@ def estimate_command(
     from ..estimate.estimate import estimate
     from ..estimate.gpus import find_gpu
     from ..estimate.models import find_model
+    from ..plan.options import USUAL
 
     known, card, kind = find_model(model), find_gpu(gpu), torch_dtype(dtype)
     given = (height, width, num_frames)
@@ -81,7 +82,7 @@ def estimate_command(
         options = options_of(
             context, schedule, more, margin=margin, context_ratio=context_ratio, extrapolation=extrapolation
         )
-        options = {"extrapolation": 1, "schedule": schedule or "balanced", **options}
+        options = {**USUAL, "schedule": schedule or "balanced", **options}
         made = _make(
             known, _size(known, given), mask, reading, active, num_inference_steps=steps or known.steps, **options
         )
@@ -147,5 +148,6 @@ def _make(
         "context_motion",
     }:
         raise EstimateError(f"{', '.join(sorted(of_mask))} of a plan needs a mask: give --mask or --plan")
+    options["context_motion"] = int(options["context_motion"] != 0)
     count = max(1, round(active * int(np.prod(grid))))
     return Plan.from_token_mask(np.arange(np.prod(whole)) < count, whole, **options)

@@ -107,6 +107,7 @@ def make_plan(
     from ..pipelines.memory import ANY
     from ..pipelines.planning import choices, plans_for
     from ..plan.crop import crop_advice
+    from ..plan.options import USUAL
     from ..plan.plan import Plan
     from ..plan.preview import save_preview
     from ..plan.schedule import OPTIMAL, default_schedule
@@ -167,11 +168,10 @@ def make_plan(
                 memory=memory or (ANY if runs else None), **taken, **options,
             )  # fmt: skip
     else:
-        options = {"extrapolation": 1, **options}
         grid = reference_images + (size[0] - 1) // 4 + 1, size[1] // 16, size[2] // 16
         make = partial(
             Plan.from_mask, pixels, grid, num_inference_steps=steps_of(inputs, steps), schedule=schedule,
-            reference_frames=reference_images, calibration=known,
+            reference_frames=reference_images, calibration=known, **USUAL,
         )  # fmt: skip
         with console.status("planning"):
             considered = choices(make, schedule, known, options)
@@ -182,7 +182,8 @@ def make_plan(
     print(made.describe())
     if known is not None:
         print(expectation(known.like(options | dict(considered[0].options)), made))
-        lines = comparison(considered), not_counted(known, schedule, options), calibrated_in_more(known, made)
+        chosen = {**options, "context_motion": made.context_motion}
+        lines = comparison(considered), not_counted(known, schedule, chosen), calibrated_in_more(known, made)
         print("".join(lines), end="")
         warn(measured_elsewhere(known, pipe) if pipe is not None else ())
     if (inputs is None or inputs.makes_video) and (advice := crop_advice(made, pixels, size_factors(pipe)[1:])):

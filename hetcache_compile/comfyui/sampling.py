@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import GridMismatchError, HetCacheError, MaskError, PlanError, SessionError
-from ..plan.options import PlanOptions
+from ..plan.options import USUAL, PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import PRESETS
 from ..runtime.backend import hetcache_backend
@@ -232,7 +232,7 @@ class CachedSampling:
         grid, settings = grid_of(shape, patch_of_model(model.diffusion_model)), self.settings
         return Plan.from_mask(
             np.logical_or.reduce(masks), grid, num_inference_steps=steps, schedule=settings.schedule,
-            margin=settings.margin, context_ratio=settings.context_ratio, extrapolation=1,
+            margin=settings.margin, context_ratio=settings.context_ratio, **USUAL,
         )  # fmt: skip
 
     def _tokens(self, model: Any, mask: Any, shape: Sequence[int]) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from ..calibration.output_weights import step_lengths
 from ..calibration.schedule_search import Budget
 from ..errors import PlanError
 from ..plan.cache_size import format_bytes, parse_bytes
-from ..plan.options import PlanOptions
+from ..plan.options import USUAL, PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import OPTIMAL, Schedule, default_schedule, preset_options, time_distances
 from .call import PlannedCall, planned_call
@@ -61,7 +61,8 @@ def plan_for(
         num_reference_images: how many latent frames of references stand in front; found where the pipeline is run.
         arguments: of the pipeline's call, such as `prompt`, `image`, `height`, `width`, `num_frames`, `strength` and
             `num_inference_steps`; and fields of `PlanOptions`. A preset's own options hold unless they are given. By
-            default `extrapolation` is 1 where the model takes a `timestep`, else 0.
+            default `extrapolation` is 1 where the model takes a `timestep`, else 0, and `context_motion` is 1 where
+            the other options leave it.
 
     Raises:
         PlanError: the pipeline does not run with these arguments, or they do not say enough, or an option is none, or
@@ -222,7 +223,7 @@ def _plan_for(
     model = models_of(pipe)[0]
     model = getattr(model, "_orig_mod", model)
     takes_time = "timestep" in inspect.signature(model.forward).parameters
-    options = {"extrapolation": int(takes_time), **preset_options(schedule), **options}
+    options = {**USUAL, "extrapolation": int(takes_time), **preset_options(schedule), **options}
     steps = len(call.timesteps)
     measured = calibration is not None and options.get("cached_shares") == "measured"
     given = {**options, "cached_shares": "same"} if measured else options
@@ -237,7 +238,8 @@ def _plan_for(
         return plan.with_schedule(schedule)
     if measured:
         plan = replace(plan, cached_counts=calibration.counts_for(plan))
-    return calibration.like(options).scheduled(
+    varied = {**options, "context_motion": plan.context_motion}
+    return calibration.like(varied).scheduled(
         plan, schedule, timesteps=call.timesteps, lengths=step_lengths(pipe.scheduler, steps),
         multistep=bool(options.get("multistep", True)), distances=plan.distances if plan.distances.size else None,
     )  # fmt: skip

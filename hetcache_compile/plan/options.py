@@ -24,8 +24,14 @@ RUNGS = 16
 """Values that M may have where `multiple` is 0: shares of N."""
 TILE = 32
 """Each of them is a multiple of it, but for N: GPUs like full tiles."""
+WHERE_IT_CAN = -1
+"""Of `context_motion`: on in plans that can have it, off in others."""
 KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "str": (str, "a name")}
 """What a value of each type must be, and what that is called."""
+
+
+USUAL: Mapping[str, Any] = {"extrapolation": 1, "context_motion": WHERE_IT_CAN}
+"""What plans for a model's edits take where nothing else is asked for: it costs next to nothing, and brings much."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -68,7 +74,7 @@ class PlanOptions:
     context_motion: int = _option(
         0,
         "1 to move the cached keys and values of a token as those of the nearest computed tokens outside the mask have "
-        "moved since the last FULL step",
+        "moved since the last FULL step, -1 to do so where the plan can; `plan_for` takes -1",
     )
     selection: str = _option(
         "uniform",

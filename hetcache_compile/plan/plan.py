@@ -27,7 +27,7 @@ from ..passes.ir.contract import (
     FormOptions,
 )  # fmt: skip
 from .cache_size import CacheSize
-from .options import CACHE_DEVICES, CACHED_SHARES, MERGINGS, SELECTIONS, PlanOptions
+from .options import CACHE_DEVICES, CACHED_SHARES, MERGINGS, SELECTIONS, WHERE_IT_CAN, PlanOptions
 from .partition import (
     Grid,
     TokenKind,
@@ -175,7 +175,8 @@ class Plan:
             raise PlanError(f"cache_device must be one of {', '.join(CACHE_DEVICES)}, got {self.cache_device!r}")
         self._check_clusters()
         self._check_cached_by()
-        self._check_motion()
+        if self.context_motion and self.immovable is not None:
+            raise PlanError(self.immovable)
         if not self.steps or self.steps[0] is not StepKind.FULL:
             raise PlanError("a plan needs at least one step, and its first step must be FULL")
         self._check_weights()
@@ -220,16 +221,6 @@ class Plan:
         if not all(0 < count <= most for count in self.cached_counts) or sum(self.cached_counts) > total:
             raise PlanError(f"cached_counts must be 1 to {most} for each attention, and no more than {total} in all")
 
-    def _check_motion(self) -> None:
-        if not self.context_motion:
-            return
-        if self.selects_at_run_time:
-            raise PlanError(
-                f"selection {self.selection!r} changes the active tokens, with which others move: context_motion=0"
-            )
-        if not self.form_options.caches_all:
-            raise PlanError("context_motion needs every token active or cached: use cached_ratio 1 and merged_ratio 1")
-
     def _check_weights(self) -> None:
         if not self.weights.size:
             return
@@ -238,6 +229,15 @@ class Plan:
             raise PlanError(f"weights must be finite float32 {shape}, got {self.weights.dtype} {self.weights.shape}")
         if not self.extrapolation or self.selects_at_run_time:
             raise PlanError("weights need an extrapolation of at least 1, and a selection that full steps do not make")
+
+    @property
+    def immovable(self) -> str | None:
+        """Why cached keys and values cannot move as `context_motion` has it; None where they can."""
+        if self.selects_at_run_time:
+            return f"selection {self.selection!r} changes the active tokens, with which others move: context_motion=0"
+        if not self.form_options.caches_all:
+            return "context_motion needs every token active or cached: use cached_ratio 1 and merged_ratio 1"
+        return None
 
     @property
     def num_tokens(self) -> int:
@@ -391,18 +391,12 @@ class Plan:
         )  # fmt: skip
         context = choose_context(active, distance, cached_ratio=chosen.cached_ratio)
         clusters = merge_context(context, distance, grid, merged_ratio=chosen.merged_ratio)
-        if chosen.context_motion and context.size and (kind[active] == TokenKind.GENERATIVE).all():
-            raise PlanError(
-                "context_motion needs computed tokens outside the mask: a context_ratio above 0, or a margin and "
-                "margin_ratio above 0"
-            )
         plan = cls(
             grid, active, context, kind, make_schedule("full", num_inference_steps),
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
-            context_motion=chosen.context_motion,
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
             cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device, cached_by=chosen.cached_by,
-        )  # fmt: skip
+        )._moving(chosen.context_motion)  # fmt: skip
         if chosen.cached_shares not in CACHED_SHARES:
             raise PlanError(f"cached_shares must be one of {', '.join(CACHED_SHARES)}, got {chosen.cached_shares!r}")
         if chosen.cached_shares == "measured" and calibration is None:
@@ -413,9 +407,25 @@ class Plan:
             plan = replace(plan, cached_counts=calibration.counts_for(plan))
         varied = {
             "margin": float(chosen.margin), "context_extrapolation": chosen.context_extrapolation,
-            "context_motion": chosen.context_motion,
+            "context_motion": plan.context_motion,
         }  # fmt: skip
         return calibration.like(varied).scheduled(plan, schedule, multistep=bool(chosen.multistep))
+
+    def _moving(self, asked: int) -> Plan:
+        """The plan with the `context_motion` that was asked for."""
+        if asked not in (0, 1, WHERE_IT_CAN):
+            raise PlanError(f"context_motion must be 0, 1 or {WHERE_IT_CAN} (where the plan can), got {asked}")
+        all_generated = bool((self.token_kind[self.active_index] == TokenKind.GENERATIVE).all())
+        reason = self.immovable
+        if self.num_context and all_generated:
+            reason = (
+                "context_motion needs computed tokens outside the mask: a context_ratio above 0, or a margin and "
+                "margin_ratio above 0"
+            )
+        if asked == 1 and reason is not None:
+            raise PlanError(reason)
+        moves = asked == 1 or (asked == WHERE_IT_CAN and reason is None and self.num_context > 0)
+        return replace(self, context_motion=int(moves))
 
     @classmethod
     def from_token_mask(
