@@ -133,6 +133,43 @@ def model_table(model: str, part: dict[str, Any], columns: list[str]) -> list[st
     return rows
 
 
+STILL = "+context_motion=0"
+"""What is added to a method's name for context that stays."""
+
+
+def moving_table(result: Result) -> str:
+    """Fidelity of methods whose context moves, beside the same where it stays."""
+    columns, gains = sizes(result), []
+    rows = [
+        f"| schedule | {' | '.join(f'masks of {size} %' for size in columns)} |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for model, part in result["models"].items():
+        methods = part["methods"]
+        for name in [name for name in methods if name + STILL in methods]:
+            shown = []
+            for size in columns:
+                moving, still = fidelity_db(methods[name], size), fidelity_db(methods[name + STILL], size)
+                gains += [moving[clip] - still[clip] for clip in moving.keys() & still.keys()]
+                known = moving and still
+                shown.append(f"{median(moving.values()):.1f} dB ({median(still.values()):.1f})" if known else "-")
+            rows.append(f"| `{name}`, {model.partition(':')[2]} steps | {' | '.join(shown)} |")
+    clips = {clip for part in result["models"].values() for clip in part["masked"]}
+    rows += [
+        "",
+        "PSNR to the uncached result inside the mask, and in brackets that of context that stays, at the same FLOPs. "
+        f"Reference model, {len(clips)} held-out clips at most, medians; on single clips the difference is "
+        f"{min(gains):+.1f} to {max(gains):+.1f} dB. {machines(result)}: `{result['command']}`.",
+    ]
+    return "\n".join(rows)
+
+
+def fidelity_db(method: dict[str, Any], size: str) -> dict[str, float]:
+    """PSNR to the uncached result inside the mask, by clip of a mask size."""
+    cells = {clip: cell for clip, cell in method["cells"].items() if mask_size(clip) == size and "failed" not in cell}
+    return {clip: cell["fidelity"]["generative"]["psnr_db"] for clip, cell in cells.items()}
+
+
 def of_size(cells: list[dict[str, Any]]) -> str:
     """Work, fidelity, quality."""
     if not cells:

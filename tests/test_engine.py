@@ -252,7 +252,7 @@ def test_bench_engine_times_every_form(folder, tmp_path, monkeypatch, capsys):
     assert result["runs_on"].endswith("CPUExecutionProvider")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert f"polygraphy run {folder / 'partial.onnx'} --onnxrt --data-loader-script" in out
-    assert f"trtexec --onnx={folder / 'full.onnx'} --stronglyTyped --loadInputs='context_index':" in out
+    assert f"trtexec --onnx={folder / 'partial.onnx'} --stronglyTyped --loadInputs='active_index':" in out
 
 
 @pytest.mark.wide

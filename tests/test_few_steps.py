@@ -97,6 +97,23 @@ def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
     assert (tmp_path / "few_steps.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_context_that_moves_is_shown_beside_context_that_stays():
+    def method(decibels):
+        return {"machine": "P", "cells": {
+            clip: {"fidelity": {"generative": {"psnr_db": value}}} for clip, value in decibels.items()
+        }}  # fmt: skip
+
+    methods = {
+        "full": method({"00-box-5": None}),
+        "balanced": method({"00-box-5": 58.0, "03-box-5": 51.0, "01-box-20": 50.0}),
+        "balanced+context_motion=0": method({"00-box-5": 52.5, "03-box-5": 51.5, "02-box-50": 40.0}),
+    }
+    part = {"masked": {"00-box-5": 0.05, "01-box-20": 0.2}, "methods": methods}
+    table = few_steps_report.moving_table({"models": {"original:50": part}, "command": "few_steps.py"})
+    assert "| `balanced`, 50 steps | 54.5 dB (52.0) | - |" in table
+    assert "-0.5 to +5.5 dB" in table
+
+
 def test_what_was_measured_before_stays_but_for_the_same_methods(collected):
     """And a model that was measured on two machines names both."""
     before = {"masked": {"00-box-5": 0.05}, "methods": {

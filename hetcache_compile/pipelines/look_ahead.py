@@ -34,7 +34,7 @@ class LookAhead:
 
     Example:
         >>> pipe.scheduler = LookAhead(pipe.scheduler)  # doctest: +SKIP
-        >>> plan = plan_for(pipe, ..., schedule="FFP*", context_extrapolation=1, context_motion=1)  # doctest: +SKIP
+        >>> plan = plan_for(pipe, ..., schedule="FFP*", context_extrapolation=1)  # doctest: +SKIP
     """
 
     def __init__(self, scheduler: Any, at: float = 0.45) -> None:
