@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from following import active_error
 from torch import nn
 
 import hetcache_compile as hetcache
@@ -17,7 +18,6 @@ from hetcache_compile.plan.partition import TokenKind
 
 GRID = (2, 3, 5)
 N = 30
-KINDS = {"F": "full", "P": "partial", "R": "reuse"}
 TIMES = {"FP": [900, 700], "FFP": [900, 800, 500], "FPFP": [900, 700, 500, 200]}
 
 
@@ -62,33 +62,19 @@ def plan(steps: str = "FP", active: Any = SCATTERED, **options: Any) -> hetcache
     return replace(made, **{"context_motion": 1, **options})
 
 
-def active_error(model: nn.Module, steps: str, inner: str | None = None, **options: Any) -> float:
-    """How far the last step is off at the active tokens, on latents that stay; with an inner compiler in a session."""
-    made, random = plan(steps, **options), torch.Generator().manual_seed(0)
+def error(model: nn.Module, steps: str, inner: str | None = None, **options: Any) -> float:
+    """How far the last step is off, on latents that stay."""
+    random = torch.Generator().manual_seed(0)
     given = torch.randn(1, 3, *GRID, generator=random), torch.randn(1, 4, 24, generator=random)
-    calls = [(*given, torch.tensor([time])) for time in TIMES[steps]]
-    with torch.no_grad():
-        expected = model(*calls[-1])
-        if inner is not None:
-            torch._dynamo.reset()
-            run = torch.compile(model, backend="hetcache", options={"inner": inner})
-            with hetcache.session(made, strict=True):
-                actual = [run(*call) for call in calls][-1]
-        else:
-            forms, cache = hetcache.rewrite(model, made, calls[0]), {}
-            for letter, call in zip(steps, calls, strict=True):
-                actual, cache = forms.run(KINDS[letter], cache, call, {})
-    rows = torch.from_numpy(made.active_index)
-    difference = (actual - expected).flatten(2)[:, :, rows].abs().max()
-    return float(difference / expected.abs().max())
+    return active_error(model, plan(steps, **options), [(*given, torch.tensor([t])) for t in TIMES[steps]], inner)
 
 
 @pytest.mark.parametrize("inner", [None, "eager"])
 @pytest.mark.parametrize("layout", ["tokens", "text, tokens", "tokens, text", "again, text, tokens"])
 def test_exact_where_all_tokens_move_alike(layout: str, inner: str | None) -> None:
     for steps in ("FP", "FPFP"):
-        assert active_error(Moving(layout=layout), steps, inner) < 1e-5
-        assert active_error(Moving(layout=layout), steps, inner, context_motion=0) > 1e-2
+        assert error(Moving(layout=layout), steps, inner) < 1e-5
+        assert error(Moving(layout=layout), steps, inner, context_motion=0) > 1e-2
 
 
 def test_exact_where_the_nearest_active_tokens_move_alike() -> None:
@@ -100,26 +86,26 @@ def test_exact_where_the_nearest_active_tokens_move_alike() -> None:
         made = plan(active=active)
         alike = frames[made.active_index[made.token_anchors]] == frames
         assert alike[:, made.context_index].all() == same
-    assert active_error(Moving(by_frame=True), "FP", active=sides.ravel()) < 1e-5
-    assert active_error(Moving(by_frame=True), "FP") > 1e-3
+    assert error(Moving(by_frame=True), "FP", active=sides.ravel()) < 1e-5
+    assert error(Moving(by_frame=True), "FP") > 1e-3
 
 
 def test_what_a_prediction_is_off_is_moved() -> None:
     """A parabola that all tokens share, of which a line knows nothing."""
     for inner in (None, "eager"):
-        assert active_error(Moving(2), "FFP", inner, context_extrapolation=1) < 1e-5
-        assert active_error(Moving(2), "FFP", inner, context_extrapolation=1, context_motion=0) > 1e-3
+        assert error(Moving(2), "FFP", inner, context_extrapolation=1) < 1e-5
+        assert error(Moving(2), "FFP", inner, context_extrapolation=1, context_motion=0) > 1e-3
 
 
 @pytest.mark.wide
 def test_inductor() -> None:
-    assert active_error(Moving(), "FPFP", "inductor") < 1e-5
+    assert error(Moving(), "FPFP", "inductor") < 1e-5
 
 
 def test_stored_in_fewer_bytes() -> None:
     for inner in (None, "eager"):
-        assert active_error(Moving(), "FPFP", inner, cache_dtype="int8") < 0.02
-        assert active_error(Moving(), "FPFP", inner, cache_dtype="int8", context_motion=0) > 0.05
+        assert error(Moving(), "FPFP", inner, cache_dtype="int8") < 0.02
+        assert error(Moving(), "FPFP", inner, cache_dtype="int8", context_motion=0) > 0.05
 
 
 def test_nothing_moves_on_inputs_that_stay() -> None:
