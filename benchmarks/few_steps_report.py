@@ -10,6 +10,7 @@ from typing import Any
 
 from front_report import JOINED, OURS, mask_size, upper_front
 
+from hetcache_compile.bench.methods import FULL
 from hetcache_compile.files import atomically
 
 Result = dict[str, Any]
@@ -131,6 +132,32 @@ def model_table(model: str, part: dict[str, Any], columns: list[str]) -> list[st
         ]  # fmt: skip
         rows.append(f"| `{name}` | " + " | ".join([*(of_size(cells) for cells in by_size), *quality]) + " |")
     return rows
+
+
+def times_table(result: Result) -> str:
+    """By mask size: how many times less time a method takes than plain calls beside it, and how many fewer FLOPs."""
+    columns = sizes(result)
+    rows = [
+        f"| method | {' | '.join(f'masks of {size} %' for size in columns)} |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for model, part in result["models"].items():
+        for name, method in part["methods"].items():
+            by_size = [[cell for cell in cells_of(method, size) if "speedup" in cell] for size in columns]
+            if name != FULL and any(by_size):
+                shown = [
+                    f"{median(cell['speedup'] for cell in cells):.2f}x of "
+                    f"{median(cell['fewer_flops'] for cell in cells):.2f}x" if cells else "-"
+                    for cells in by_size
+                ]  # fmt: skip
+                rows.append(f"| `{name}`, {model.replace(':', ' in ')} steps | {' | '.join(shown)} |")
+    clips = {clip for part in result["models"].values() for clip in part["masked"]}
+    rows += [
+        "",
+        "Time of the model's calls, compiled, and what their FLOPs would give: ratios to plain compiled calls beside "
+        f"them. {len(clips)} held-out clips. {machines(result)}: `{result['command']}`.",
+    ]
+    return "\n".join(rows)
 
 
 STILL = "+context_motion=0"

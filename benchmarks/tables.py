@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from estimate_report import estimate_errors_table, estimate_gpus_table, estimate_models_table
-from few_steps_report import few_steps_table, moving_table
+from few_steps_report import few_steps_table, moving_table, times_table
 from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
 from gpu_report import gpu_caches_table, gpu_table
 from memory_report import cache_bytes_table, layer_shares_table, rounding_table
@@ -365,6 +365,7 @@ TABLES = (
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
     ("few_steps", "few_steps", few_steps_table, BENCHMARKS),
+    ("few_steps_times", "few_steps_times", times_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),
     ("gpu", "gpu", gpu_table, BENCHMARKS),

@@ -97,6 +97,12 @@ def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
     assert (tmp_path / "few_steps.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_times_are_shown_where_they_were_taken(collected):
+    table = few_steps_report.times_table({"models": {"distilled:8": collected}, "command": "few_steps.py --timed"})
+    assert "| `crop:0.5`, distilled in 8 steps | 1.90x of 2.11x |" in table
+    assert "steps:4" not in table
+
+
 def test_context_that_moves_is_shown_beside_context_that_stays():
     def method(decibels):
         return {"machine": "P", "cells": {
