@@ -244,7 +244,10 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
         if plan.num_merged == plan.num_context and asked.num_context == made_for.num_context == made_for.num_merged:
             asked = asked._replace(num_merged=made_for.num_merged)
         if different := made_for.differences(asked):
-            raise SessionError(f"the engine was exported for a plan with another {different}: export it with this plan")
+            raise SessionError(
+                f"the engine was exported for a plan with another {different}: export it with this plan, or make the "
+                "plan alike"
+            )
         if plan.weights.size and STEP_WEIGHTS not in self.indices:
             raise SessionError("the engine takes no weights of outputs: make the plan with multistep=0")
 
