@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from pipelines import ROWS
 from test_optimal import calibration_of
-from test_predict import GRID, Drifting, N, active_error
+from test_predict import GRID, Drifting, N, error
 
 import hetcache_compile as hetcache
 from hetcache_compile import LookAhead, PlanError
@@ -77,7 +77,7 @@ def test_keys_and_values_are_read_between_two_times(compiled: bool) -> None:
     """In a session, whose clock has to take a later time that comes first."""
     times = [900, 400, 850, 650]
     if not compiled:
-        assert active_error(Drifting(1), 1, times, "FFPP") < 1e-5
+        assert error(Drifting(1), 1, times, "FFPP") < 1e-5
         return
     model, latents = Drifting(1), torch.randn(1, 3, *GRID, generator=torch.Generator().manual_seed(0))
     active = np.random.default_rng(0).permutation(N) < 6
@@ -96,8 +96,8 @@ def test_keys_and_values_are_read_between_two_times(compiled: bool) -> None:
 def test_both_ends_are_exact() -> None:
     """A PARTIAL step on the inputs of either FULL call gives what that gave, whatever the curve between them."""
     for time in (900, 400):
-        assert active_error(Drifting(2), 1, [900, 400, time], "FFP") < 1e-5
-    assert active_error(Drifting(2), 1, [900, 400, 650], "FFP") > 1e-3
+        assert error(Drifting(2), 1, [900, 400, time], "FFP") < 1e-5
+    assert error(Drifting(2), 1, [900, 400, 650], "FFP") > 1e-3
 
 
 def test_a_pipeline_looks_ahead() -> None:
