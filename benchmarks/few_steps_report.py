@@ -119,11 +119,10 @@ def _all_cells(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def model_table(model: str, part: dict[str, Any], columns: list[str]) -> list[str]:
     """A line for each method, the slowest first."""
     name, _, steps = model.partition(":")
-    heads = [f"{name}, {steps} steps", *(f"masks of {size} %" for size in columns)]
-    heads += ["PSNR in the band", "SSIM", "FLIP", "warping error"]
     found = {name: method for name, method in part["methods"].items() if cells_of(method)}
     order = sorted(found, key=lambda name: (median(cell["fewer_flops"] for cell in cells_of(found[name])), name))
-    rows = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
+    judged_by = "PSNR in the band", "SSIM", "FLIP", "warping error"
+    rows = head(f"{name}, {steps} steps", *by_mask(columns), *judged_by)
     for name in order:
         by_size = [cells_of(found[name], size) for size in columns]
         quality = [
@@ -137,10 +136,7 @@ def model_table(model: str, part: dict[str, Any], columns: list[str]) -> list[st
 def times_table(result: Result) -> str:
     """By mask size: how many times less time a method takes than plain calls beside it, and how many fewer FLOPs."""
     columns = sizes(result)
-    rows = [
-        f"| method | {' | '.join(f'masks of {size} %' for size in columns)} |",
-        "| --- |" + " --- |" * len(columns),
-    ]
+    rows = head("method", *by_mask(columns))
     for model, part in result["models"].items():
         for name, method in part["methods"].items():
             by_size = [[cell for cell in cells_of(method, size) if "speedup" in cell] for size in columns]
@@ -167,10 +163,7 @@ STILL = "+context_motion=0"
 def moving_table(result: Result) -> str:
     """Fidelity of methods whose context moves, beside the same where it stays."""
     columns, gains = sizes(result), []
-    rows = [
-        f"| schedule | {' | '.join(f'masks of {size} %' for size in columns)} |",
-        "| --- |" + " --- |" * len(columns),
-    ]
+    rows = head("schedule", *by_mask(columns))
     for model, part in result["models"].items():
         methods = part["methods"]
         for name in [name for name in methods if name + STILL in methods]:
@@ -195,6 +188,16 @@ def fidelity_db(method: dict[str, Any], size: str) -> dict[str, float]:
     """PSNR to the uncached result inside the mask, by clip of a mask size."""
     cells = {clip: cell for clip, cell in method["cells"].items() if mask_size(clip) == size and "failed" not in cell}
     return {clip: cell["fidelity"]["generative"]["psnr_db"] for clip, cell in cells.items()}
+
+
+def head(*columns: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+
+
+def by_mask(sizes: list[str]) -> list[str]:
+    """What stands above the columns of mask sizes."""
+    return [f"masks of {size} %" for size in sizes]
 
 
 def of_size(cells: list[dict[str, Any]]) -> str:

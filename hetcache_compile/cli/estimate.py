@@ -128,6 +128,7 @@ def _make(
     import numpy as np
 
     from ..edit.media import read_mask
+    from ..plan.options import WHERE_IT_CAN
     from ..plan.partition import to_token_grid
     from ..plan.plan import Plan
 
@@ -148,6 +149,7 @@ def _make(
         "context_motion",
     }:
         raise EstimateError(f"{', '.join(sorted(of_mask))} of a plan needs a mask: give --mask or --plan")
-    options["context_motion"] = int(options["context_motion"] != 0)
+    if options["context_motion"] == WHERE_IT_CAN:
+        options["context_motion"] = 1  # no option that would be in its way can be given here
     count = max(1, round(active * int(np.prod(grid))))
     return Plan.from_token_mask(np.arange(np.prod(whole)) < count, whole, **options)

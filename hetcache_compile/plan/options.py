@@ -31,7 +31,7 @@ KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "str"
 
 
 USUAL: Mapping[str, Any] = {"extrapolation": 1, "context_motion": WHERE_IT_CAN}
-"""What plans for a model's edits take where nothing else is asked for: it costs next to nothing, and brings much."""
+"""What plans for a model's edits take where nothing else is asked for: both need no measuring, and hardly any time."""
 
 
 def _option(default: Any, help: str) -> Any:
