@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from following import active_error
+from safetensors.torch import load_file
 from torch import nn
 
 import hetcache_compile as hetcache
@@ -154,12 +155,18 @@ def test_anchors() -> None:
     assert inside[alone.token_anchors[0]].tolist() == [0, 0, 0, 5, 5, 5, *[5] * 6], "all are inside: any of them"
 
 
-def test_what_an_edit_before_generated_shows_nothing() -> None:
-    """An edit from memory with a smaller mask: its content is the clip's now, which is no movement of the context."""
+@pytest.mark.parametrize("others", [True, False])
+def test_what_an_edit_before_generated_shows_nothing(others: bool) -> None:
+    """An edit from memory with a smaller mask: its content is the clip's now, which is no movement of the context.
+
+    Where no `others` are computed outside the mask, nothing moves: then the model has to stay too.
+    """
     grid = (2, 8, 8)
     large, small = np.zeros(grid, dtype=bool), np.zeros(grid, dtype=bool)
     large[:, 2:6, 2:6] = small[:, 3:5, 3:5] = True
     model, random = Moving(grid=grid), torch.Generator().manual_seed(0)
+    model.paths.data *= others
+    more = {} if others else {"context_ratio": 0.0}
     clip, text = torch.randn(1, 3, *grid, generator=random), torch.randn(1, 4, 24, generator=random)
     times = [torch.tensor([time]) for time in (900.0, 700.0)]
     torch._dynamo.reset()
@@ -167,8 +174,9 @@ def test_what_an_edit_before_generated_shows_nothing() -> None:
 
     def edit(mask: np.ndarray, **options: Any) -> tuple[hetcache.Session, float]:
         made = hetcache.Plan.from_mask(
-            mask, grid, num_inference_steps=2, schedule=list("FP"), margin=1.5, multiple=1, context_motion=1
-        )
+            mask, grid, num_inference_steps=2, schedule=list("FP"),
+            **{"margin": 1.5, "multiple": 1, "context_motion": 1, **more},
+        )  # fmt: skip
         inside = torch.from_numpy(mask)
         latents = torch.where(inside, 2 * torch.randn(clip.shape, generator=random), clip)
         with torch.no_grad(), hetcache.session(made, strict=True, **options) as session:
@@ -179,6 +187,7 @@ def test_what_an_edit_before_generated_shows_nothing() -> None:
     first, _ = edit(large, record=True)
     second, error = edit(small, memory_of=first.record)
     assert second.stats.recalled == 1
+    assert second.plan.context_motion == others
     assert error < 1e-5
 
 
@@ -187,6 +196,8 @@ def test_it_is_saved(tmp_path: Any) -> None:
     loaded = hetcache.Plan.load(tmp_path / "edit.hetplan")
     assert loaded.context_motion == 1
     assert "cached K/V move" in loaded.describe()
+    anchors = load_file(tmp_path / "edit.hetplan")["token_anchors"]  # for loops that are written after docs/serving.md
+    assert np.array_equal(anchors.numpy(), loaded.token_anchors)
 
 
 MASK = np.zeros((2, 6, 6), dtype=bool)
@@ -213,3 +224,17 @@ def test_where_it_can() -> None:
         assert hetcache.Plan.from_mask(MASK, MASK.shape, **{"context_motion": -1, **options}).context_motion == 0
     everywhere = hetcache.Plan.from_mask(np.ones_like(MASK), MASK.shape, context_motion=-1)
     assert everywhere.context_motion == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"margin": 0.0}, {"margin_ratio": 0.0}, {"margin": 0.0, "selection": "none"}], ids=str
+)
+def test_what_only_fills_m_up_moves_nothing(options: dict[str, Any]) -> None:
+    """Masks of one M share a batch, whether it was rounded up or not."""
+    filled, rounded_up = np.zeros((2, 1, 32, 32), dtype=bool)
+    filled[:, :8, :8] = rounded_up[:, :7, :8] = True
+    options = {"context_ratio": float("selection" in options), **options}
+    both = [hetcache.Plan.from_mask(mask, mask.shape, context_motion=-1, **options) for mask in (filled, rounded_up)]
+    assert [plan.num_active for plan in both] == [64, 64]
+    assert not any(plan.context_motion for plan in both)
+    assert hetcache.session(both).plans == tuple(both)

@@ -407,6 +407,19 @@ def test_what_is_given_is_not_chosen():
         considered(known, "90x")
 
 
+@pytest.mark.parametrize("asked", [-1, 0, 1])
+def test_what_is_expected_is_of_the_plan_as_it_is(asked):
+    """Where an option says where the plan can, what it came to counts."""
+    known = with_variants((0.9, 0.1, 0.9, 0.9))
+    known = replace(known, variants=tuple({"margin": 2.0, "context_motion": moves} for moves in (0, 1, 0, 0)))
+    (choice,) = considered(known, margin=2.0, context_motion=asked, context_ratio=0.05)
+    own = known.like({"margin": 2.0, "context_motion": abs(asked)})
+    share = choice.plan.num_active / choice.plan.num_tokens
+    again = expect(own, choice.plan.steps, known.timesteps, share, choice.plan.prediction)
+    assert choice.plan.context_motion == abs(asked)
+    assert choice.expectation == again
+
+
 def test_kinds_that_no_clip_has_do_not_count():
     known, _ = calibration_of(np.linspace(1000, 30, STEPS))
     present = np.array([True, False, True])

@@ -23,6 +23,7 @@ from ..edit.media import Clip, Frames
 from ..edit.metrics import BAND, METRICS, REGIONS, Comparison, check_extra, compare
 from ..errors import InputFileError, MethodError, PlanError
 from ..files import atomically
+from ..plan.options import USUAL
 from ..plan.plan import Plan
 from ..plan.schedule import preset_options
 from ..provenance import provenance
@@ -271,7 +272,7 @@ def open_result(out: Path, pipe: Any, clips: Sequence[Clip], settings: Settings)
     """
     belongs = {
         **provenance(str(pipe.device)),
-        "settings": {**asdict(settings), "weights": weights_digest(pipe)},
+        "settings": {**asdict(settings), "weights": weights_digest(pipe), "usual_options": dict(USUAL)},
     }
     known = {clip.name: describe_clip(clip) for clip in clips}
     path = out / RESULT

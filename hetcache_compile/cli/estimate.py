@@ -149,7 +149,7 @@ def _make(
         "context_motion",
     }:
         raise EstimateError(f"{', '.join(sorted(of_mask))} of a plan needs a mask: give --mask or --plan")
-    if options["context_motion"] == WHERE_IT_CAN:
-        options["context_motion"] = 1  # no option that would be in its way can be given here
     count = max(1, round(active * int(np.prod(grid))))
+    if options["context_motion"] == WHERE_IT_CAN:
+        options["context_motion"] = int(count < np.prod(whole))  # no option in its way can be given here
     return Plan.from_token_mask(np.arange(np.prod(whole)) < count, whole, **options)

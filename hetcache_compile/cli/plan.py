@@ -181,8 +181,8 @@ def make_plan(
         save_preview(made, preview)
     print(made.describe())
     if known is not None:
-        print(expectation(known.like(options | dict(considered[0].options)), made))
         chosen = {**options, "context_motion": made.context_motion}
+        print(expectation(known.like({**chosen, **considered[0].options}), made))
         lines = comparison(considered), not_counted(known, schedule, chosen), calibrated_in_more(known, made)
         print("".join(lines), end="")
         warn(measured_elsewhere(known, pipe) if pipe is not None else ())

@@ -147,7 +147,7 @@ def choices(
             continue
         timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
         share = plan.num_active / plan.num_tokens
-        known = calibration.like({**options, **chosen})
+        known = calibration.like({**options, **chosen, "context_motion": plan.context_motion})
         found.append(Choice(plan, chosen, expect(known, plan.steps, timesteps, share, plan.prediction)))
     if refused is not None and not found:
         raise refused

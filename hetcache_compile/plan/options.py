@@ -106,6 +106,12 @@ class PlanOptions:
         "where FULL steps choose the active tokens, it is 0",
     )
 
+    @property
+    def computes_context(self) -> bool:
+        """Whether PARTIAL steps are asked to compute tokens outside the mask."""
+        margin = self.margin >= 1 and self.margin_ratio > 0
+        return margin or (self.context_ratio > 0 and self.selection != "none")
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The options, in order."""

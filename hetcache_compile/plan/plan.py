@@ -322,6 +322,11 @@ class Plan:
         return known[nearest(self.active_index[known], self.grid, NUM_ANCHORS)]
 
     @property
+    def shows_motion(self) -> bool:
+        """Whether some computed token lies outside the mask, and so shows how the context moves."""
+        return bool((self.token_kind[self.active_index] != TokenKind.GENERATIVE).any())
+
+    @property
     def query_index(self) -> NDArray[np.int64]:
         """Int64 `[NUM_QUERIES]`: generative tokens, spread evenly, that measure how relevant the others are."""
         generative = np.flatnonzero(self.token_kind == TokenKind.GENERATIVE)
@@ -396,7 +401,7 @@ class Plan:
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
             cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device, cached_by=chosen.cached_by,
-        )._moving(chosen.context_motion)  # fmt: skip
+        )._moving(chosen)  # fmt: skip
         if chosen.cached_shares not in CACHED_SHARES:
             raise PlanError(f"cached_shares must be one of {', '.join(CACHED_SHARES)}, got {chosen.cached_shares!r}")
         if chosen.cached_shares == "measured" and calibration is None:
@@ -411,21 +416,21 @@ class Plan:
         }  # fmt: skip
         return calibration.like(varied).scheduled(plan, schedule, multistep=bool(chosen.multistep))
 
-    def _moving(self, asked: int) -> Plan:
-        """The plan with the `context_motion` that was asked for."""
+    def _moving(self, options: PlanOptions) -> Plan:
+        """The plan with the `context_motion` that its options ask for."""
+        asked, reason = options.context_motion, self.immovable
         if asked not in (0, 1, WHERE_IT_CAN):
             raise PlanError(f"context_motion must be 0, 1 or {WHERE_IT_CAN} (where the plan can), got {asked}")
-        all_generated = bool((self.token_kind[self.active_index] == TokenKind.GENERATIVE).all())
-        reason = self.immovable
-        if self.num_context and all_generated:
+        if self.num_context and not self.shows_motion:
             reason = (
                 "context_motion needs computed tokens outside the mask: a context_ratio above 0, or a margin and "
                 "margin_ratio above 0"
             )
         if asked == 1 and reason is not None:
             raise PlanError(reason)
-        moves = asked == 1 or (asked == WHERE_IT_CAN and reason is None and self.num_context > 0)
-        return replace(self, context_motion=int(moves))
+        # Tokens that only fill M up do not count: plans of one batch would differ by them.
+        can = reason is None and self.num_context > 0 and options.computes_context
+        return replace(self, context_motion=int(asked == 1 or (asked == WHERE_IT_CAN and can)))
 
     @classmethod
     def from_token_mask(
@@ -516,12 +521,13 @@ class Plan:
         return FILE.load(path, lambda header, arrays: cls.unpacked(arrays, header))
 
     def packed(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """The plan as arrays and a header, for a file."""
+        """The plan as arrays and a header, for a file. Anchors are there for those who run its engines in a loop."""
         header: dict[str, Any] = {"grid": list(self.grid), **{name: getattr(self, name) for name in HEADER}}
         if self.cache_size is not None:
             header[COUNTED] = {name: getattr(self.cache_size, name) for name in SIZES}
         steps = np.array([int(step) for step in self.steps], dtype=np.uint8)
-        return {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}}, header
+        anchors = {"token_anchors": self.token_anchors} if self.context_motion else {}
+        return {"steps": steps, **{name: getattr(self, name) for name in ARRAYS}, **anchors}, header
 
     @classmethod
     def unpacked(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> Plan:

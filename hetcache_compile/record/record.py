@@ -178,11 +178,15 @@ class Record:
     def known_to(self, plan: Plan) -> Plan:
         """A plan that knows which of its computed tokens the recorded edit generated.
 
-        They change because they are another's content now, and do not show how the context moves.
+        They change because they are another's content now, and do not show how the context moves. Where no other token
+        is computed outside the mask, the context stays.
         """
+        if not plan.context_motion:
+            return plan
         generated = self.plan.token_kind == TokenKind.GENERATIVE
         kind = np.where(generated, TokenKind.GENERATIVE, plan.token_kind).astype(np.uint8)
-        return replace(plan, token_kind=kind) if plan.context_motion else plan
+        known = replace(plan, token_kind=kind)
+        return known if known.shows_motion else replace(known, context_motion=0)
 
     def check_entries(self, entries: tuple[CacheEntry, ...], plan: Plan) -> None:
         """See that what a form reads does not depend on which tokens are active, or that they are the recorded ones.
