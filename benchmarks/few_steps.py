@@ -52,10 +52,8 @@ ORIGINAL, UNGUIDED, DISTILLED = "original", "unguided", "distilled"
 MODELS = tuple(f"{model}:{steps}" for model, steps in ((ORIGINAL, 4), (ORIGINAL, 8), (ORIGINAL, 20),
                                                        (UNGUIDED, 4), (UNGUIDED, 8), (DISTILLED, 4), (DISTILLED, 8))
 )  # fmt: skip
-SEARCHED, EXACT = ("optimal:1.5x", "optimal:2x", "optimal:3x"), "+multiple=1"
-"""Searched schedules, and what leaves M as it is: otherwise it is rounded up to a sixteenth of N."""
 METHODS = (
-    *SEARCHED, *(f"{name}{EXACT}" for name in SEARCHED), "balanced", "paper-fast",
+    "optimal:1.5x", "optimal:2x", "optimal:3x", "balanced", "paper-fast",
     *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
     "crop:0.25", "crop:0.5", "crop:1", "crop:0.5+optimal:2x", *peers.NAMES,
 )  # fmt: skip
