@@ -91,17 +91,19 @@ def edit(pipe: Any, request: EditRequest, method: Method, at: float, call: Recor
         )
         with (
             compiled(pipe, backend=hetcache_backend, options={"inner": "eager"}),
-            hetcache.session(plan, strict=True),
+            hetcache.session(plan, strict=True) as session,
         ):
             frames = run_pipeline(pipe, request, method.name, silent).frames
     finally:
         pipe.scheduler = usual
     flops = flops_of(pipe.transformer, plan, call)
+    calls = session.stats.kinds
+    every = steps * len(calls) / len(plan.steps)
     return {
         "frames": frames,
         "steps": "".join(kind.letter for kind in plan.steps),
         "active": plan.num_active / plan.num_tokens,
-        "speedup_flops": steps * flops["plain"] / sum(flops[kind.form] for kind in plan.steps),
+        "speedup_flops": every * flops["plain"] / sum(flops[kind.form] for kind in calls),
     }
 
 

@@ -17,6 +17,9 @@ from .error_model import RecordedErrors
 from .record import Array, Record
 from .schedule_search import Budget, StepCosts, shortest, total_error
 
+CALLS_OF_GUIDANCE = 2
+"""In each step: with the text and without."""
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -25,7 +28,8 @@ class Expectation:
     Attributes:
         steps: the schedule.
         error: of the last latents, over what the whole path moves them; infinite where it was not measured.
-        seconds: in the model, of one branch of guidance, at the size that the calibration timed.
+        seconds: in the model, of one branch of guidance (their mean, where they share their context), at the size that
+            the calibration timed.
         full_seconds: of as many FULL steps.
     """
 
@@ -56,12 +60,14 @@ def expect(
     share: float,
     method: Prediction | None = None,
     lengths: Array | None = None,
+    *,
+    shared_context: bool = False,
 ) -> Expectation:
     """What the calibration expects of any schedule, at M / N = `share`; see `optimal_schedule`."""
-    costs, method = step_costs(calibration, share), method or Prediction()
+    costs, method = step_costs(calibration, share, shared_context=shared_context), method or Prediction()
     error = total_error(RecordedErrors(calibration, timesteps, method, lengths), steps, method.order)
     counts = (steps.count(StepKind.FULL), steps.count(StepKind.PARTIAL))
-    return Expectation(tuple(steps), float(np.sqrt(error)), costs.of(*counts, len(steps)), costs.full * len(steps))
+    return Expectation(tuple(steps), float(np.sqrt(error)), costs.of(*counts, len(steps)), costs.baseline * len(steps))
 
 
 def optimal_schedule(
@@ -71,6 +77,8 @@ def optimal_schedule(
     share: float,
     method: Prediction | None = None,
     lengths: Array | None = None,
+    *,
+    shared_context: bool = False,
 ) -> tuple[StepKind, ...]:
     """The best schedule for an edit.
 
@@ -81,6 +89,8 @@ def optimal_schedule(
         share: M / N of its plan.
         method: how outputs are predicted and corrected.
         lengths: `[S]` of its solver, see `output_weights.step_lengths`.
+        shared_context: whether the calls of a step of guidance share their context. What that changes of results was
+            not measured by a calibration, and counts for nothing.
 
     Raises:
         PlanError: the budget cannot be kept.
@@ -89,12 +99,22 @@ def optimal_schedule(
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     method = method or Prediction()
     errors = RecordedErrors(calibration, timesteps, method, lengths)
-    return shortest(errors, step_costs(calibration, share), len(timesteps), budget, order=method.order)
+    costs = step_costs(calibration, share, shared_context=shared_context)
+    return shortest(errors, costs, len(timesteps), budget, order=method.order)
 
 
-def step_costs(calibration: Record, share: float) -> StepCosts:
-    """Seconds of a call by step kind at M / N = `share`."""
+def step_costs(calibration: Record, share: float, *, shared_context: bool = False) -> StepCosts:
+    """Seconds of a call by step kind at M / N = `share`.
+
+    Args:
+        calibration: that measured them.
+        share: M / N.
+        shared_context: whether of the calls of a step of guidance, two as a rule, only one computes all tokens.
+    """
     costs = calibration.costs
     if costs is None:
         raise CalibrationError("the calibration holds no step costs yet: run hetcache calibrate again")
-    return StepCosts(costs.full, costs.partial_at(share), costs.reuse)
+    partial = costs.partial_at(share)
+    shared = (costs.full + (CALLS_OF_GUIDANCE - 1) * partial) / CALLS_OF_GUIDANCE
+    full = shared if shared_context else costs.full
+    return StepCosts(full, partial, costs.reuse, uncached=costs.full)

@@ -54,7 +54,8 @@ class Calibration(Record):
         moves = flow_lengths(timesteps) if lengths is None else lengths
 
         def search(budget: str) -> tuple[StepKind, ...]:
-            return optimal_schedule(self, budget, timesteps, share, prediction, moves)
+            shared = bool(plan.shared_context)
+            return optimal_schedule(self, budget, timesteps, share, prediction, moves, shared_context=shared)
 
         steps = make_schedule(schedule, len(plan.steps), distances, search)
         weights = step_weights(self, steps, timesteps, moves, prediction) if fitted else plan.weights[:0]

@@ -79,11 +79,25 @@ class Budget:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a call by step kind, for one M / N."""
+    """Seconds of a call by step kind, for one M / N.
+
+    Attributes:
+        full: where the calls of a step share their context, the mean of a FULL one and of those that read its keys and
+            values.
+        partial: of a PARTIAL call.
+        reuse: of a REUSE call.
+        uncached: what budgets are measured against; by default `full`.
+    """
 
     full: float
     partial: float
     reuse: float
+    uncached: float | None = None
+
+    @property
+    def baseline(self) -> float:
+        """Of a call where every step is FULL and nothing is shared."""
+        return self.full if self.uncached is None else self.uncached
 
     def of(self, num_full: Any, num_partial: Any, num_steps: int) -> Any:
         """Seconds of a schedule, or of several at once."""
@@ -108,7 +122,7 @@ def shortest(
         PlanError: no schedule keeps the budget.
     """
     graph = _Graph(errors, num_steps, order, longest_run)
-    seconds = np.inf if budget.factor is None else num_steps * costs.full / budget.factor
+    seconds = np.inf if budget.factor is None else num_steps * costs.baseline / budget.factor
     bound = np.inf if budget.error is None else budget.error**2
     found = _search(graph, costs, errors.correlation, seconds * ROUNDING, bound * ROUNDING)
     if found is None:

@@ -193,7 +193,11 @@ def expectation(calibration: Calibration, plan: Plan) -> str:
     named = {name: make_schedule(name, len(plan.steps)) for name in cycles} | {plan.schedule: plan.steps}
     share = plan.num_active / plan.num_tokens
     width = max(map(len, named))
-    expected = {n: expect(calibration, steps, timesteps, share, plan.prediction) for n, steps in named.items()}
+    shared = bool(plan.shared_context)
+    expected = {
+        name: expect(calibration, steps, timesteps, share, plan.prediction, shared_context=shared)
+        for name, steps in named.items()
+    }
     return "\n".join(f"{name:{width}}  {found.describe()}" for name, found in expected.items())
 
 

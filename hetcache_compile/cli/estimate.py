@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,6 +142,7 @@ def _make(
         references = np.zeros((whole[0] - grid[0], *grid[1:]), dtype=bool)
         return Plan.from_mask(np.concatenate([tokens, references]), whole, **options)
     options.pop("context_ratio", None)  # there always; the share is of all tokens that are computed
+    shared_context = options.pop("shared_context", 0)
     if of_mask := options.keys() - {
         "num_inference_steps",
         "schedule",
@@ -152,4 +154,5 @@ def _make(
     count = max(1, round(active * int(np.prod(grid))))
     if options["context_motion"] == WHERE_IT_CAN:
         options["context_motion"] = int(count < np.prod(whole))  # no option in its way can be given here
-    return Plan.from_token_mask(np.arange(np.prod(whole)) < count, whole, **options)
+    made = Plan.from_token_mask(np.arange(np.prod(whole)) < count, whole, **options)
+    return replace(made, shared_context=shared_context)

@@ -181,7 +181,9 @@ def estimate(
         kind: FormEstimate(work.flops, work.attention_flops, work.bytes, gpu.seconds(work))
         for kind, work in found.work.items()
     }
-    calls = [forms[step.form] for step in plan.steps]
+    first = [forms[step.form] for step in plan.steps]
+    others = [forms[others_form(step, plan)] for step in plan.steps]
+    calls = [*first, *(branches - 1) * others]
     whole = forms[PLAIN]
     return Estimate(
         model=model.name, class_name=model.class_name, called_like=model.source,
@@ -191,16 +193,23 @@ def estimate(
         weights_bytes=model.experts * found.weights_bytes, forms=forms,
         caches={name: _caches(found, plan, name, branches, model.experts) for name in CACHE_DTYPES},
         gpu=gpu.name, rates=gpu.describe(), gpu_bytes=int(gpu.memory_gib * GIB),
-        plan_flops=branches * sum(call.flops for call in calls),
-        plan_seconds=branches * sum(call.seconds for call in calls),
-        uncached_flops=branches * len(calls) * whole.flops,
-        uncached_seconds=branches * len(calls) * whole.seconds,
+        plan_flops=sum(call.flops for call in calls),
+        plan_seconds=sum(call.seconds for call in calls),
+        uncached_flops=len(calls) * whole.flops,
+        uncached_seconds=len(calls) * whole.seconds,
     )  # fmt: skip
+
+
+def others_form(step: StepKind, plan: Plan) -> str:
+    """The form of all calls of a step but the first one."""
+    return (StepKind.PARTIAL if plan.shared_context and step is StepKind.FULL else step).form
 
 
 def _caches(found: Inventory, plan: Plan, dtype: str, branches: int, experts: int) -> CacheEstimate:
     sizes = {entry: n * sum(one.num_bytes for one in stored_as(entry, dtype)) for entry, n in found.entries.items()}
     branch = sum(sizes.values())
-    kept_twice = (size for entry, size in sizes.items() if entry.is_context)
-    added = 0 if plan.context_extrapolation else sum(kept_twice)
-    return CacheEstimate(branch, branches * experts * branch, branches * experts * (branch + added))
+    context = sum(size for entry, size in sizes.items() if entry.is_context)
+    added = 0 if plan.context_extrapolation else context
+    contexts = 1 if plan.shared_context else branches
+    edit = branches * (branch - context) + contexts * context
+    return CacheEstimate(branch, experts * edit, experts * (edit + contexts * added))

@@ -148,7 +148,9 @@ def choices(
         timesteps = plan.timesteps if plan.timesteps.size else calibration.timesteps_for(len(plan.steps))
         share = plan.num_active / plan.num_tokens
         known = calibration.like({**options, **chosen, "context_motion": plan.context_motion})
-        found.append(Choice(plan, chosen, expect(known, plan.steps, timesteps, share, plan.prediction)))
+        shared = bool(plan.shared_context)
+        expected = expect(known, plan.steps, timesteps, share, plan.prediction, shared_context=shared)
+        found.append(Choice(plan, chosen, expected))
     if refused is not None and not found:
         raise refused
     return sorted(found, key=partial(_rank, by_error=by_error))

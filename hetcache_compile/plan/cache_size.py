@@ -22,6 +22,7 @@ class CacheSize:
         keys_and_values: bytes of them that may be in the host's memory.
         window: bytes of those that are on the device at a time, where they are in the host's memory.
         branches: model calls in each step, each with a cache of its own.
+        shared: whether they read the keys and values of the first one.
     """
 
     options: FormOptions
@@ -29,16 +30,17 @@ class CacheSize:
     keys_and_values: int
     window: int
     branches: int
+    shared: bool = False
 
     @property
     def edit(self) -> int:
         """Bytes of all branches. Experts follow one another, and the first one's cache is freed for the next one's."""
-        return self.branches * self.branch
+        return self.branches * (self.branch - self.keys_and_values) + self.on_host
 
     @property
     def on_host(self) -> int:
         """Bytes of all branches in the host's memory, where keys and values are there."""
-        return self.branches * self.keys_and_values
+        return self.keys_and_values * (1 if self.shared else self.branches)
 
     def on_device(self, *, hosted: bool) -> int:
         """Bytes of all branches on the device."""
@@ -47,6 +49,7 @@ class CacheSize:
     def describe(self, *, hosted: bool) -> str:
         """One line."""
         each = f" ({self.branches} branches of {format_bytes(self.branch)})" if self.branches > 1 else ""
+        each = f" ({self.branches} branches that share keys and values)" if each and self.shared else each
         if not hosted:
             return f"the cache takes {format_bytes(self.edit)}{each}"
         device = format_bytes(self.on_device(hosted=True))

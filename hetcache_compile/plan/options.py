@@ -76,6 +76,12 @@ class PlanOptions:
         "1 to move the cached keys and values of a token as those of the nearest computed tokens outside the mask have "
         "moved since the last FULL step, -1 to do so where the plan can; `plan_for` takes -1",
     )
+    shared_context: int = _option(
+        0,
+        "1 to let the calls of a step of guidance read the keys and values that its first call computed: then FULL "
+        "steps compute all tokens in one call only, and the cache is kept once, but the others' results are no more "
+        "exact",
+    )
     selection: str = _option(
         "uniform",
         f"how the context among the active tokens is chosen, one of {', '.join(SELECTIONS)}: none of it, spread "

@@ -62,6 +62,7 @@ HEADER = (
     "merging",
     "cache_dtype",
     "cache_device",
+    "shared_context",
     "cached_by",
     "cached_counts",
     "token_inputs",
@@ -117,6 +118,7 @@ class Plan:
             `context_index` says how many they are, and what attentions read whose scores cannot be.
         cached_counts: how many tokens each attention caches, in graph order, where FULL steps choose them and the
             numbers differ; else empty.
+        shared_context: 1 where the calls of a step of guidance read the keys and values of the first one.
         token_inputs: where latents come packed, the inputs of the model that hold tokens: the dim of the tokens and
             the row of the first, by name. References may stand before and behind them.
         counted: how large the cache is, where the model was known (see `cache_size`).
@@ -142,6 +144,7 @@ class Plan:
     cached_counts: tuple[int, ...] = ()
     sigmas: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     context_motion: int = 0
+    shared_context: int = 0
     token_inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     counted: CacheSize | None = None
 
@@ -165,6 +168,10 @@ class Plan:
             raise PlanError(f"context_extrapolation must be 0 or 1, got {self.context_extrapolation}")
         if self.context_motion not in (0, 1):
             raise PlanError(f"context_motion must be 0 or 1, got {self.context_motion}")
+        if self.shared_context not in (0, 1):
+            raise PlanError(f"shared_context must be 0 or 1, got {self.shared_context}")
+        if self.shared_context and self.selects_at_run_time:
+            raise PlanError(f"selection {self.selection!r} chooses tokens in each call: shared_context must be 0")
         if self.selection not in SELECTIONS:
             raise PlanError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         if self.selects_at_run_time and both.size < self.num_tokens:
@@ -278,7 +285,9 @@ class Plan:
     @property
     def cache_size(self) -> CacheSize | None:
         """How large its cache is; None where that was not counted, or for other options."""
-        return self.counted if self.counted is not None and self.counted.options == self.form_options else None
+        if self.counted is None or self.counted.options != self.form_options:
+            return None
+        return replace(self.counted, shared=bool(self.shared_context))
 
     @property
     def budgets(self) -> Budgets:
@@ -290,7 +299,7 @@ class Plan:
         """Plans with equal keys can share a session, and so their edits a batch."""
         return (
             self.form_options, self.steps, self.timesteps.tobytes(), self.weights.size > 0, self.cache_device,
-            tuple(self.token_inputs.items()),
+            self.shared_context, tuple(self.token_inputs.items()),
         )  # fmt: skip
 
     @property
@@ -401,6 +410,7 @@ class Plan:
             extrapolation=chosen.extrapolation, context_extrapolation=chosen.context_extrapolation,
             selection=chosen.selection, context_cluster=clusters, merging=chosen.merging,
             cache_dtype=chosen.cache_dtype, cache_device=chosen.cache_device, cached_by=chosen.cached_by,
+            shared_context=chosen.shared_context,
         )._moving(chosen)  # fmt: skip
         if chosen.cached_shares not in CACHED_SHARES:
             raise PlanError(f"cached_shares must be one of {', '.join(CACHED_SHARES)}, got {chosen.cached_shares!r}")
@@ -496,6 +506,7 @@ class Plan:
         stored += " in the host's memory" if self.cache_device == "cpu" else ""
         predicted = ", cached K/V predicted" if self.context_extrapolation else ""
         predicted += ", cached K/V move" if self.context_motion else ""
+        predicted += ", shared by the calls of a step" if self.shared_context else ""
         outputs = "fitted weights" if self.weights.size else f"extrapolation {self.extrapolation}"
         size = self.cache_size
         cache = "" if size is None else f"\n{size.describe(hosted=self.cache_device == 'cpu')}"

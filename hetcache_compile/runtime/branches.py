@@ -62,6 +62,8 @@ class Branch:
         correction: of what is read from memory, for another text.
         number: among the branches of its model, in the order of their first calls.
         made_of: what the keys and values were made of that no step changes.
+        full_step: the step whose FULL call filled its cache.
+        lender: the branch whose keys and values it reads in place of its own (the plan's `shared_context`).
     """
 
     owner: Hashable | None = None
@@ -76,6 +78,9 @@ class Branch:
     _lent: set[Hashable] = field(default_factory=set)
     number: int | None = None
     made_of: Any = None
+    full_step: int | None = None
+    lender: Branch | None = None
+    _full_latents: tuple[Remembered, ...] = ()
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)
@@ -92,20 +97,37 @@ class Branch:
             self._lent.clear()
         return self._memory
 
+    def is_valid(self, owner: Hashable, weights: int) -> bool:
+        """Whether its cache is one of this graph and these weights, and so is what it reads of another branch."""
+        own = self.owner == owner and self.weights == weights
+        return own and (self.lender is None or self.lender.is_valid(owner, weights))
+
+    def fill(self, step: int | None, latents: Sequence[torch.Tensor]) -> None:
+        """A FULL call at a step has filled its cache from these latents."""
+        self.full_step, self._full_latents, self.lender = step, remember(latents), None
+
+    def shows(self, step: int, latents: Sequence[torch.Tensor]) -> bool:
+        """Whether its cache is that of a FULL call of its own at this step, on the same latents."""
+        return self.full_step == step and self.lender is None and same(self._full_latents, latents)
+
     def lend(self, tensors: Mapping[Hashable, torch.Tensor]) -> None:
-        """Let tensors of a record be a part of its memory, by name: steps read them, and none may write them."""
+        """Let tensors of a record, or of another branch, be a part of its memory, by name.
+
+        Its steps read them and leave the rows of inactive tokens as they are. A FULL step does not write them.
+        """
         self._memory |= tensors
         self._lent |= tensors.keys()
 
     def give_back(self) -> dict[Hashable, torch.Tensor]:
-        """Take what belongs to a record out of its memory, for a step that writes. Returns what it was."""
+        """Take what was lent out of its memory, for a step that writes. Returns what it was."""
         lent = {name: self._memory.pop(name) for name in self._lent if name in self._memory}
         self._lent.clear()
         return lent
 
     def invalidate(self) -> None:
         """The cache is valid no more. Its memory stays, and so does what tells its calls from others."""
-        self.owner = self.step = self.weights = None
+        self.owner = self.step = self.weights = self.full_step = self.lender = None
+        self._full_latents = ()
 
     def forget(self) -> None:
         """The cache is valid no more, and nothing is known of its calls; its memory stays."""
@@ -144,7 +166,7 @@ class Branch:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the memory it holds, without what belongs to a record."""
+        """Bytes of the memory it holds, without what was lent to it."""
         return sum(tensor.nbytes for name, tensor in self._memory.items() if name not in self._lent)
 
 
@@ -259,7 +281,7 @@ class Track:
         Branches may differ in their latents too. Where nothing else tells them apart, as many are expected as at the
         time before.
         """
-        if any(_same(known, latents) for known in self.last_latents):
+        if any(same(known, latents) for known in self.last_latents):
             return False
         if self.name is not None:
             return True
@@ -269,12 +291,13 @@ class Track:
         return any(branch is one for one in alike for branch in self.last_branches)
 
     def _is_guidance(self, latents: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> bool:
-        if self.name is not None or not self.last_latents or not _same(self.last_latents[-1], latents):
+        if self.name is not None or not self.last_latents or not same(self.last_latents[-1], latents):
             return False
         return not any(
             len(known) == len(conditions) and all(map(holds, known, conditions)) for known in self.last_conditions
         )
 
 
-def _same(known: Sequence[Remembered], tensors: Sequence[torch.Tensor]) -> bool:
+def same(known: Sequence[Remembered], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors hold what some remembered ones held; there must be some."""
     return len(known) == len(tensors) > 0 and all(map(holds, known, tensors))

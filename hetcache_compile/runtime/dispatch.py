@@ -251,6 +251,7 @@ class CompiledGraph:
             conditions=[inputs[number] for number in roles.conditions],
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
             signature=lambda: signature_at(route, watched),
+            can_share=True,
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
@@ -264,6 +265,8 @@ class CompiledGraph:
         if turn.recorded is not None:
             self._agree(session, turn.branch, turn.recorded, route, form, inputs)
         history = turn.branch.give_back() if turn.kind is StepKind.FULL else {}
+        if turn.lender is not None:
+            share(session, form, turn, route)
         buffers = self._buffers(session, form, turn.branch, route)
         compile_seconds = time.perf_counter() - start
         if turn.kind is StepKind.FULL:
@@ -271,12 +274,18 @@ class CompiledGraph:
             if session.plan.context_extrapolation and not turn.fresh:
                 settle(turn.branch, route.device)
                 go_on_from(history, turn.branch.memory(route.key))
-        if turn.fresh and (turn.kind is StepKind.FULL or turn.recalls):
+        if turn.fresh and (turn.kind is StepKind.FULL or turn.recalls or turn.lender is not None):
             for own in buffers:
-                forget(form, own)
+                forget(form, own, shared=turn.lender is not None)
         if turn.recorded is not None and turn.recalls:
             settle(turn.branch, route.device)
-            session.restorer.restore(form.reads, buffers[0], turn.recorded.tensors, turn.branch.correction)
+            session.restorers[0].restore(form.reads, buffers[0], turn.recorded.tensors, turn.branch.correction)
+        if turn.lender is not None:
+            settle(turn.branch, route.device)
+            lent = turn.lender.memory(route.key)
+            for p, own in enumerate(buffers):
+                there = {entry.input_name: lent[p, entry.input_name] for entry in form.reads}
+                session.restorers[p].restore(form.reads, own, there)
         run = form.streamed if turn.branch.hosted and form.streamed else form.run
         watch = Stopwatch(route.device)
         unchanging: Sequence[torch.Tensor] = ()
@@ -321,7 +330,7 @@ class CompiledGraph:
         assert session.memory is not None
         if not branch.agrees:
             session.memory.check_entries(form.reads, session.plan)
-            inactive = session.restorer.inactive
+            inactive = session.restorers[0].inactive
             with normal_mode():
                 analysis = self.preparer.analyse(route.prepared, session.plan)
                 check_alike(route.prepared.program, analysis, inputs, recorded.calls.inputs, inactive)
@@ -517,6 +526,19 @@ def buffers_for(
     return [memory[number, entry.input_name] for entry in form.reads]
 
 
+def share(session: Session, form: CompiledForm, turn: Turn, route: Route) -> None:
+    """Let a branch read the keys and values of its lender in place of its own, which are given back."""
+    session.begun_full(turn)
+    branch, lender = turn.branch, turn.lender
+    assert lender is not None
+    held, lent = branch.num_bytes, lender.memory(route.key)
+    branch.memory(route.key)
+    branch.hosted = lender.hosted
+    entries = [entry.input_name for entry in form.reads if entry.group == "key_values"]
+    branch.lend({(p, name): lent[p, name] for p in range(len(session.plans)) for name in entries})
+    session.allocated(branch.num_bytes - held)
+
+
 def belongs_on_host(session: Session, entries: Sequence[CacheEntry], device: torch.device) -> bool:
     """Whether keys and values of a branch go into the host's memory: as the plan says, or where they do not fit."""
     if session.record is not None:
@@ -578,10 +600,10 @@ def go_on_from(history: Mapping[Hashable, torch.Tensor], memory: Mapping[Hashabl
         memory[name].copy_(tensor)
 
 
-def forget(form: CompiledForm, buffers: Sequence[torch.Tensor]) -> None:
-    """Nothing was computed yet: entries that say so."""
+def forget(form: CompiledForm, buffers: Sequence[torch.Tensor], *, shared: bool) -> None:
+    """Nothing was computed yet: entries that say so. Keys and values that are shared are another branch's."""
     for entry, buffer in zip(form.reads, buffers, strict=True):
-        if entry.initial is not None:
+        if entry.initial is not None and not (shared and entry.group == "key_values"):
             buffer.fill_(entry.initial)
 
 

@@ -70,6 +70,7 @@ class Call:
         conditions: other tensors that tell branches of guidance apart.
         weights: a number that changes with the weights; given True, every weight is looked at.
         signature: tells the graph and its weights from others, in any process.
+        can_share: whether it can run on another branch's keys and values.
     """
 
     model: Any
@@ -79,6 +80,7 @@ class Call:
     conditions: Sequence[torch.Tensor]
     weights: Callable[[bool], int] = lambda thorough: 0
     signature: Callable[[], str] = lambda: ""
+    can_share: bool = False
 
 
 @dataclass(slots=True)
@@ -92,7 +94,9 @@ class Turn:
         fresh: whether the branch holds nothing that the call could go on from.
         weights: the number of the weights that it runs on.
         recorded: the step as it was recorded; None if it was not, or in a session without memory.
-        weighed_as: the kind of step whose weights its outputs have: one from memory stands for the planned one.
+        weighed_as: the kind of step whose weights its outputs have: one from memory, or on another branch's context,
+            stands for the planned one.
+        lender: the branch whose keys and values a call at a FULL step reads in place of computing its own.
     """
 
     kind: StepKind
@@ -102,6 +106,7 @@ class Turn:
     weights: int
     recorded: RecordedStep | None
     weighed_as: StepKind
+    lender: Branch | None
     _reading: Reading
     _model: Model
     _track: Track
@@ -133,6 +138,11 @@ class Model:
         """Every branch."""
         for track in self.tracks.values():
             yield from track.branches.values()
+
+    def lender(self, call: Call, weights: int, branch: Branch, step: int) -> Branch | None:
+        """Another branch that had a FULL call at this step, on the same latents: guidance by another text, say."""
+        others = (other for other in self.branches() if other is not branch and other.is_valid(call.owner, weights))
+        return next((other for other in others if other.shows(step, call.latents)), None)
 
     def key(self, call: Call, weights: int, track: Track, branch: Branch) -> BranchKey:
         """What a branch is known by in a record."""
@@ -180,7 +190,7 @@ class Session:
         self.plans = checked_plans(plans)
         self.memory = memory_of
         self.record = self._new_record() if record else None
-        self.restorer = Restorer(~self.plan.active_mask)
+        self.restorers = tuple(Restorer(~plan.active_mask) for plan in self.plans)
         if memory_of is not None:
             self._check_memory(memory_of)
             self.plans = (memory_of.known_to(self.plan),)
@@ -227,6 +237,16 @@ class Session:
     def ranks(self) -> Ranks | None:
         """The processes that share the rows of each form, if several do."""
         return None if self.parallel is None else self.parallel.rows
+
+    @property
+    def shares(self) -> bool:
+        """Whether calls at a FULL step may read the keys and values that another one computed.
+
+        A record needs those of each call. Processes that share guidance have only their own, and those that share rows
+        are kept like them.
+        """
+        alone = self.record is None and self.memory is None and self.parallel is None
+        return bool(self.plan.shared_context) and alone
 
     @property
     def hoists(self) -> bool:
@@ -341,7 +361,7 @@ class Session:
         step = reading.step
         planned = StepKind.FULL if step is None else self.plan.steps[step]
         weights = call.weights(planned is not StepKind.REUSE)
-        continues = branch.owner == call.owner and branch.weights == weights and not changed
+        continues = branch.is_valid(call.owner, weights) and not changed
         follows = continues and reading.fits and (branch.step is None or step is None or step - branch.step <= 1)
         kind = planned if follows else StepKind.FULL
         recorded = None
@@ -353,9 +373,14 @@ class Session:
                 branch.has_other_text = self.corrects and recorded.calls.has_other_conditions(call.conditions)
             kind = StepKind.FULL if branch.has_other_text and branch.correction is None else StepKind.PARTIAL
             weighed_as = kind if planned is StepKind.REUSE else planned
+        lender = None
+        if kind is StepKind.FULL and step is not None and reading.fits and call.can_share and self.shares:
+            lender = model.lender(call, weights, branch, step)
+            kind = kind if lender is None else StepKind.PARTIAL
         self._free_idle_models(model, step)
         model.calls += 1
-        return Turn(kind, step, branch, not continues, weights, recorded, weighed_as, reading, model, track, changed)
+        fresh = not continues
+        return Turn(kind, step, branch, fresh, weights, recorded, weighed_as, lender, reading, model, track, changed)
 
     @property
     def corrects(self) -> bool:
@@ -446,14 +471,17 @@ class Session:
                 raise
 
     def begun_full(self, turn: Turn) -> None:
-        """A FULL step is about to overwrite the cache: an error must not leave half of one."""
+        """A FULL step, or what stands for one, is about to overwrite the cache: an error must not leave half of one."""
         turn.branch.owner = None
+        turn.branch.lender = turn.lender
 
     def finish(self, turn: Turn, call: Call, watch: Stopwatch, compile_seconds: float) -> None:
         """The call was made."""
         branch, track = turn.branch, turn._track
-        if turn.kind is StepKind.FULL or turn.recalls:
+        if turn.kind is StepKind.FULL or turn.recalls or turn.lender is not None:
             branch.owner, branch.weights = call.owner, turn.weights
+        if turn.kind is StepKind.FULL and self.shares:
+            branch.fill(turn.step, call.latents)
         branch.step = turn._reading.last_step
         if track.name is None:
             branch.keep(call.conditions, turn._changed)
@@ -464,6 +492,7 @@ class Session:
         stats.watches.append(watch)
         stats.compile_seconds += compile_seconds
         stats.recalled += turn.recalls
+        stats.shared += turn.lender is not None
         if not turn._reading.fits:
             stats.unplanned += 1
 
@@ -550,6 +579,12 @@ class Session:
             self.warn(message)
 
     def _say_what_did_not_run(self) -> None:
+        if self.shares and self.stats.kinds and not self.stats.shared:
+            self.warn(
+                "the plan has shared_context, but no call shared another one's: at no FULL step did the compiled model "
+                "get two calls with the same latents. Without guidance, with both branches in one call, and in an "
+                "engine FULL steps take what they take without it"
+            )
         if self.stats.kinds or all(kind is StepKind.FULL for kind in self.plan.steps):
             return
         if self.tried_calls > self.refused_calls:
@@ -614,7 +649,7 @@ def session(
     return Session(plan, strict=strict, check_finite=check_finite, record=record, memory_of=memory_of)
 
 
-ALIKE = ("steps", "token_inputs", "cache_device")
+ALIKE = ("steps", "token_inputs", "cache_device", "shared_context")
 """What plans of one batch share, beside what their forms know of them."""
 
 

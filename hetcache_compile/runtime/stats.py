@@ -64,6 +64,8 @@ class Stats:
     experts share the steps it takes less."""
     recalled: int = 0
     """Calls that read the cache of their step from memory (`memory_of=`). They are PARTIAL."""
+    shared: int = 0
+    """Calls of FULL steps that read the keys and values of another one (`shared_context`). They are PARTIAL."""
     unplanned: int = 0
     """Calls that fit nothing in the plan: at a time that it does not know, or out of order. They are FULL."""
 
