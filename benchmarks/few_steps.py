@@ -7,7 +7,7 @@
 Methods are those of `hetcache bench quality` and of peers.py, by name. Each result is compared with the uncached one of
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
 machine does not change; with `--timed` times are taken too. Each model is calibrated first, in as many steps, on clips
-that are not held out. Cells and calibrations are kept in out/few_steps, and a run that was cut short goes on there; the
+that are not held out. `original@5:20` is a model with another guidance than its usual one. Cells and calibrations are kept in out/few_steps, and a run that was cut short goes on there; the
 result is written as they are done, in the place of what an earlier run measured of the same methods.
 """
 
@@ -126,12 +126,20 @@ def load(kind: str, options: argparse.Namespace) -> Any:
     return pipe
 
 
+def parsed(model: str) -> tuple[str, float, int]:
+    """Kind, guidance and number of steps of a model such as `unguided:8` or `original@5:20`."""
+    named, _, steps = model.partition(":")
+    kind, _, scale = named.partition("@")
+    usual = reference.GUIDANCE_SCALE if kind == ORIGINAL else 1.0
+    return kind, float(scale) if scale else usual, int(steps)
+
+
 def edited_with(model: str) -> dict[str, Any]:
-    """Steps, guidance and text length of a model such as `unguided:8`."""
-    kind, _, steps = model.partition(":")
+    """Steps, guidance and text length of a model."""
+    _, guidance_scale, steps = parsed(model)
     return {
-        "num_inference_steps": int(steps),
-        "guidance_scale": reference.GUIDANCE_SCALE if kind == ORIGINAL else 1.0,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
         "max_sequence_length": reference.MAX_TEXT_LENGTH,
     }
 
@@ -140,8 +148,8 @@ def calibration_of(model: str, options: argparse.Namespace) -> Path:
     """The calibration of a model in as many steps, made if it is not there. Costs are those of the shipped one."""
     if options.calibration is not None:
         return Path(options.calibration)
-    kind, _, steps = model.partition(":")
-    path = options.out / "calibrations" / f"{kind}-{steps}.hetcal"
+    kind, _, _ = parsed(model)
+    path = options.out / "calibrations" / f"{model.replace(':', '-')}.hetcal"
     path.parent.mkdir(parents=True, exist_ok=True)
     costs, clips = Calibration.load(reference.CALIBRATION).costs, reference.calibration_clips(CALIBRATED_ON)
     difference = file_digest(options.difference) if kind == DISTILLED else None
@@ -154,7 +162,7 @@ def calibration_of(model: str, options: argparse.Namespace) -> Path:
 
 def measure(model: str, number: int, names: Sequence[str], calibrated: Path, options: argparse.Namespace) -> None:
     """The missing cells of a model and number of steps, such as `unguided:8`, and of one held-out clip."""
-    kind, _, steps = model.partition(":")
+    kind, _, steps = parsed(model)
     pipe, clip = load(kind, options), reference.procedural_clip(number)
     settings = Settings(
         f"reference, {kind}",
@@ -163,7 +171,7 @@ def measure(model: str, number: int, names: Sequence[str], calibrated: Path, opt
         timed=options.timed,
         calibration=file_digest(calibrated),
     )
-    wanted = [name for name in names if not as_many_steps(name, int(steps))]
+    wanted = [name for name in names if not as_many_steps(name, steps)]
     ours = our_methods([name for name in wanted if name.partition(":")[0] not in peers.PEERS])
     others = peers.rivals([name for name in wanted if name.partition(":")[0] in peers.PEERS], options.timed, {})
     measured, out = Measured(REGIONS, OF_FIDELITY, OF_QUALITY), cells_of(options.out, model, number)
@@ -241,10 +249,10 @@ def extended(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return {"masked": masked, "methods": {**earlier.get("methods", {}), **found["methods"]}}
 
 
-def in_order(item: tuple[str, Any]) -> tuple[int, int]:
-    """By model, then by steps."""
-    kind, _, steps = item[0].partition(":")
-    return (ORIGINAL, UNGUIDED, DISTILLED).index(kind), int(steps)
+def in_order(item: tuple[str, Any]) -> tuple[int, float, int]:
+    """By model, by guidance, then by steps."""
+    kind, guidance_scale, steps = parsed(item[0])
+    return (ORIGINAL, UNGUIDED, DISTILLED).index(kind), guidance_scale, steps
 
 
 def write(result: dict[str, Any], path: Path) -> None:

@@ -184,6 +184,40 @@ def moving_table(result: Result) -> str:
     return "\n".join(rows)
 
 
+SHARED = "+shared_context=1"
+"""What is added to a method's name where the calls of a step share their context."""
+
+
+def shared_table(result: Result) -> str:
+    """Fidelity and work of methods whose calls share their context, beside the same where each has its own."""
+    columns, gains = sizes(result), []
+    rows = head("schedule", *by_mask(columns))
+    for model, part in result["models"].items():
+        methods, (named, _, steps) = part["methods"], model.partition(":")
+        guidance = named.partition("@")[2] or "2"
+        for name in [name for name in methods if name + SHARED in methods]:
+            shown = []
+            for size in columns:
+                pair = [fidelity_db(methods[one], size) for one in (name + SHARED, name)]
+                gains += [pair[0][clip] - pair[1][clip] for clip in pair[0].keys() & pair[1].keys()]
+                work = [
+                    median(cell["fewer_flops"] for cell in cells_of(methods[one], size)) for one in (name + SHARED, name)
+                ]
+                first, second = (
+                    f"{median(db.values()):.1f} dB, {fewer:.2f}x" for db, fewer in zip(pair, work, strict=True)
+                )
+                shown.append(f"{first} ({second})")
+            rows.append(f"| `{name}`, {steps} steps, guidance {guidance} | {' | '.join(shown)} |")
+    clips = {clip for part in result["models"].values() for clip in part["masked"]}
+    rows += [
+        "",
+        "PSNR to the uncached result inside the mask and ratio of FLOPs to the uncached run's, and in brackets where "
+        f"each call has a context of its own. Reference model, {len(clips)} held-out clips at most, medians; on single "
+        f"clips the difference is {min(gains):+.1f} to {max(gains):+.1f} dB. {machines(result)}: `{result['command']}`.",
+    ]
+    return "\n".join(rows)
+
+
 def fidelity_db(method: dict[str, Any], size: str) -> dict[str, float]:
     """PSNR to the uncached result inside the mask, by clip of a mask size."""
     cells = {clip: cell for clip, cell in method["cells"].items() if mask_size(clip) == size and "failed" not in cell}

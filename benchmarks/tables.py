@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from estimate_report import estimate_errors_table, estimate_gpus_table, estimate_models_table
-from few_steps_report import few_steps_table, moving_table, times_table
+from few_steps_report import few_steps_table, moving_table, shared_table, times_table
 from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
 from gpu_report import gpu_caches_table, gpu_table
 from memory_report import cache_bytes_table, layer_shares_table, rounding_table
@@ -383,6 +383,7 @@ TABLES = (
     ("ladder", "ladder", ladder_table, BENCHMARKS),
     ("soak", "soak", soak_text, BENCHMARKS),
     ("moving", "moving", moving_table, "docs/plan-options.md"),
+    ("shared_context", "shared_context", shared_table, "docs/plan-options.md"),
     ("fresher_context", "fresher_context", fresher_context_table, BENCHMARKS),
     ("look_ahead", "look_ahead", look_ahead_table, BENCHMARKS),
     ("reference", "reference", reference_table, MODEL_CARD),
