@@ -7,8 +7,9 @@
 Methods are those of `hetcache bench quality` and of peers.py, by name. Each result is compared with the uncached one of
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
 machine does not change; with `--timed` times are taken too. Each model is calibrated first, in as many steps, on clips
-that are not held out. `original@5:20` is a model with another guidance than its usual one. Cells and calibrations are kept in out/few_steps, and a run that was cut short goes on there; the
-result is written as they are done, in the place of what an earlier run measured of the same methods.
+that are not held out. `original@5:20` is a model with another guidance than its usual one. Cells and calibrations are
+kept in out/few_steps, and a run that was cut short goes on there; the result is written as they are done, in the place
+of what an earlier run measured of the same methods.
 """
 
 from __future__ import annotations

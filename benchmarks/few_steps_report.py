@@ -198,13 +198,13 @@ def shared_table(result: Result) -> str:
         for name in [name for name in methods if name + SHARED in methods]:
             shown = []
             for size in columns:
-                pair = [fidelity_db(methods[one], size) for one in (name + SHARED, name)]
-                gains += [pair[0][clip] - pair[1][clip] for clip in pair[0].keys() & pair[1].keys()]
-                work = [
-                    median(cell["fewer_flops"] for cell in cells_of(methods[one], size)) for one in (name + SHARED, name)
-                ]
+                pair = methods[name + SHARED], methods[name]
+                together, apart = (fidelity_db(method, size) for method in pair)
+                gains += [together[clip] - apart[clip] for clip in together.keys() & apart.keys()]
                 first, second = (
-                    f"{median(db.values()):.1f} dB, {fewer:.2f}x" for db, fewer in zip(pair, work, strict=True)
+                    f"{figure(cells, 'fidelity', 'generative', 'psnr_db'):.1f} dB, "
+                    f"{median(cell['fewer_flops'] for cell in cells):.2f}x"
+                    for cells in (cells_of(method, size) for method in pair)
                 )
                 shown.append(f"{first} ({second})")
             rows.append(f"| `{name}`, {steps} steps, guidance {guidance} | {' | '.join(shown)} |")
@@ -213,7 +213,8 @@ def shared_table(result: Result) -> str:
         "",
         "PSNR to the uncached result inside the mask and ratio of FLOPs to the uncached run's, and in brackets where "
         f"each call has a context of its own. Reference model, {len(clips)} held-out clips at most, medians; on single "
-        f"clips the difference is {min(gains):+.1f} to {max(gains):+.1f} dB. {machines(result)}: `{result['command']}`.",
+        f"clips the difference is {min(gains):+.1f} to {max(gains):+.1f} dB. {machines(result)}: "
+        f"`{result['command']}`.",
     ]
     return "\n".join(rows)
 
