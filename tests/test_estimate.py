@@ -121,6 +121,10 @@ def test_an_estimate_of_an_edit() -> None:
     assert same.predicted_edit == 2 * (same.branch + 2 * NUM_TOKENS * 24 * 4)  # keys and values of one block
     assert json.loads(json.dumps(found.to_dict()))["speedup"] == found.speedup
     assert "PARTIAL" in str(found)
+    shared = estimate(small, replace(plan(schedule="FPR"), shared_context=1), find_gpu("RTX 4090"), dtype=torch.float32)
+    saved = 3 * (found.forms["full"].seconds - found.forms["partial"].seconds)
+    assert shared.plan_seconds == pytest.approx(found.plan_seconds - saved)
+    assert shared.caches["same"].edit == same.edit - 2 * NUM_TOKENS * 24 * 4
 
 
 def test_a_plan_of_another_size_is_refused(tmp_path: Path, hetcache_command: Any) -> None:

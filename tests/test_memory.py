@@ -96,6 +96,22 @@ def test_the_size_is_that_of_the_session(name: str, guided: bool) -> None:
     assert f"the cache takes {format_bytes(held)}" in plan.describe()
 
 
+@pytest.mark.parametrize("options", [{}, {"context_extrapolation": 1, "cache_dtype": "int8"}], ids=str)
+def test_branches_that_share_keys_and_values(options: dict[str, Any]) -> None:
+    row = BY_NAME["FluxInpaintPipeline"]
+    plan = mixed(plan_of(row, guided=True, memory="any", **options))
+    plan = replace(plan, shared_context=1)
+    pipe = row.build()
+    compile_models(pipe)
+    with hetcache.session(plan, strict=True) as session:
+        row.run(pipe, 0, True)
+    size = plan.cache_size
+    assert size is not None
+    assert session.stats.shared == plan.steps.count(hetcache.StepKind.FULL)
+    assert size.edit == session.stats.cache_bytes < replace(size, shared=False).edit
+    assert "2 branches that share keys and values" in plan.describe()
+
+
 @pytest.mark.parametrize(("case", "alike"), [(VACE, 2), (Case("wan"), 1)], ids=["vace", "wan"])
 def test_what_guidance_branches_have_in_common(captured: Callable[[Case], Captured], case: Case, alike: int) -> None:
     """Keys and values up to the first block that reads the text, of the control blocks and of the others: so a
@@ -197,7 +213,7 @@ def fake_footprint(branch: Callable[[Plan], int], ways: list[dict[str, Any]]) ->
             return [way for way in ways if not way.keys() & options.keys()]
 
         def sized(self, plan: Plan) -> Plan:
-            return replace(plan, counted=CacheSize(plan.form_options, branch(plan), branch(plan) // 2, 1, 2))
+            return replace(plan, counted=CacheSize(plan.form_options, branch(plan), branch(plan) // 2, 1, 2, 0))
 
     return Fake()
 
@@ -256,7 +272,7 @@ def test_amounts() -> None:
 
 def test_a_size_is_that_of_its_plan_and_in_its_file(tmp_path: Path) -> None:
     plan = Plan.from_mask(some_mask(), GRID)
-    counted = replace(plan, counted=CacheSize(plan.form_options, 2048, 1024, 64, 2))
+    counted = replace(plan, counted=CacheSize(plan.form_options, 2048, 1024, 64, 2, 1040))
     assert counted.describe().splitlines()[2] == "the cache takes 4 KiB (2 branches of 2 KiB)"
     hosted = replace(counted, cache_device="cpu")
     assert hosted.describe().splitlines()[2] == (
@@ -266,5 +282,10 @@ def test_a_size_is_that_of_its_plan_and_in_its_file(tmp_path: Path) -> None:
     assert plan.cache_size is None
     counted.save(tmp_path / "a.hetplan")
     assert Plan.load(tmp_path / "a.hetplan").cache_size == counted.cache_size
+    arrays, header = counted.packed()
+    del header["cache_size"]["shareable"]  # as in files from before
+    size = Plan.unpacked(arrays, header).cache_size
+    assert size is not None
+    assert size.shareable == 1024
     plan.save(tmp_path / "b.hetplan")
     assert Plan.load(tmp_path / "b.hetplan").counted is None

@@ -347,6 +347,12 @@ def test_a_plan_follows_the_calibration():
         other = Plan.from_mask(mask, (2, 4, 4), schedule=schedule, **settings)
         beside = expect(known, other.steps, known.timesteps, 0.25)
         assert beside.time_factor < 3 or beside.error >= expectation.error
+    shared = Plan.from_mask(mask, (2, 4, 4), schedule="optimal:3x", calibration=known, shared_context=1, **settings)
+    found = expect(known, shared.steps, known.timesteps, 0.25, shared_context=True)
+    assert found.seconds == pytest.approx(sum({F: (2.0 + 0.6) / 2, P: 0.6, R: 0.02}[kind] for kind in shared.steps))
+    assert found.full_seconds == expectation.full_seconds
+    assert found.time_factor >= 3
+    assert found.error < expectation.error  # what FULL steps save goes into more of them
     bounded = optimal_schedule(known, Budget(error=expectation.error), known.timesteps, share=0.25)
     assert expect(known, bounded, known.timesteps, 0.25).seconds <= expectation.seconds
     with pytest.raises(PlanError, match="needs a calibration"):

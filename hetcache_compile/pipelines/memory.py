@@ -113,7 +113,9 @@ class Footprint:
                 layers[entry.layer] += entry.num_bytes
         window = READ_AND_FETCHED * max(layers.values(), default=0)
         total = sum(entry.num_bytes for entry in entries) + (0 if plan.cache_device == "cpu" else beside)
-        return replace(plan, counted=CacheSize(plan.form_options, total, layers.total(), window, self.branches))
+        shareable = sum(entry.num_bytes for entry in entries if entry.group == "key_values")
+        size = CacheSize(plan.form_options, total, layers.total(), window, self.branches, shareable)
+        return replace(plan, counted=size)
 
     def _of(self, plan: Plan) -> tuple[Analysis, int]:
         """What all plans on a grid have in common: a search under a limit asks for many."""

@@ -22,7 +22,8 @@ class CacheSize:
         keys_and_values: bytes of them that may be in the host's memory.
         window: bytes of those that are on the device at a time, where they are in the host's memory.
         branches: model calls in each step, each with a cache of its own.
-        shared: whether they read the keys and values of the first one.
+        shareable: bytes of a branch that others can read in place of their own: keys and values, and what they need.
+        shared: whether they do.
     """
 
     options: FormOptions
@@ -30,12 +31,13 @@ class CacheSize:
     keys_and_values: int
     window: int
     branches: int
+    shareable: int
     shared: bool = False
 
     @property
     def edit(self) -> int:
         """Bytes of all branches. Experts follow one another, and the first one's cache is freed for the next one's."""
-        return self.branches * (self.branch - self.keys_and_values) + self.on_host
+        return self.branches * self.branch - (self.branches - 1) * self.shareable * self.shared
 
     @property
     def on_host(self) -> int:

@@ -68,7 +68,7 @@ HEADER = (
     "token_inputs",
 )
 """What the file's header holds beside the grid."""
-COUNTED, SIZES = "cache_size", ("branch", "keys_and_values", "window", "branches")
+COUNTED, SIZES = "cache_size", ("branch", "keys_and_values", "window", "branches", "shareable")
 """Where the header has the size of the cache, and what of it: it is of the file's own plan."""
 
 
@@ -550,4 +550,7 @@ class Plan:
         steps = tuple(StepKind(int(step)) for step in arrays["steps"])
         plan = cls(grid=tuple(header["grid"]), steps=steps, **fields)
         sizes = header.get(COUNTED)
-        return plan if sizes is None else replace(plan, counted=CacheSize(plan.form_options, **sizes))
+        if sizes is None:
+            return plan
+        sizes = {"shareable": sizes["keys_and_values"], **sizes}  # what a file from before knows of it
+        return replace(plan, counted=CacheSize(plan.form_options, **sizes))
