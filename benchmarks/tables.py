@@ -291,19 +291,23 @@ def overhead_table(result: dict) -> str:
 
 def second_edit_table(result: dict) -> str:
     """What a second edit costs and how close it is: medians over the clips of a mask size, by number of steps."""
-    from second_edit import points
+    from second_edit import SKIPS, UNCACHED, points
 
     schedule = result["schedule"]
     rows = [
-        f"| steps, mask | edit | active | after an uncached first edit | after `{schedule}` |",
-        "| --- | --- | --- | --- | --- |",
+        f"| steps, mask | edit | active | after an uncached first edit | one step of them REUSE | after `{schedule}` |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for steps in result["clips"]:
         for size, edits in sorted(points(result, steps).items(), key=lambda item: int(item[0])):
             for edit in dict.fromkeys(name.split("|")[0] for name in edits):
-                cells = [edits[f"{edit}|{name}"] for name in ("uncached", schedule)]
-                shown = [f"{cell['flops']:.2f} of the FLOPs, {likeness_of(cell['to_uncached_db'])}" for cell in cells]
-                rows.append(f"| {steps}, {size} % | {edit} | {cells[0]['active']:.2f} | {' | '.join(shown)} |")
+                cells = [edits.get(f"{edit}|{name}") for name in (UNCACHED, SKIPS, schedule)]
+                shown = [
+                    f"{cell['flops']:.2f} of the FLOPs, {likeness_of(cell['to_uncached_db'])}" if cell else "-"
+                    for cell in cells
+                ]
+                active = edits[f"{edit}|{UNCACHED}"]["active"]
+                rows.append(f"| {steps}, {size} % | {edit} | {active:.2f} | {' | '.join(shown)} |")
     counts = ", ".join(f"{len(clips)} at {steps} steps" for steps, clips in result["clips"].items())
     rows += [
         "",
