@@ -75,12 +75,14 @@ class Work:
         token: of each token that is computed.
         pair: of each computed token and one that it attends to.
         embedding: of each token, computed or not: convolutions over the grid are computed whole.
+        num_tokens: of a whole clip.
     """
 
     call: float
     token: float
     pair: float
     embedding: float
+    num_tokens: int
 
     @classmethod
     def of(cls, pipe: Any, clip: Clip) -> Work:
@@ -104,17 +106,17 @@ class Work:
         partial = graph_flops(rewrite(first.model, half, first.args, first.kwargs).by_kind["partial"].module)
         active = half.num_active
         passive = (partial - call - every_token * active - pair * active * sizes[0]) / (sizes[0] - active)
-        return cls(call, every_token - passive, pair, passive)
+        return cls(call, every_token - passive, pair, passive, sizes[0])
 
     def of_call(self, computed: int, tokens: int) -> float:
         """FLOPs of a call that computes some of the tokens, and attends to all."""
         return self.call + (self.token + self.pair * tokens) * computed + self.embedding * tokens
 
-    def cell(self, cell: dict[str, Any], num_tokens: int) -> float:
+    def cell(self, cell: dict[str, Any]) -> float:
         """FLOPs of an edit: counted, or from its calls by kind. REUSE steps have none to speak of."""
         if "flops" in cell:
             return float(cell["flops"])
-        tokens, calls = cell["num_tokens"] or num_tokens, cell["calls"]
+        tokens, calls = cell["num_tokens"] or self.num_tokens, cell["calls"]
         partial = self.of_call(cell["num_active"] or 0, tokens)
         return calls.get("FULL", 0) * self.of_call(tokens, tokens) + calls.get("PARTIAL", 0) * partial
 
@@ -223,12 +225,11 @@ def collect(results: Sequence[dict[str, Any]], work: Work, machine: str) -> dict
     methods: dict[str, dict[str, Any]] = {}
     cells_of_clips = {clip: cells for result in results for clip, cells in sorted(result["cells"].items())}
     for clip, cells in cells_of_clips.items():
-        num_tokens = max(cell["num_tokens"] or 0 for cell in cells.values() if "failed" not in cell)
-        full = work.cell(cells[FULL], num_tokens)
+        full = work.cell(cells[FULL])
         for name, cell in cells.items():
             whose = "uncached" if name == FULL else family(name)
             method = methods.setdefault(name, {"family": whose, "machine": machine, "cells": {}})
-            method["cells"][clip] = cell if "failed" in cell else brief(cell, full / work.cell(cell, num_tokens))
+            method["cells"][clip] = cell if "failed" in cell else brief(cell, full / work.cell(cell))
     masked = {name: clip["masked"] for result in results for name, clip in result["clips"].items()}
     return {"masked": {name: masked[name] for name in cells_of_clips}, "methods": methods}
 

@@ -35,9 +35,11 @@ RESULTS = Path(__file__).parent / "results"
 SEARCHED = ("optimal:2x", "optimal:3x")
 TOKENS = "+context_ratio=0+multiple=32+context_extrapolation=1"
 MOVING = "+multiple=32+context_extrapolation=1+context_motion=1"
+SHARING = MOVING + "+shared_context=1"
 AHEAD = (
     *(f"{schedule}+margin={margin}{TOKENS}" for schedule, margin in (("FFP*R", 2), ("FFP*R", 1), ("FFP*RPR", 1))),
     *(f"{schedule}+margin={margin}{MOVING}" for schedule, margin in (("FFP*", 1), ("FFP*R", 1), ("FFP*RPR", 1))),
+    *(f"{schedule}+margin=1{SHARING}" for schedule in ("FFP*", "FFP*RPR", "FFP*RPRPRR", "FP*RPR")),
 )
 """Schedules with one more step, the second one. The last step of the reference model's scheduler moves the latents by a
 hundredth of the way."""

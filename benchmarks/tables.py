@@ -205,7 +205,7 @@ def soak_text(result: dict) -> str:
 
 def look_ahead_table(result: dict) -> str:
     rows = [
-        "| schedule | margin | moves | steps | M/N | FLOPs of the model | PSNR to the uncached result | to the truth |",
+        "| schedule | margin | context | steps | M/N | fewer FLOPs | PSNR to the uncached result | to the truth |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     clips = list(result["cells"].values())
@@ -214,10 +214,12 @@ def look_ahead_table(result: dict) -> str:
         found = re.search(r"margin=(\d+)", name)
         steps = ", ".join(f"`{steps}`" for steps in sorted({cell["steps"] for cell in cells}))
         active = sorted(cell["active"] for cell in cells)
+        context = "moves" if "context_motion=1" in name else "stays"
+        context += ", shared" * ("shared_context=1" in name)
         fidelity = f"{typical['fidelity_db']:.1f} dB, worst {min(cell['fidelity_db'] for cell in cells):.1f}"
         rows.append(
             f"| `{name.partition('+')[0]}` | {found[1] if found else 'searched'} | "
-            f"{'yes' if 'context_motion=1' in name else 'no'} | {steps} | {active[0]:.2f} to "
+            f"{context} | {steps} | {active[0]:.2f} to "
             f"{active[-1]:.2f} | {typical['speedup_flops']:.2f}x | {fidelity} | {typical['quality_db']:.1f} dB |"
         )
     uncached = median(clip["full"]["quality_db"] for clip in clips)

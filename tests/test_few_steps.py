@@ -69,7 +69,9 @@ def collected():
         "fastercache:2": {"failed": "IndexError: out"},
     }
     result = {"clips": {"01-box-20": {"masked": 0.2}}, "cells": {"01-box-20": cells}}
-    return few_steps.collect([result], few_steps.Work(call=0.0, token=900.0, pair=1.0, embedding=0.0), "P, torch 2")
+    return few_steps.collect(
+        [result], few_steps.Work(call=0.0, token=900.0, pair=1.0, embedding=0.0, num_tokens=100), "P, torch 2"
+    )
 
 
 def test_work_is_counted_by_calls_and_tokens_or_was_counted(collected):
@@ -118,6 +120,30 @@ def test_context_that_moves_is_shown_beside_context_that_stays():
     table = few_steps_report.moving_table({"models": {"original:50": part}, "command": "few_steps.py"})
     assert "| `balanced`, 50 steps | 54.5 dB (52.0) | - |" in table
     assert "-0.5 to +5.5 dB" in table
+
+
+def test_shared_context_is_shown_beside_one_of_its_own():
+    def method(cells):
+        return {"machine": "P", "cells": {
+            clip: {"fidelity": {"generative": {"psnr_db": psnr_db}}, "fewer_flops": fewer}
+            for clip, (psnr_db, fewer) in cells.items()
+        }}  # fmt: skip
+
+    methods = {
+        "balanced": method({"00-box-5": (58.0, 4.0), "03-box-5": (51.0, 4.0)}),
+        "balanced+shared_context=1": method({"00-box-5": (57.0, 5.0), "03-box-5": (51.5, 5.2)}),
+    }
+    parts = {name: {"masked": {"00-box-5": 0.05}, "methods": methods} for name in ("original:20", "original@5:20")}
+    table = few_steps_report.shared_table({"models": parts, "command": "few_steps.py"})
+    assert "| `balanced`, 20 steps, guidance 2 | 54.2 dB, 5.10x (54.5 dB, 4.00x) |" in table
+    assert "| `balanced`, 20 steps, guidance 5 | 54.2 dB, 5.10x (54.5 dB, 4.00x) |" in table
+    assert "-1.0 to +0.5 dB" in table
+
+
+def test_a_model_is_named_with_its_guidance_and_steps():
+    assert few_steps.parsed("original:20") == ("original", 2.0, 20)
+    assert few_steps.parsed("original@5:20") == ("original", 5.0, 20)
+    assert few_steps.parsed("unguided:8") == ("unguided", 1.0, 8)
 
 
 def test_what_was_measured_before_stays_but_for_the_same_methods(collected):
