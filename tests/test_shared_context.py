@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from backend_checks import CountingInner, Kwargs, check, compiled, max_error, plan_of, run, tensor_of, tiny_calls
-from models import GRID, NUM_TOKENS, TinyDiT, call, wan
+from models import GRID, NUM_TOKENS, TinyDiT, call, to_tokens, vace, wan
 from test_motion import Moving
-from test_session import messages
+from test_session import HetCacheWarning, messages
+from test_streaming import Device, device  # noqa: F401  a fixture
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
@@ -124,6 +125,36 @@ def test_predictions(options: dict[str, Any]) -> None:
     assert session.stats.shared == 2
 
 
+@pytest.mark.parametrize("kind", ["fewer", "boxes", "kmeans", "attention", "int8"])
+def test_smaller_caches(kind: str) -> None:
+    """Which tokens are cached, and what stands for them, is the first call's business too."""
+    model, plan = wan(), plan_of(STEPS, num_context=40 if kind in ("fewer", "attention") else None)
+    changes: dict[str, Any] = {"int8": {"cache_dtype": "int8"}, "attention": {"cached_by": "attention"}}.get(kind, {})
+    if kind in ("boxes", "kmeans"):
+        clusters = np.arange(plan.num_context, dtype=np.int64) % 12
+        changes = {"merging": kind, "context_cluster": clusters}
+    plan = replace(plan, shared_context=1, extrapolation=1, **changes)
+    calls = branches(model)
+    outputs, session = edit(compiled(model), plan, calls)
+    for found, truth in zip(outputs, by_hand(model, plan, calls), strict=True):
+        check(found, truth)
+    assert session.stats.shared == 2
+
+
+def test_in_the_memory_of_the_host(device: Device) -> None:  # noqa: F811
+    """It is copied out once for both calls."""
+    model = vace(num_layers=1, vace_layers=(0,))
+    plan = shared("FPF", cache_device="cpu", context_motion=1)
+    calls = branches(model, "FPF")
+    outputs, session = edit(compiled(model), plan, calls)
+    for found, truth in zip(outputs, by_hand(model, plan, calls), strict=True):
+        check(found, truth)
+    assert session.stats.shared == 2
+    copied = device.bytes_out
+    edit(compiled(model), replace(plan, shared_context=0), calls)
+    assert device.bytes_out == 3 * copied
+
+
 @pytest.mark.wide
 def test_inductor() -> None:
     model, plan = wan(), shared(extrapolation=1, context_motion=1)
@@ -180,6 +211,36 @@ def test_nothing_is_shared_by_calls_that_differ_in_latents() -> None:
     assert session.stats.shared == 0
     (message,) = messages(caught)
     assert "no call shared another one's" in message
+
+
+def test_calls_in_another_order_and_without_names() -> None:
+    """The branch that comes first at a step is the one that computes; the other one reads its cache from then on."""
+    model, plan = TinyDiT(), shared("FPFP")
+    calls = branches(model, "FPFP")
+    run_model, found = compiled(model), []
+    with hetcache.session(plan, strict=True) as session:
+        for step, order in enumerate(((0, 1), (0, 1), (1, 0), (1, 0))):
+            found += [run(run_model, [calls[branch][step]])[0] for branch in order]
+        held = session.stats.cache_bytes
+    turned = by_hand(model, plan_of("FP"), [[given[step] for step in (2, 3)] for given in reversed(calls)])
+    check(found[4::2], turned[0])
+    active = plan.active_mask
+    for output, truth in zip(found[5::2], turned[1], strict=True):
+        check([to_tokens(output)[:, active]], [to_tokens(truth)[:, active]])
+    assert session.stats.shared == 2
+    _, in_order = edit(compiled(model), plan, calls, named=False)
+    assert held == in_order.stats.cache_bytes
+
+
+def test_nothing_is_shared_by_calls_with_other_settings() -> None:
+    """As where control is for one branch only."""
+    model, plan = vace(), shared("FP")
+    first, second = ([dict(one) for one in given] for given in branches(model, "FP"))
+    for one in second:
+        one["control_hidden_states_scale"] = one["control_hidden_states_scale"] * 0
+    with pytest.warns(HetCacheWarning, match="no call shared another one's"):
+        _, session = edit(compiled(model), plan, [first, second])
+    assert session.stats.steps["FULL"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:hetcache. the plan has shared_context")

@@ -42,12 +42,13 @@ def inputs_of(program: Program, analysis: Analysis, inputs: Sequence[Any], time:
     """
     found = {}
     for number, (name, value) in enumerate(zip(program.inputs, inputs, strict=True)):
-        if name in analysis.token_sources or (number != time and _is_setting(name, value)):
+        if name in analysis.token_sources or (number != time and is_setting(name, value)):
             found[name] = value.detach().to("cpu", copy=True)
     return found
 
 
-def _is_setting(name: str, value: Any) -> bool:
+def is_setting(name: str, value: Any) -> bool:
+    """Whether an input says how the model is to be run."""
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) or is_state(name):
         return False
     return value.ndim < 2 and value.numel() <= MOST_NUMBERS

@@ -80,7 +80,7 @@ class Branch:
     made_of: Any = None
     full_step: int | None = None
     lender: Branch | None = None
-    _full_latents: tuple[Remembered, ...] = ()
+    _filled_from: tuple[Remembered, ...] = ()
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
     _changed: set[int] = field(default_factory=set)
@@ -102,13 +102,13 @@ class Branch:
         own = self.owner == owner and self.weights == weights
         return own and (self.lender is None or self.lender.is_valid(owner, weights))
 
-    def fill(self, step: int | None, latents: Sequence[torch.Tensor]) -> None:
-        """A FULL call at a step has filled its cache from these latents."""
-        self.full_step, self._full_latents, self.lender = step, remember(latents), None
+    def fill(self, step: int | None, given: Sequence[torch.Tensor]) -> None:
+        """A FULL call at a step has filled its cache from these inputs."""
+        self.full_step, self._filled_from = step, remember(given)
 
-    def shows(self, step: int, latents: Sequence[torch.Tensor]) -> bool:
-        """Whether its cache is that of a FULL call of its own at this step, on the same latents."""
-        return self.full_step == step and self.lender is None and same(self._full_latents, latents)
+    def shows(self, step: int, given: Sequence[torch.Tensor]) -> bool:
+        """Whether its cache is that of a FULL call of its own at this step, on the same inputs."""
+        return self.full_step == step and self.lender is None and same(self._filled_from, given)
 
     def lend(self, tensors: Mapping[Hashable, torch.Tensor]) -> None:
         """Let tensors of a record, or of another branch, be a part of its memory, by name.
@@ -127,7 +127,7 @@ class Branch:
     def invalidate(self) -> None:
         """The cache is valid no more. Its memory stays, and so does what tells its calls from others."""
         self.owner = self.step = self.weights = self.full_step = self.lender = None
-        self._full_latents = ()
+        self._filled_from = ()
 
     def forget(self) -> None:
         """The cache is valid no more, and nothing is known of its calls; its memory stays."""

@@ -252,6 +252,7 @@ class CompiledGraph:
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
             signature=lambda: signature_at(route, watched),
             can_share=True,
+            settings=[inputs[number] for number in roles.settings],
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)

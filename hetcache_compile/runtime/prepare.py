@@ -42,6 +42,7 @@ from ..passes.ir.graphs import device_of, graph_module
 from ..passes.ir.refusal import Refusal, UnsupportedGraphError
 from ..passes.writing.batch import SAMPLE_INDEX, take_samples
 from ..plan.plan import Plan
+from ..record.alike import is_setting
 from .streaming import WEIGHT, Streamed, can_stream, transfers_of, uses_of
 from .unchanging import Unchanging
 
@@ -94,6 +95,8 @@ class Roles:
     latents: tuple[int, ...]
     conditions: tuple[int, ...]
     time: int | None
+    settings: tuple[int, ...] = ()
+    """Scales and the like. Whole numbers are left out: they may be lengths of texts."""
 
 
 @dataclass
@@ -191,7 +194,12 @@ class Preparer:
             for number, (name, value) in enumerate(zip(names, inputs, strict=True))
             if number not in (*latents, time) and is_condition(name, value)
         )
-        return Roles(latents, conditions, time)
+        settings = tuple(
+            number
+            for number, (name, value) in enumerate(zip(names, inputs, strict=True))
+            if number not in (*latents, time) and is_setting(name, value) and value.is_floating_point()
+        )
+        return Roles(latents, conditions, time, settings)
 
     def part(self, prepared: Prepared, latents: Mapping[str, torch.Tensor], num_plans: int) -> Prepared:
         """The graph for the samples of one plan: for every `num_plans`-th sample of the batch, the latents' dim 0.

@@ -71,6 +71,7 @@ class Call:
         weights: a number that changes with the weights; given True, every weight is looked at.
         signature: tells the graph and its weights from others, in any process.
         can_share: whether it can run on another branch's keys and values.
+        settings: what else must be equal for that, such as control scales.
     """
 
     model: Any
@@ -81,6 +82,12 @@ class Call:
     weights: Callable[[bool], int] = lambda thorough: 0
     signature: Callable[[], str] = lambda: ""
     can_share: bool = False
+    settings: Sequence[torch.Tensor] = ()
+
+    @property
+    def known(self) -> list[torch.Tensor]:
+        """What makes keys and values of the context, but for the text."""
+        return [*self.latents, *self.settings]
 
 
 @dataclass(slots=True)
@@ -140,9 +147,9 @@ class Model:
             yield from track.branches.values()
 
     def lender(self, call: Call, weights: int, branch: Branch, step: int) -> Branch | None:
-        """Another branch that had a FULL call at this step, on the same latents: guidance by another text, say."""
+        """Another branch that had a FULL call at this step, with the same latents: guidance by another text, say."""
         others = (other for other in self.branches() if other is not branch and other.is_valid(call.owner, weights))
-        return next((other for other in others if other.shows(step, call.latents)), None)
+        return next((other for other in others if other.shows(step, call.known)), None)
 
     def key(self, call: Call, weights: int, track: Track, branch: Branch) -> BranchKey:
         """What a branch is known by in a record."""
@@ -481,7 +488,7 @@ class Session:
         if turn.kind is StepKind.FULL or turn.recalls or turn.lender is not None:
             branch.owner, branch.weights = call.owner, turn.weights
         if turn.kind is StepKind.FULL and self.shares:
-            branch.fill(turn.step, call.latents)
+            branch.fill(turn.step, call.known)
         branch.step = turn._reading.last_step
         if track.name is None:
             branch.keep(call.conditions, turn._changed)
