@@ -358,6 +358,9 @@ def test_calibrate_and_plan_on_the_command_line(checkpoint, tmp_path, monkeypatc
         assert "not measured" not in out
     status, out, _ = run(*plan, "--budget", "2x", "--calibration", calibration, "-o", path, "--set", "cached_ratio=0")
     assert "not measured, so what is expected leaves it out: cached_ratio 0" in out
+    status, out, _ = run(*plan, "--budget", "2x", "--calibration", calibration, "-o", path, "--set", "shared_context=1")
+    assert "shared_context: the time is that of two calls a step; what it misses was not measured\n" in out
+    assert "shared by the calls of a step" in out
     status, out, _ = run(*plan, "--margin", 5, "--budget", "2x", "--calibration", calibration, "-o", path)
     assert "leaves it out: margin 5.0\n" in out, "1 and 2 were measured"
     status, out, _ = run(*plan, "--budget", "2x", "--calibration", "reference", "-o", path)

@@ -139,7 +139,7 @@ def load_calibration(name: str | None, model: Path | None = None) -> Calibration
 
 
 def not_counted(calibration: Calibration, schedule: str, options: Mapping[str, Any]) -> str:
-    """A line on the options that change what steps cost and miss, and that were not measured; empty if there are none.
+    """Lines on the options that change what steps cost and miss, and that were not measured; empty if there are none.
 
     The calibration's PARTIAL steps attend to all context, and compute what is spread evenly over it. Options are those
     of the preset too.
@@ -148,7 +148,10 @@ def not_counted(calibration: Calibration, schedule: str, options: Mapping[str, A
     usual = {"cached_ratio": 1.0, "merged_ratio": 1.0, "margin_ratio": 1.0, "selection": "uniform", "context_motion": 0}
     measured = {**usual, **calibration.like(options).variants[0]}
     changed = [f"{name} {options[name]}" for name, value in measured.items() if options.get(name, value) != value]
-    return f"not measured, so what is expected leaves it out: {', '.join(changed)}\n" if changed else ""
+    lines = f"not measured, so what is expected leaves it out: {', '.join(changed)}\n" if changed else ""
+    if options.get("shared_context"):
+        lines += "shared_context: the time is that of two calls a step; what it misses was not measured\n"
+    return lines
 
 
 def calibrated_in_more(calibration: Calibration, plan: Plan) -> str:
