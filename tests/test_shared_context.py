@@ -19,12 +19,14 @@ from models import GRID, NUM_TOKENS, TinyDiT, call, to_tokens, vace, wan
 from test_motion import Moving
 from test_session import HetCacheWarning, messages
 from test_streaming import Device, device  # noqa: F401  a fixture
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
 from hetcache_compile.errors import PlanError
 from hetcache_compile.plan.options import PlanOptions
 from hetcache_compile.plan.partition import TokenKind
+from hetcache_compile.record.caches import Restorer
 
 STEPS = "FPRFPR"
 
@@ -71,6 +73,11 @@ def by_hand(model: torch.nn.Module, plan: Plan, calls: Sequence[Sequence[Kwargs]
             output, caches[branch] = forms.run(form, cache, (), given[step])
             outputs[branch].append(tensor_of(output))
     return outputs
+
+
+def times(*calls: Kwargs) -> np.ndarray:
+    """Of some calls of Wan."""
+    return np.array([float(one["timestep"].max()) for one in calls])
 
 
 def edit(
@@ -259,6 +266,79 @@ def test_latents_that_were_written_since_are_others() -> None:
         with session.branch("a third"):
             run(compiled(model), second[:1])
         assert session.stats.shared == 0
+
+
+@pytest.mark.filterwarnings("ignore:hetcache. the plan has shared_context")
+def test_latents_of_inference_mode_are_compared_by_value() -> None:
+    """torch counts no changes of them."""
+    plan, run_model = shared("F"), compiled(TinyDiT())
+    (first,), (second,) = branches(TinyDiT(), "F")
+    with torch.inference_mode(), hetcache.session(plan) as session:
+        buffer, others = first["latents"].clone(), torch.randn_like(first["latents"])
+        for name, values, text in (("a", first["latents"], first["text"]), ("b", others, second["text"])):
+            buffer.copy_(values)
+            with session.branch(name):
+                run_model(latents=buffer, text=text)
+        assert session.stats.steps["FULL"] == 2
+        with session.branch("c"):
+            run_model(latents=buffer, text=first["text"])
+        assert session.stats.shared == 1
+
+
+@pytest.mark.filterwarnings("ignore:hetcache. the plan has shared_context")
+def test_two_calls_under_one_name_are_no_guidance() -> None:
+    """The second begins an edit of the same noise, after one that was cancelled."""
+    (first, _), (second, third) = branches(wan(), "FP")
+    run_model = compiled(wan())
+    with hetcache.session(shared("FP", timesteps=times(first, third))) as session, session.branch("a"):
+        run(run_model, [first, second])
+        assert session.stats.steps["FULL"] == 2
+
+
+def test_a_branch_whose_lender_is_called_no_more() -> None:
+    """It reads what the other one left for one more step, in which that may still come, and computes its own then."""
+    model = wan()
+    first, second = branches(model, "FPPP")
+    run_model = compiled(model)
+    with hetcache.session(shared("FPPP", timesteps=times(*first)), strict=True) as session:
+        for name, given in (("a", first[:1]), ("b", second)):
+            with session.branch(name):
+                found = run(run_model, given)
+        assert [kind.letter for kind in session.stats.kinds] == ["F", "P", "P", "F", "P"]
+        assert max_error(found[2], tensor_of(model(**second[2]))) < 1e-5
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_devices_of_what_is_read_and_written(where: str) -> None:
+    """Fake tensors check devices as operators on a GPU do. A record is on the host, another branch is not."""
+    plan = plan_of("FP")
+    every = hetcache.rewrite(TinyDiT(), plan, (), tiny_calls("F")[0]).cache_entries
+    entries = [entry for entry in every if entry.rows == "tokens"]
+    assert entries
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        own = [torch.empty(entry.shape, dtype=entry.dtype, device="cuda") for entry in entries]
+        others = {entry.input_name: torch.empty(entry.shape, dtype=entry.dtype, device=where) for entry in entries}
+        Restorer(~plan.active_mask).restore(entries, own, others)
+
+
+def test_the_second_call_makes_its_own_keys_and_values_of_the_text_anew() -> None:
+    """At a FULL step without a look, whatever was done to the text meanwhile."""
+    model, plan = TinyDiT(), shared("FP")
+    first, second = branches(model, "FP")
+    text = second[0]["text"].clone()
+    run_model, found = compiled(model), []
+    with hetcache.session(plan, strict=True) as session:
+        for _ in range(2):
+            for step in range(2):
+                for name, given in (("a", first[step]), ("b", {**second[step], "text": text})):
+                    with session.branch(name):
+                        output = run(run_model, [given])[0]
+                found += [output] if not step else []
+            text.data.mul_(-1)
+            session.restart()
+    again = by_hand(model, plan, [first, [{**one, "text": -second[0]["text"]} for one in second]])[1][0]
+    check(found[1:], [again])
+    assert max_error(found[0], again) > 1e-2
 
 
 def test_records_are_of_each_call() -> None:

@@ -210,6 +210,7 @@ def _caches(found: Inventory, plan: Plan, dtype: str, branches: int, experts: in
     branch = sum(sizes.values())
     context = sum(size for entry, size in sizes.items() if entry.is_context)
     added = 0 if plan.context_extrapolation else context
+    shareable = sum(size for entry, size in sizes.items() if entry.group == "key_values")
     contexts = 1 if plan.shared_context else branches
-    edit = branches * (branch - context) + contexts * context
+    edit = branches * (branch - shareable) + contexts * shareable
     return CacheEstimate(branch, experts * edit, experts * (edit + contexts * added))

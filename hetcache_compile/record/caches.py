@@ -74,7 +74,7 @@ class Restorer:
 
     def __init__(self, inactive: NDArray[np.bool_]) -> None:
         self.inactive = inactive
-        self._rows: dict[Tokens, torch.Tensor] = {}
+        self._rows: dict[tuple[Tokens, torch.device], torch.Tensor] = {}
 
     def restore(
         self,
@@ -83,12 +83,13 @@ class Restorer:
         recorded: Tensors,
         correction: Correction | None = None,
     ) -> None:
-        """Make buffers hold what they held after a FULL step of the recorded edit, but for rows of active tokens.
+        """Make buffers hold what others held after a FULL step, but for rows of active tokens.
 
         Args:
             reads: the entries in the buffers.
             buffers: of the branch.
-            recorded: by the entries' `input_name`; a buffer that is the recorded tensor itself stays as it is.
+            recorded: what the others hold, or a record does, by the entries' `input_name`; a buffer that is that tensor
+                itself stays as it is.
             correction: of keys and values, if the branch has another text.
         """
         by_name = {entry.input_name: buffer for entry, buffer in zip(reads, buffers, strict=True)}
@@ -98,16 +99,15 @@ class Restorer:
                 if buffer is not values:
                     buffer.copy_(values)
                 continue
-            rows = self._rows_of(kept.rows)
-            values = values.index_select(kept.rows.dim, rows).to(buffer.device)
-            buffer.index_copy_(kept.rows.dim, rows.to(buffer.device), values)
+            chosen = values.index_select(kept.rows.dim, self._rows_of(kept.rows, values.device))
+            buffer.index_copy_(kept.rows.dim, self._rows_of(kept.rows, buffer.device), chosen.to(buffer.device))
         if correction is not None:
             correction.add(by_name)
 
-    def _rows_of(self, tokens: Tokens) -> torch.Tensor:
-        if tokens not in self._rows:
-            self._rows[tokens] = torch.from_numpy(rows_of(tokens, self.inactive))
-        return self._rows[tokens]
+    def _rows_of(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
+        if (tokens, device) not in self._rows:
+            self._rows[tokens, device] = torch.from_numpy(rows_of(tokens, self.inactive)).to(device)
+        return self._rows[tokens, device]
 
 
 class Correction:

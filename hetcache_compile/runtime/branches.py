@@ -102,9 +102,20 @@ class Branch:
         own = self.owner == owner and self.weights == weights
         return own and (self.lender is None or self.lender.is_valid(owner, weights))
 
+    def is_left(self, step: int | None) -> bool:
+        """Whether the branch that it reads is no more called, as after an edit that was cancelled and made anew.
+
+        Where calls come in another order at each step, the other one may still come.
+        """
+        if self.lender is None or step is None:
+            return False
+        return self.lender.step is None or self.lender.step < step - 1
+
     def fill(self, step: int | None, given: Sequence[torch.Tensor]) -> None:
         """A FULL call at a step has filled its cache from these inputs."""
-        self.full_step, self._filled_from = step, remember(given)
+        # Tensors of inference mode count no changes, so they are compared by value.
+        self.full_step = step
+        self._filled_from = remember([one.clone() if one.is_inference() else one for one in given])
 
     def shows(self, step: int, given: Sequence[torch.Tensor]) -> bool:
         """Whether its cache is that of a FULL call of its own at this step, on the same inputs."""

@@ -252,7 +252,7 @@ class CompiledGraph:
             weights=lambda thorough: route.weights.generation(model, watched, thorough),
             signature=lambda: signature_at(route, watched),
             can_share=True,
-            settings=[inputs[number] for number in roles.settings],
+            settings=[inputs[number] for number in roles.settings_of(inputs)],
         )
         turn = session.begin(call)
         form = route.forms.get(turn.kind) or self._make_form(session, route, turn.kind, inputs)
@@ -292,7 +292,7 @@ class CompiledGraph:
         unchanging: Sequence[torch.Tensor] = ()
         if route.part.unchanging is not None and form.unchanging:
             with normal_mode(), torch._C.DisableTorchFunctionSubclass():
-                anew = turn.kind is StepKind.FULL
+                anew = turn.kind is StepKind.FULL or turn.lender is not None
                 unchanging = route.part.unchanging.of(turn.branch, route.key, turn.weights, inputs, anew=anew)
         results = []
         for p, own in enumerate(buffers):

@@ -98,6 +98,12 @@ class Roles:
     settings: tuple[int, ...] = ()
     """Scales and the like. Whole numbers are left out: they may be lengths of texts."""
 
+    def settings_of(self, inputs: Sequence[Any]) -> Sequence[int]:
+        """The settings of a call, and the time where tokens have times of their own."""
+        time = None if self.time is None else inputs[self.time]
+        by_token = isinstance(time, torch.Tensor) and time.numel() > 1
+        return (*self.settings, self.time) if by_token and self.time is not None else self.settings
+
 
 @dataclass
 class Prepared:

@@ -368,7 +368,7 @@ class Session:
         step = reading.step
         planned = StepKind.FULL if step is None else self.plan.steps[step]
         weights = call.weights(planned is not StepKind.REUSE)
-        continues = branch.is_valid(call.owner, weights) and not changed
+        continues = branch.is_valid(call.owner, weights) and not changed and not branch.is_left(step)
         follows = continues and reading.fits and (branch.step is None or step is None or step - branch.step <= 1)
         kind = planned if follows else StepKind.FULL
         recorded = None
@@ -381,7 +381,8 @@ class Session:
             kind = StepKind.FULL if branch.has_other_text and branch.correction is None else StepKind.PARTIAL
             weighed_as = kind if planned is StepKind.REUSE else planned
         lender = None
-        if kind is StepKind.FULL and step is not None and reading.fits and call.can_share and self.shares:
+        again = name is not None and reading.place > 0  # two calls under one name are no guidance
+        if kind is StepKind.FULL and step is not None and reading.fits and call.can_share and self.shares and not again:
             lender = model.lender(call, weights, branch, step)
             kind = kind if lender is None else StepKind.PARTIAL
         self._free_idle_models(model, step)
@@ -481,6 +482,10 @@ class Session:
         """A FULL step, or what stands for one, is about to overwrite the cache: an error must not leave half of one."""
         turn.branch.owner = None
         turn.branch.lender = turn.lender
+        for other in turn._model.branches() if turn.lender is not None else ():
+            if other.lender is turn.branch:  # or it would keep what is given back here
+                other.invalidate()
+                other.give_back()
 
     def finish(self, turn: Turn, call: Call, watch: Stopwatch, compile_seconds: float) -> None:
         """The call was made."""
@@ -588,9 +593,9 @@ class Session:
     def _say_what_did_not_run(self) -> None:
         if self.shares and self.stats.kinds and not self.stats.shared:
             self.warn(
-                "the plan has shared_context, but no call shared another one's: at no FULL step did the compiled model "
-                "get two calls with the same latents. Without guidance, with both branches in one call, and in an "
-                "engine FULL steps take what they take without it"
+                "the plan has shared_context, but no call shared another one's: that takes two calls at a FULL step, "
+                "with the same latents and scales and texts of one length. Without guidance, with both branches in one "
+                "call, and in an engine the edit takes the time and the memory that it takes without it"
             )
         if self.stats.kinds or all(kind is StepKind.FULL for kind in self.plan.steps):
             return
@@ -634,7 +639,8 @@ def session(
             them, sample i of a batch follows plan `i % P`, so that guidance may put two batches of P samples into one
             call (`torch.cat([uncond, cond])`). They must agree in grid, budgets, extrapolation and steps.
         strict: raise `SessionError` in place of every warning: where a call fits nothing in the plan, where a model
-            cannot be cached, and where no model followed the plan at all.
+            cannot be cached, and where no model followed the plan at all. That nothing shared its context, or that a
+            cache went to the host's memory, is warned of nevertheless.
         check_finite: raise `NonFiniteError` when a FULL step gets latents with NaN or infinity (one small
             reduction and one wait for the device in each FULL step).
         record: keep the cache after each FULL step, on the host, for later edits of the same clip: `session.record`.
