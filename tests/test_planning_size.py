@@ -45,19 +45,25 @@ def test_a_plan_within_a_second_and_a_gigabyte(selection: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["optimal:1%", "optimal:4x"])
 def test_a_searched_plan_within_half_a_second(schedule: str) -> None:
-    """`plan_for` takes the best of four, the variants that the reference model's calibration measured."""
+    """`plan_for` takes the best of four, the variants that the reference model's calibration measured.
+
+    On a slow machine in as much longer as a plan takes without a search: 20 of these are 0.5 s where one takes 25 ms.
+    """
     mask = np.zeros((81, 480, 832), dtype=bool)
     mask[:, 120:300, 200:500] = True
     calibration = Calibration.load(reference.CALIBRATION)
     make = partial(hetcache.Plan.from_mask, mask, GRID, schedule=schedule, calibration=calibration, extrapolation=1)
-    seconds = []
+    seconds, unsearched = [], []
     for _ in range(3):
         start = time.process_time()
         found = choices(make, schedule, calibration, {})
         seconds.append(time.process_time() - start)
+        start = time.process_time()
+        hetcache.Plan.from_mask(mask, GRID, extrapolation=1)
+        unsearched.append(time.process_time() - start)
     assert len(found) == 4
     assert len(found[0].plan.steps) == 50
-    assert min(seconds) / len(found) < 0.5
+    assert min(seconds) / len(found) < max(0.5, 20 * min(unsearched))
 
 
 class Watch(TorchDispatchMode):
