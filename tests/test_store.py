@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backend_checks import check, compiled, expected, plan_of, run, tiny_calls
+from backend_checks import check, compiled, expected, max_error, plan_of, run, tiny_calls
 from conftest import Captured
 from models import GRID, Case, TinyDiT, wan
 from models import call as wan_call
@@ -136,14 +136,30 @@ def test_with_everything_else(options: dict[str, Any]) -> None:
 
 @pytest.mark.wide
 def test_inductor_keeps_older_values_of_it_too() -> None:
-    """Numbers and scales of the step before are stored from buffers that are overwritten in the same graph."""
+    """Numbers and scales of the step before are stored from buffers that are overwritten in the same graph.
+
+    Inductor's arithmetic is not eager mode's to the last bit, so a number halfway between two may be rounded to the
+    other one. What that changes is a small part of what int8 changes; without the older values all is far off.
+    """
     model, steps = wan(num_layers=1), "FFPFP"
-    plan = replace(plan_of(steps), cache_dtype="int8", context_extrapolation=1)
     calls = [wan_call(model, seed=seed) for seed in range(len(steps))]
+
+    def truth(context_extrapolation: int, cache_dtype: str) -> list[torch.Tensor]:
+        settings = {"context_extrapolation": context_extrapolation, "cache_dtype": cache_dtype}
+        return expected(hetcache.rewrite(model, replace(plan_of(steps), **settings), (), calls[0]), steps, calls)
+
+    plan = replace(plan_of(steps), cache_dtype="int8", context_extrapolation=1)
     with hetcache.session(plan, strict=True):
         outputs = run(compiled(model, "inductor"), calls)
-    for output, truth in zip(outputs, expected(hetcache.rewrite(model, plan, (), calls[0]), steps, calls), strict=True):
-        torch.testing.assert_close(output, truth, atol=2e-5, rtol=0)
+    truths, unrounded, older_lost = truth(1, "int8"), truth(1, "same"), truth(0, "int8")
+    for at, letter in enumerate(steps):
+        off = max_error(outputs[at], truths[at])
+        if letter == "F":  # reads nothing that was rounded
+            assert off <= 2e-5
+        else:
+            rounding = max_error(unrounded[at], truths[at])
+            assert off <= max(2e-5, rounding / 4)
+            assert max_error(older_lost[at], truths[at]) > 10 * rounding
 
 
 def test_storing_again_changes_nothing() -> None:
