@@ -32,7 +32,7 @@ from torch.nn import functional
 
 import hetcache_compile as hetcache
 from hetcache_compile.provenance import provenance
-from hetcache_compile.runtime.stats import Stopwatch
+from hetcache_compile.sessions.stats import Stopwatch
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 SIZES: dict[str, dict[str, Any]] = {

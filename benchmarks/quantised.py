@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import hetcache_compile as hetcache
-from hetcache_compile.runtime.session import HetCacheWarning
+from hetcache_compile.errors import HetCacheWarning
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from backend_checks import compiled, max_error, plan_of, run

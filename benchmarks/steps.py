@@ -31,7 +31,7 @@ from hetcache_compile.passes.forms.pipeline import in_process
 from hetcache_compile.passes.ir.contract import CACHE_DTYPES
 from hetcache_compile.provenance import processor_name
 from hetcache_compile.runtime.backend import hetcache_backend
-from hetcache_compile.runtime.stats import Stopwatch
+from hetcache_compile.sessions.stats import Stopwatch
 
 RESULTS = Path(__file__).parent / "results"
 GRID = (9, 16, 16)

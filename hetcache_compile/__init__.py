@@ -16,6 +16,7 @@ from .errors import (
     CompiledError,
     GridMismatchError,
     HetCacheError,
+    HetCacheWarning,
     InputFileError,
     MaskError,
     MissingExtraError,
@@ -41,7 +42,7 @@ from .provenance import __version__ as __version__
 from .ranks.parallel import parallel
 from .record.record import Record
 from .runtime.backend import hetcache_backend
-from .runtime.session import Session, session
+from .sessions.session import Session, session
 
 __all__ = [
     "PRESETS",
@@ -51,6 +52,7 @@ __all__ = [
     "Forms",
     "GridMismatchError",
     "HetCacheError",
+    "HetCacheWarning",
     "InputFileError",
     "LookAhead",
     "MaskError",

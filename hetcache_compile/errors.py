@@ -12,6 +12,7 @@ __all__ = [
     "ExportError",
     "GridMismatchError",
     "HetCacheError",
+    "HetCacheWarning",
     "InputFileError",
     "MaskError",
     "MethodError",
@@ -28,6 +29,10 @@ __all__ = [
     "SessionError",
     "UnsupportedGraphError",
 ]
+
+
+class HetCacheWarning(UserWarning):
+    """Something runs uncached, or otherwise than planned: slower, never wrong."""
 
 
 class PlanError(HetCacheError, ValueError):

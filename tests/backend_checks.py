@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from hetcache_compile import Forms, Plan, StepKind
-from hetcache_compile.runtime.session import current_session
+from hetcache_compile.sessions.session import current_session
 
 N = NUM_TOKENS
 TOLERANCE = 1e-5  # absolute, fp32, outputs are of the order of 1

@@ -13,9 +13,9 @@ from pipelines.row import Row
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan
+from hetcache_compile.errors import HetCacheWarning
 from hetcache_compile.pipelines.observe import models_of
 from hetcache_compile.plan.partition import TokenKind
-from hetcache_compile.runtime.session import HetCacheWarning
 
 MIXED = ("full", "partial", "reuse", "full", "reuse")
 """Kinds of steps, from the first: rows have two to five."""

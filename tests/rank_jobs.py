@@ -19,10 +19,10 @@ from models import TinyDiT, call, wan
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import hetcache_compile as hetcache
+from hetcache_compile.errors import HetCacheWarning
 from hetcache_compile.passes.forms.collectives import Ranks, Share
 from hetcache_compile.passes.ir.axis import Tokens
 from hetcache_compile.ranks.parallel import Parallel
-from hetcache_compile.runtime.session import HetCacheWarning
 
 
 class Timed(TinyDiT):

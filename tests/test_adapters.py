@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 import hetcache_compile as hetcache
 from hetcache_compile import StepKind
 from hetcache_compile.capture.subclasses import PutTogether, Unwrapping
+from hetcache_compile.errors import HetCacheWarning
 from hetcache_compile.passes.ir.regions import regions_of
-from hetcache_compile.runtime.session import HetCacheWarning
 
 peft = pytest.importorskip("peft")
 aten = torch.ops.aten

@@ -30,7 +30,7 @@ from torch import nn
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
-from hetcache_compile.runtime.session import HetCacheWarning
+from hetcache_compile.errors import HetCacheWarning
 
 pytestmark = pytest.mark.usefixtures("strict")
 WAN = Case("wan")

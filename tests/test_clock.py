@@ -18,8 +18,8 @@ from diffusers import (
 )
 
 from hetcache_compile.pipelines.observe import noise_levels
-from hetcache_compile.runtime.clock import Clock, Reading, Timeline
-from hetcache_compile.runtime.dispatch import time_value
+from hetcache_compile.runtime.inputs import time_value
+from hetcache_compile.sessions.clock import Clock, Reading, Timeline
 
 S = 50
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -18,7 +18,7 @@ from torch import nn
 import hetcache_compile as hetcache
 from hetcache_compile.comfyui.nodes import HetCacheApply, HetCachePreview, HetCacheReport, attached
 from hetcache_compile.comfyui.sampling import CachedSampling, Settings
-from hetcache_compile.runtime.session import HetCacheWarning
+from hetcache_compile.errors import HetCacheWarning
 
 pytestmark = pytest.mark.usefixtures("comfy")
 __all__ = ["comfy"]
@@ -110,7 +110,7 @@ def test_calls_are_of_the_planned_kinds(patcher: ModelPatcher) -> None:
     for model in (together, apart):
         session = last(model).session
         assert session is not None
-        assert session.stats.unplanned == session.refused_calls == 0
+        assert session.stats.unplanned == session.notices.refused_calls == 0
     plain = sample(patcher)
     error = (first - plain).norm() / plain.norm()
     assert 1e-4 < error < 0.2, "cached steps are near the uncached ones, and not the same"

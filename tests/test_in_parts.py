@@ -21,8 +21,9 @@ from torch import nn
 
 import hetcache_compile as hetcache
 from hetcache_compile.capture.structure import Structure
-from hetcache_compile.runtime.session import HetCacheWarning, Session
+from hetcache_compile.errors import HetCacheWarning
 from hetcache_compile.runtime.whole import model as model_in_parts
+from hetcache_compile.sessions.session import Session
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

@@ -16,9 +16,8 @@ FOLDERS = {"passes": ROOT / "passes", "export": ROOT / "export"}
 ORDER = {
     "": (
         "passes", "errors", "files", "provenance", "console", "plan", "calibration", "capture", "pipelines",
-        "compilation", "ranks", "record", "runtime", "comfyui", "engine", "edit", "bench", "reference", "export",
-        "estimate",
-        "cli", "__init__",
+        "compilation", "ranks", "record", "sessions", "runtime", "comfyui", "engine", "edit", "bench", "reference",
+        "export", "estimate", "cli", "__init__",
     ),
     "passes": ("ir", "rules", "analysis", "kernels", "writing", "prediction", "forms", "testing", "__init__"),
     "export": ("model", "lowering", "onnx", "trt", "check", "serving", "exporter", "cli", "__init__"),

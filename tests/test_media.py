@@ -14,10 +14,9 @@ from videos import SAMPLES, counted, numbers, save_video
 from hetcache_compile.edit.frames import open_source
 from hetcache_compile.edit.media import playback_of, read_mask, read_video, stack_side_by_side, tint, write_video
 from hetcache_compile.edit.metrics import psnr
-from hetcache_compile.errors import InputFileError, OutputFileError
+from hetcache_compile.errors import HetCacheWarning, InputFileError, OutputFileError
 from hetcache_compile.files import atomically
 from hetcache_compile.reference.demo import demo_clip
-from hetcache_compile.runtime.session import HetCacheWarning
 
 
 def test_the_demo_clip_is_real_and_long_enough():

@@ -147,4 +147,4 @@ def test_places_that_change_are_seen_in_a_session() -> None:
         with pytest.warns(UserWarning, match="captured for another value of"):
             torch.testing.assert_close(fast(**other), model(**other), rtol=0, atol=1e-5)
         torch.testing.assert_close(fast(**inputs), model(**inputs), rtol=0, atol=1e-5)
-    assert (len(session.stats.kinds), session.refused_calls) == (2, 1)
+    assert (len(session.stats.kinds), session.notices.refused_calls) == (2, 1)

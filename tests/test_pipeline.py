@@ -10,7 +10,7 @@ import hetcache_compile as hetcache
 from hetcache_compile.edit.editing import EditRequest, Run, load_pipeline, make_plan, run_compiled, run_hetcache
 from hetcache_compile.edit.media import to_pictures
 from hetcache_compile.reference.demo import save_random_checkpoint
-from hetcache_compile.runtime.stats import Stats
+from hetcache_compile.sessions.stats import Stats
 
 FRAMES, SIZE, STEPS = 5, 64, 5
 

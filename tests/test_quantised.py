@@ -22,13 +22,12 @@ from torch import nn
 import hetcache_compile as hetcache
 from hetcache_compile import StepKind
 from hetcache_compile.capture.rewrite import Forms
-from hetcache_compile.errors import SessionError
+from hetcache_compile.errors import HetCacheWarning, SessionError
 from hetcache_compile.passes.analysis.flops import graph_flops
 from hetcache_compile.passes.analysis.inputs import is_held, is_state
 from hetcache_compile.passes.rules import quantised
 from hetcache_compile.passes.testing.oracle import SIZES, OpCall, RefusedError, Sizes, T, Trace, check_rows
 from hetcache_compile.passes.testing.oracle import call as op_call
-from hetcache_compile.runtime.session import HetCacheWarning
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("fresh", "strict")

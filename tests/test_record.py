@@ -32,8 +32,8 @@ from test_streaming import Device, device  # noqa: F401  a fixture
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, Record, RecordError, StepKind
+from hetcache_compile.errors import HetCacheWarning
 from hetcache_compile.record.signature import model_signature
-from hetcache_compile.runtime.session import HetCacheWarning
 
 STEPS = "FPRFPRF"
 N = NUM_TOKENS
@@ -468,7 +468,7 @@ def test_where_keys_and_values_are_streamed(
     other_text: bool,
 ) -> None:
     """On a GPU: a record takes the host's buffers over, and an edit from memory streams from them; no copy is made."""
-    monkeypatch.setattr("hetcache_compile.runtime.dispatch.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("hetcache_compile.runtime.memory.free_bytes", lambda _: 10**9)
     model = wan(num_layers=1)
     plan, first = plan_of(**options), edit_calls(model)
     second = second_calls(model, mask_of(), first, other_text)
@@ -485,7 +485,7 @@ def test_where_keys_and_values_are_streamed(
     # The same without another memory.
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("dispatch", "prepare"):
+        for module in ("dispatch", "memory", "prepare"):
             patch.setattr(f"hetcache_compile.runtime.{module}.can_stream", lambda _: False)
         fast = compiled(model)
         record, expected = recorded(fast, plan, first)

@@ -315,5 +315,5 @@ def test_an_inner_compiler_that_fails_on_a_block_leaves_the_plain_model(fresh: N
     fast = compiled(model, inner)
     with torch.no_grad():
         expected = model(**kwargs)[0]
-        with pytest.warns(hetcache.runtime.session.HetCacheWarning), hetcache.session(plan_of("FP")):
+        with pytest.warns(hetcache.HetCacheWarning), hetcache.session(plan_of("FP")):
             assert torch.allclose(fast(**kwargs)[0], expected, atol=1e-6)

@@ -26,7 +26,7 @@ from hetcache_compile.edit.editing import EditRequest, Run
 from hetcache_compile.edit.metrics import psnr
 from hetcache_compile.plan.partition import to_token_grid
 from hetcache_compile.plan.schedule import StepKind
-from hetcache_compile.runtime.stats import Stats
+from hetcache_compile.sessions.stats import Stats
 
 FRAMES, HEIGHT, WIDTH, GRID = 9, 24, 40, (3, 3, 5)
 FOUND = filter(None, map(shutil.which, ("google-chrome", "chromium")))

@@ -33,7 +33,7 @@ from torch.fx import GraphModule
 import hetcache_compile as hetcache
 from hetcache_compile import StepKind
 from hetcache_compile.compilation.options import BackendOptions
-from hetcache_compile.runtime.session import HetCacheWarning
+from hetcache_compile.errors import HetCacheWarning
 
 pytestmark = pytest.mark.usefixtures("fresh")
 FULL, PARTIAL, REUSE = StepKind

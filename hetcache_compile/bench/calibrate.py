@@ -28,7 +28,7 @@ from ..plan.partition import TokenKind
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import hetcache_backend
-from ..runtime.session import session
+from ..sessions.session import session
 from .quality import describe_clip
 
 OFFSETS = (1, 2, 4, 8, 14)

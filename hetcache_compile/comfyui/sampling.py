@@ -22,7 +22,7 @@ from ..plan.options import USUAL, PlanOptions
 from ..plan.plan import Plan
 from ..plan.schedule import PRESETS
 from ..runtime.backend import hetcache_backend
-from ..runtime.session import Session, session
+from ..sessions.session import Session, session
 from .latents import grid_of, patch_of_model, tokens_of_denoise_mask, tokens_of_mask
 
 LOG = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class CachedSampling:
         """The model calls of the last run by kind, in a line."""
         if self.session is None:
             return "no calls"
-        stats, plain = self.session.stats, self.session.refused_calls
+        stats, plain = self.session.stats, self.session.notices.refused_calls
         counts = ", ".join(f"{count} {kind}" for kind, count in stats.steps.items())
         refused = f"; {plain} calls ran plainly: the log says why" if plain else ""
         return f"model calls: {counts}; {stats.unplanned} unplanned{refused}"

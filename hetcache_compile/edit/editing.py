@@ -26,8 +26,8 @@ from ..pipelines.planning import plan_for
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..runtime.backend import hetcache_backend
-from ..runtime.session import session
-from ..runtime.stats import Stats, Stopwatch
+from ..sessions.session import session
+from ..sessions.stats import Stats, Stopwatch
 from .media import GREY, Frames, Playback, to_frames, to_pictures
 
 STRENGTHS = ("strength", "denoise_strength")

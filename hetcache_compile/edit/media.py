@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import InputFileError
+from ..errors import HetCacheWarning, InputFileError
 from ..files import atomically
-from ..runtime.session import HetCacheWarning
 from .frames import cover, open_source, read_frames
 from .masks import read_mask as read_mask
 

@@ -30,9 +30,10 @@ from ..passes.analysis.time_input import NAMES
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
-from ..runtime.dispatch import check_finite, time_value
-from ..runtime.session import Call, Session, current_session
-from ..runtime.stats import Stopwatch
+from ..runtime.inputs import check_finite, time_value
+from ..sessions.calls import Call
+from ..sessions.session import Session, current_session
+from ..sessions.stats import Stopwatch
 from .manifest import FormSpec, Manifest, TensorSpec, check_files
 from .runners import RUNNERS, TENSORRT_PROVIDERS, Runner, form_of
 
@@ -141,7 +142,7 @@ class Engine(nn.Module, CacheMixin):  # type: ignore[misc]
 
     def run_step(self, session: Session, inputs: Buffers) -> Buffers:
         """The step of the session that comes now."""
-        session.tried_calls += 1
+        session.notices.tried_calls += 1
         if len(session.plans) > 1:
             raise SessionError("an engine has one mask for all samples of a batch: open a session with one plan")
         if session.record is not None or session.memory is not None:

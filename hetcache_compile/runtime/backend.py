@@ -15,8 +15,8 @@ from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from ..compilation.options import BackendOptions, Compiled
-from .context import own_session
-from .session import HetCacheWarning
+from ..errors import HetCacheWarning
+from ..sessions.context import own_session
 from .whole.dynamo import DynamoGraph
 from .whole.running import runs_whole_in_sessions
 

@@ -11,7 +11,7 @@ import torch
 from ..capture.capture import Program
 from ..passes.analysis.hoist import Hoisted
 from ..passes.analysis.inputs import is_state
-from .branches import Branch, version
+from ..sessions.branches import Branch, version
 
 
 @dataclass(frozen=True)

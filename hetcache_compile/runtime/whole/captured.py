@@ -14,7 +14,7 @@ from ...capture.capture import Program, capture
 from ...capture.offloading import lies_elsewhere
 from ...capture.structure import TENSORS
 from ...compilation.options import BackendOptions
-from ..branches import Remembered, holds, remember
+from ...sessions.branches import Remembered, holds, remember
 from ..dispatch import CompiledGraph
 from ..prepare import Prepared, Preparer
 

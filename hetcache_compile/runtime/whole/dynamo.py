@@ -11,8 +11,9 @@ from torch.fx import GraphModule
 
 from ...capture.offloading import is_offloaded
 from ...compilation.options import BackendOptions
-from ..dispatch import CompiledGraph, Refused
-from ..session import Session
+from ...sessions.session import Session
+from ..dispatch import CompiledGraph
+from ..refusals import Refused
 from .model import ASIDE, why_only_in_parts
 from .running import RunningCall
 

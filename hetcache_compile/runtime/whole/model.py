@@ -28,10 +28,11 @@ from ...capture.offloading import computes_as_written, onload_device, why_not_br
 from ...capture.structure import SCALARS, Structure
 from ...compilation.options import BackendOptions
 from ...passes.ir.refusal import Refusal, UnsupportedGraphError
-from ..context import reset
-from ..dispatch import PART, Refused, reason_of, signature_of
+from ...sessions.context import reset
+from ...sessions.session import Session, current_session
+from ..inputs import signature_of
 from ..prepare import preparing
-from ..session import Session, current_session
+from ..refusals import PART, Refused, reason_of
 from .captured import Capture, PlainlyError
 
 MOST_CAPTURES = 16
@@ -153,8 +154,8 @@ class WholeModel:
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         found = self._find(session, (str(spec), _kinds(leaves), _modes()), leaves, args, kwargs)
         if isinstance(found, Refused):
-            session.tried_calls += 1
-            session.refused(found.reason, None, found.topic)
+            session.notices.tried_calls += 1
+            session.notices.refused(found.reason, None, found.topic)
             raise PlainlyError
         return found(leaves)
 

@@ -15,8 +15,8 @@ from torch._dynamo import eval_frame
 
 from ...capture.offloading import all_offloaded, is_offloaded
 from ...compilation.options import BackendOptions
+from ...sessions.session import Session
 from ..dispatch import CompiledGraph
-from ..session import Session
 from .captured import PlainlyError
 from .model import WholeModel
 

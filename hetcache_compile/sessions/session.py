@@ -7,179 +7,38 @@ Each compiled model has tracks of calls of its own (`branches.Track`), which rea
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ParallelError, RecordError, SessionError
+from ..errors import RecordError, SessionError
 from ..passes.forms.collectives import Ranks
 from ..passes.ir.contract import STEP_WEIGHTS
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
-from ..ranks.agreement import checksum, facts_of_plans
 from ..ranks.parallel import current_parallel
 from ..record.caches import Restorer
 from ..record.record import BranchKey, Record, RecordedCalls, RecordedStep, check_recordable
+from .agreement import Agreement
 from .branches import Branch, Track
-from .clock import Clock, Reading, Timeline
+from .calls import Call, Model, Turn
+from .clock import Clock, Timeline
 from .context import BRANCH, LOCK, OPEN, SESSION, observe_diffusers, own_session, reset
+from .notices import Notices
 from .stats import Stats, Stopwatch
-
-ALONE = 2
-"""Steps that a model makes alone before another one that begins is taken for the next expert."""
-
-
-class HetCacheWarning(UserWarning):
-    """Something runs uncached, or otherwise than planned: slower, never wrong."""
 
 
 def current_session() -> Session | None:
     """The session that a call here belongs to, if any. Where one is open elsewhere only, that is said once."""
     session = own_session()
     if session is None and OPEN:
-        _note_foreign_call()
+        for other in list(OPEN):
+            other.notices.foreign_call()
     assert session is None or isinstance(session, Session)
     return session
-
-
-def _note_foreign_call() -> None:
-    for session in list(OPEN):
-        session.foreign_calls += 1
-        if session.foreign_calls == 1:
-            session.warn(
-                "a compiled model was called in a thread or context that has no session, while one is open elsewhere: "
-                "that call is plain. Open the session where the model is called, or put `with session.joined():` "
-                "around the call"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a model, as a session needs to know it.
-
-    Attributes:
-        model: what the model is known by, as long as it lives: one of its parameters, or an engine.
-        owner: the graph and shape that run.
-        time: what the model is given; None if it is given none.
-        latents: the tensors that hold tokens.
-        conditions: other tensors that tell branches of guidance apart.
-        weights: a number that changes with the weights; given True, every weight is looked at.
-        signature: tells the graph and its weights from others, in any process.
-        can_share: whether it can run on another branch's keys and values.
-        settings: what else must be equal for that, such as control scales.
-    """
-
-    model: Any
-    owner: Hashable
-    time: float | None
-    latents: Sequence[torch.Tensor]
-    conditions: Sequence[torch.Tensor]
-    weights: Callable[[bool], int] = lambda thorough: 0
-    signature: Callable[[], str] = lambda: ""
-    can_share: bool = False
-    settings: Sequence[torch.Tensor] = ()
-
-    @property
-    def known(self) -> list[torch.Tensor]:
-        """What makes keys and values of the context, but for the text."""
-        return [*self.latents, *self.settings]
-
-
-@dataclass(slots=True)
-class Turn:
-    """What the session makes of a call: its kind and its branch.
-
-    Attributes:
-        kind: of the step.
-        step: of the plan; None where the plan does not know it.
-        branch: whose buffers it uses.
-        fresh: whether the branch holds nothing that the call could go on from.
-        weights: the number of the weights that it runs on.
-        recorded: the step as it was recorded; None if it was not, or in a session without memory.
-        weighed_as: the kind of step whose weights its outputs have: one from memory, or on another branch's context,
-            stands for the planned one.
-        lender: the branch whose keys and values a call at a FULL step reads in place of computing its own.
-    """
-
-    kind: StepKind
-    step: int | None
-    branch: Branch
-    fresh: bool
-    weights: int
-    recorded: RecordedStep | None
-    weighed_as: StepKind
-    lender: Branch | None
-    _reading: Reading
-    _model: Model
-    _track: Track
-    _changed: set[int]
-
-    @property
-    def recalls(self) -> bool:
-        """Whether it reads the cache that was recorded of this step."""
-        return self.recorded is not None and self.kind is StepKind.PARTIAL
-
-    @property
-    def corrects(self) -> bool:
-        """Whether it shows how another text changes what was recorded."""
-        return self.recorded is not None and self.kind is StepKind.FULL
-
-
-class Model:
-    """A compiled model within a session: its tracks, by the names of calls."""
-
-    def __init__(self) -> None:
-        self.tracks: dict[str | None, Track] = {}
-        self.calls = self.num_steps = 0
-        self.step: int | None = None
-        self.was_followed = False
-        self.calls_of_others: dict[Model, int] = {}
-        self._signed: tuple[Hashable, int, str] | None = None
-
-    def branches(self) -> Iterator[Branch]:
-        """Every branch."""
-        for track in self.tracks.values():
-            yield from track.branches.values()
-
-    def lender(self, call: Call, weights: int, branch: Branch, step: int) -> Branch | None:
-        """Another branch that had a FULL call at this step, with the same latents: guidance by another text, say."""
-        others = (other for other in self.branches() if other is not branch and other.is_valid(call.owner, weights))
-        return next((other for other in others if other.shows(step, call.known)), None)
-
-    def key(self, call: Call, weights: int, track: Track, branch: Branch) -> BranchKey:
-        """What a branch is known by in a record."""
-        if self._signed is None or self._signed[:2] != (call.owner, weights):
-            self._signed = call.owner, weights, call.signature()
-        return BranchKey(self._signed[2], track.name, branch.place)
-
-    def restart(self) -> None:
-        """Its next call begins an edit."""
-        self.step, self.num_steps = None, 0
-        for track in self.tracks.values():
-            track.restart()
-
-    def follows(self, other: Model, step: int) -> bool:
-        """Whether another model has no more steps in the edit in which this one makes its first call, at `step`.
-
-        So it is where the other one was alone for some steps, or has only the cache of an edit before, in which it
-        followed this one. If it calls after all, its call is FULL, and both are there to stay.
-        """
-        if other.step is None or other.step > step:
-            return self.was_followed
-        return other.num_steps >= ALONE and other.step < step
-
-    def release(self) -> int:
-        """Give its memory back. Returns how many bytes that is."""
-        freed = sum(branch.num_bytes for branch in self.branches())
-        self.restart()
-        for branch in self.branches():
-            branch.release()
-        return freed
 
 
 class Session:
@@ -201,18 +60,14 @@ class Session:
         if memory_of is not None:
             self._check_memory(memory_of)
             self.plans = (memory_of.known_to(self.plan),)
-        self.strict, self.check_finite = strict, check_finite
-        self.stats = Stats()
+        self.check_finite = check_finite
+        self.stats, self.notices = Stats(), Notices(strict)
         self.is_open = False
-        self.tried_calls = self.refused_calls = self.foreign_calls = 0
-        self._warned: set[str] = set()
-        self._topics: set[str | None] = set()
         self._models: Any = WeakIdKeyDictionary()
         self.parallel = current_parallel()
         if self.parallel is not None and (record or memory_of is not None):
             raise SessionError("a record is of one process: edit it outside hetcache.parallel")
-        self._agreed: Any = WeakIdKeyDictionary()
-        self._to_agree: dict[str, Any] = {}
+        self.agreement = Agreement(self.parallel)
         self._indices: dict[tuple[str, torch.device, int], torch.Tensor] = {}
         self.form_options = self.plan.form_options
         self.route_key = (
@@ -268,8 +123,7 @@ class Session:
             raise SessionError("a session is open already: close it before you open another")
         if self.is_open:
             raise SessionError("this session is open in another thread or context: use `with session.joined():` there")
-        if self.parallel is not None:
-            self.parallel.agree(facts_of_plans(self.plans))
+        self.agreement.on_plans(self.plans)
         observe_diffusers()
         self.is_open = True
         SESSION.set(weakref.ref(self))
@@ -291,13 +145,9 @@ class Session:
         for model in list(self._models.values()):
             model.release()
         self._models = WeakIdKeyDictionary()
-        to_agree, self._to_agree = self._to_agree, {}
-        if kind is None and self.parallel is not None:
-            self.parallel.settle()
-            if to_agree:
-                self.parallel.agree(to_agree)
+        self.agreement.close(whole=kind is None)
         if kind is None:
-            self._say_what_did_not_run()
+            self.notices.closing(self.plan, self.stats, shares=self.shares)
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[Session]:
@@ -360,7 +210,7 @@ class Session:
             model.restart()
             reading = track.read(call.time, call.latents, call.conditions)
         if not reading.fits:
-            self._note_unplanned(call, reading)
+            self.notices.unplanned(self.plan, reading.step, call.time if self._timeline is not None else None)
         track.invalidate_if_doubtful(reading)
         branch, changed = track.branch_of(reading, call.conditions)
         if branch.number is None:
@@ -414,7 +264,7 @@ class Session:
 
     def records(self, turn: Turn) -> bool:
         """Whether the cache that a step left is recorded."""
-        return self.record is not None and turn.kind is StepKind.FULL and turn._reading.fits and turn.step is not None
+        return self.record is not None and turn.kind is StepKind.FULL and turn.reading.fits and turn.step is not None
 
     def recorded(
         self, turn: Turn, call: Call, inputs: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
@@ -422,7 +272,7 @@ class Session:
         """A FULL step left its cache for the record."""
         assert self.record is not None
         assert turn.step is not None
-        key = turn._model.key(call, turn.weights, turn._track, turn.branch)
+        key = turn.model.key(call, turn.weights, turn.track, turn.branch)
         if key not in self.record.branches:
             steps = self.plan.steps.count(StepKind.FULL)
             self.stats.record_bytes += steps * sum(tensor.nbytes for tensor in tensors.values())
@@ -433,79 +283,34 @@ class Session:
 
         self.record.add(key, turn.step, begin, tensors)
 
-    def agree(self, turn: Turn, call: Call, model: Callable[[], str]) -> None:
-        """Compare a FULL or PARTIAL step with that of the other processes at this edit; the model too, where it is new.
-
-        Processes that share guidance compare the first call of a step. What the others were given is compared then, in
-        the next one: nobody waits for a call that another process makes.
-
-        Args:
-            turn: of the call.
-            call: the call.
-            model: a digest of the model and its weights.
-
-        Raises:
-            ParallelError: they differ, or the session was opened outside `parallel`.
-        """
-        if self.parallel is None and current_parallel() is not None:
-            raise ParallelError("the session was opened outside hetcache.parallel and is not shared: open it inside")
-        if self.parallel is None or turn.kind is StepKind.REUSE:
-            return
-        facts: dict[str, Any] = {"the kind of a step": turn.kind.name, "the number of a step": turn.step}
-        facts["latents"] = checksum(call.latents)
-        if turn.kind is StepKind.FULL:
-            facts["conditions, such as text states"] = checksum(call.conditions)
-        if self._agreed.get(call.model) != turn.weights:
-            facts["weights, or the model itself"] = model()
-            self._agreed[call.model] = turn.weights
-        if turn.branch.number and self.parallel.guidance is not None:
-            self._to_agree |= {f"{name} in call {turn.branch.number}": value for name, value in facts.items()}
-            self.parallel.agree(facts, rows_only=True)
-        else:
-            facts, self._to_agree = {**facts, **self._to_agree}, {}
-            self.parallel.agree(facts)
-
-    def agree_on_refusal(self, reason: str) -> None:
-        """A call is found to run plainly, for a reason: so it has to in all processes at this edit.
-
-        Raises:
-            ParallelError: others go on.
-        """
-        if self.parallel is not None:
-            try:
-                self.parallel.agree({"whether a model can be cached": False})
-            except ParallelError as error:
-                error.add_note(f"here {reason}")
-                raise
-
     def begun_full(self, turn: Turn) -> None:
         """A FULL step, or what stands for one, is about to overwrite the cache: an error must not leave half of one."""
         turn.branch.owner = None
         turn.branch.lender = turn.lender
-        for other in turn._model.branches() if turn.lender is not None else ():
+        for other in turn.model.branches() if turn.lender is not None else ():
             if other.lender is turn.branch:  # or it would keep what is given back here
                 other.invalidate()
                 other.give_back()
 
     def finish(self, turn: Turn, call: Call, watch: Stopwatch, compile_seconds: float) -> None:
         """The call was made."""
-        branch, track = turn.branch, turn._track
+        branch, track = turn.branch, turn.track
         if turn.kind is StepKind.FULL or turn.recalls or turn.lender is not None:
             branch.owner, branch.weights = call.owner, turn.weights
         if turn.kind is StepKind.FULL and self.shares:
             branch.fill(turn.step, call.known)
-        branch.step = turn._reading.last_step
+        branch.step = turn.reading.last_step
         if track.name is None:
-            branch.keep(call.conditions, turn._changed)
-        track.advance(turn._reading, branch, call.latents, call.conditions)
-        track.others = {other: other.all_calls for other in turn._model.tracks.values() if other is not track}
+            branch.keep(call.conditions, turn.changed)
+        track.advance(turn.reading, branch, call.latents, call.conditions)
+        track.others = {other: other.all_calls for other in turn.model.tracks.values() if other is not track}
         stats = self.stats
         stats.kinds.append(turn.kind)
         stats.watches.append(watch)
         stats.compile_seconds += compile_seconds
         stats.recalled += turn.recalls
         stats.shared += turn.lender is not None
-        if not turn._reading.fits:
+        if not turn.reading.fits:
             stats.unplanned += 1
 
     def allocated(self, num_bytes: int) -> None:
@@ -550,74 +355,6 @@ class Session:
         if key not in self._indices:
             self._indices[key] = torch.as_tensor(getattr(self.plans[number], name), device=device)
         return self._indices[key]
-
-    # What went otherwise than planned
-
-    def warn(self, message: str) -> None:
-        """Say something once in this session."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"hetcache: {message}", HetCacheWarning, stacklevel=2)
-
-    def refused(self, message: str, error: BaseException | None = None, topic: str | None = None) -> None:
-        """A call runs plainly, and why. Of one topic, such as graph breaks, only the first is said.
-
-        Raises:
-            SessionError: the session is strict.
-        """
-        self.refused_calls += 1
-        if self.strict:
-            raise SessionError(message) from error
-        if topic is None or topic not in self._topics:
-            self._topics.add(topic)
-            self.warn(message)
-
-    def _note_unplanned(self, call: Call, reading: Reading) -> None:
-        plan = self.plan
-        if reading.step is not None:
-            reason = f"step {reading.step} came out of order"
-        elif self._timeline is None:
-            reason = f"more than the plan's {len(plan.steps)} steps were taken"
-        else:
-            reason = f"the plan knows no time {call.time:g}, its times are {_range(plan.timesteps)}"
-        message = (
-            f"{reason}: such a call is FULL. Make the plan for the steps of this edit, with "
-            "plan_for(pipe, ...) and the same arguments"
-        )
-        if self.strict:
-            raise SessionError(message)
-        if "unplanned" not in self._warned:
-            self._warned.add("unplanned")
-            self.warn(message)
-
-    def _say_what_did_not_run(self) -> None:
-        if self.shares and self.stats.kinds and not self.stats.shared:
-            self.warn(
-                "the plan has shared_context, but no call shared another one's: that takes two calls at a FULL step, "
-                "with the same latents and scales and texts of one length. Without guidance, with both branches in one "
-                "call, and in an engine the edit takes the time and the memory that it takes without it"
-            )
-        if self.stats.kinds or all(kind is StepKind.FULL for kind in self.plan.steps):
-            return
-        if self.tried_calls > self.refused_calls:
-            return  # the others raised errors that somebody has seen
-        if self.refused_calls:
-            reason = f"all {self.refused_calls} calls ran plainly, for the reasons said before"
-        elif self.foreign_calls:
-            reason = f"{self.foreign_calls} calls were made in other threads or contexts, which have no session"
-        else:
-            reason = (
-                "no model was called that was compiled with backend=hetcache_backend: set "
-                "pipe.transformer = torch.compile(pipe.transformer, backend=hetcache_backend), and see "
-                "that Dynamo did not reach its recompile limit"
-            )
-        if self.strict:
-            raise SessionError(f"the session's plan was not followed: {reason}")
-        self.warn(f"the session's plan was not followed: {reason}")
-
-
-def _range(times: Any) -> str:
-    return f"{len(times)} from {times.max():g} to {times.min():g}"
 
 
 def session(

@@ -12,17 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
+from .notices import Notices
+
 
 class OpenSession(Protocol):
     """What is known here of a `session.Session`."""
 
     is_open: bool
+    notices: Notices
 
     def restart_model(self, module: torch.nn.Module) -> None:
         """The next call of one model begins an edit."""
-
-    def refused(self, message: str) -> None:
-        """Calls run plainly, and why."""
 
 
 SESSION: ContextVar[weakref.ref[Any] | None] = ContextVar("hetcache_session", default=None)
@@ -92,7 +92,7 @@ def observe_diffusers() -> None:
                 if isinstance(component, torch.nn.Module):
                     session.restart_model(component)
                     if _is_compiled_no_more(component):
-                        session.refused(_COMPILED_NO_MORE.format(name=name))
+                        session.notices.refused(_COMPILED_NO_MORE.format(name=name))
         return begin_loop(self, *args, **kwargs)
 
     DiffusionPipeline.progress_bar = progress_bar
