@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
 from statistics import mean, median
@@ -12,6 +12,7 @@ from front_report import JOINED, OURS, mask_size, upper_front
 
 from hetcache_compile.bench.methods import FULL
 from hetcache_compile.files import atomically
+from hetcache_compile.reference import GUIDANCE_SCALE
 
 Result = dict[str, Any]
 
@@ -162,26 +163,14 @@ STILL = "+context_motion=0"
 
 def moving_table(result: Result) -> str:
     """Fidelity of methods whose context moves, beside the same where it stays."""
-    columns, gains = sizes(result), []
-    rows = head("schedule", *by_mask(columns))
-    for model, part in result["models"].items():
-        methods = part["methods"]
-        for name in [name for name in methods if name + STILL in methods]:
-            shown = []
-            for size in columns:
-                moving, still = fidelity_db(methods[name], size), fidelity_db(methods[name + STILL], size)
-                gains += [moving[clip] - still[clip] for clip in moving.keys() & still.keys()]
-                known = moving and still
-                shown.append(f"{median(moving.values()):.1f} dB ({median(still.values()):.1f})" if known else "-")
-            rows.append(f"| `{name}`, {model.partition(':')[2]} steps | {' | '.join(shown)} |")
-    clips = {clip for part in result["models"].values() for clip in part["masked"]}
-    rows += [
-        "",
-        "PSNR to the uncached result inside the mask, and in brackets that of context that stays, at the same FLOPs. "
-        f"Reference model, {len(clips)} held-out clips at most, medians; on single clips the difference is "
-        f"{min(gains):+.1f} to {max(gains):+.1f} dB. {machines(result)}: `{result['command']}`.",
-    ]
-    return "\n".join(rows)
+
+    def row(name: str, model: str) -> str:
+        return f"`{name}`, {model.partition(':')[2]} steps"
+
+    def shown(cells: list[dict[str, Any]]) -> str:
+        return f"{figure(cells, 'fidelity', 'generative', 'psnr_db'):.1f} dB"
+
+    return compared(result, "", STILL, row, shown, "and in brackets that of context that stays, at the same FLOPs")
 
 
 SHARED = "+shared_context=1"
@@ -190,33 +179,59 @@ SHARED = "+shared_context=1"
 
 def shared_table(result: Result) -> str:
     """Fidelity and work of methods whose calls share their context, beside the same where each has its own."""
+
+    def row(name: str, model: str) -> str:
+        named, _, steps = model.partition(":")
+        return f"`{name}`, {steps} steps, guidance {named.partition('@')[2] or format(GUIDANCE_SCALE, 'g')}"
+
+    def shown(cells: list[dict[str, Any]]) -> str:
+        likeness, work = (
+            figure(cells, "fidelity", "generative", "psnr_db"),
+            median(cell["fewer_flops"] for cell in cells),
+        )
+        return f"{likeness:.1f} dB, {work:.2f}x"
+
+    what = "with the ratio of the uncached run's FLOPs, and in brackets where each call has a context of its own"
+    return compared(result, SHARED, "", row, shown, what)
+
+
+def compared(
+    result: Result,
+    ours: str,
+    other: str,
+    row: Callable[[str, str], str],
+    shown: Callable[[list[dict[str, Any]]], str],
+    what: str,
+) -> str:
+    """Methods in two ways, the second in brackets.
+
+    Args:
+        result: measured.
+        ours: what is added to a method's name in the first way.
+        other: and in the second.
+        row: begins a line, from the method and the model.
+        shown: of the cells of a mask size.
+        what: stands in the brackets, for the caption.
+    """
     columns, gains = sizes(result), []
-    rows = head("schedule", *by_mask(columns))
+    lines = head("schedule", *by_mask(columns))
     for model, part in result["models"].items():
-        methods, (named, _, steps) = part["methods"], model.partition(":")
-        guidance = named.partition("@")[2] or "2"
-        for name in [name for name in methods if name + SHARED in methods]:
-            shown = []
+        methods, added = part["methods"], max(ours, other)
+        for name in [name for name in methods if name + added in methods]:
+            pair, line = (methods[name + ours], methods[name + other]), []
             for size in columns:
-                pair = methods[name + SHARED], methods[name]
-                together, apart = (fidelity_db(method, size) for method in pair)
-                gains += [together[clip] - apart[clip] for clip in together.keys() & apart.keys()]
-                first, second = (
-                    f"{figure(cells, 'fidelity', 'generative', 'psnr_db'):.1f} dB, "
-                    f"{median(cell['fewer_flops'] for cell in cells):.2f}x"
-                    for cells in (cells_of(method, size) for method in pair)
-                )
-                shown.append(f"{first} ({second})")
-            rows.append(f"| `{name}`, {steps} steps, guidance {guidance} | {' | '.join(shown)} |")
+                first, second = (fidelity_db(method, size) for method in pair)
+                gains += [first[clip] - second[clip] for clip in first.keys() & second.keys()]
+                texts = [shown(cells_of(method, size)) for method in pair] if first and second else []
+                line.append(f"{texts[0]} ({texts[1]})" if texts else "-")
+            lines.append(f"| {row(name, model)} | {' | '.join(line)} |")
     clips = {clip for part in result["models"].values() for clip in part["masked"]}
-    rows += [
-        "",
-        "PSNR to the uncached result inside the mask and ratio of FLOPs to the uncached run's, and in brackets where "
-        f"each call has a context of its own. Reference model, {len(clips)} held-out clips at most, medians; on single "
-        f"clips the difference is {min(gains):+.1f} to {max(gains):+.1f} dB. {machines(result)}: "
+    return "\n".join([
+        *lines, "",
+        f"PSNR to the uncached result inside the mask, {what}. Reference model, {len(clips)} held-out clips at most, "
+        f"medians; on single clips the difference is {min(gains):+.1f} to {max(gains):+.1f} dB. {machines(result)}: "
         f"`{result['command']}`.",
-    ]
-    return "\n".join(rows)
+    ])  # fmt: skip
 
 
 def fidelity_db(method: dict[str, Any], size: str) -> dict[str, float]:

@@ -6,10 +6,11 @@ right. Most tests compile forms with `inner="eager"`: the dispatch is the same a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from models import GRID, NUM_TOKENS, tiny_call
 from torch import nn
@@ -103,3 +104,13 @@ def tiny_calls(steps: str, first: int = 0, **kwargs: Any) -> list[Kwargs]:
 
 def hetcache_is_closed() -> bool:
     return current_session() is None
+
+
+def crossed(rows: Iterable[str], columns: Iterable[str]) -> list[Any]:
+    """Parameters of a test for every pair of names: all of both run with all other tests, but a third of the pairs."""
+    columns = list(columns)
+    return [
+        pytest.param(row, column, id=f"{row}-{column}", marks=[pytest.mark.wide] if (r + c) % 3 else [])
+        for r, row in enumerate(rows)
+        for c, column in enumerate(columns)
+    ]

@@ -16,7 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from backend_checks import CountingInner, N, compiled, ignoring_time, max_error, plan_of, run, tiny_calls
+from backend_checks import CountingInner, N, compiled, crossed, ignoring_time, max_error, plan_of, run, tiny_calls
 from models import GRID, TinyDiT, call, wan
 
 import hetcache_compile as hetcache
@@ -51,11 +51,7 @@ STYLES: dict[str, Callable[[float], Branches]] = {
     "on midway": lambda done: [(None, 0)] if done < 0.5 else [(None, 1), (None, 0)],
     "batched": lambda done: [(None, 3)],
 }
-CROSS = [
-    pytest.param(name, style, id=f"{name}-{style}", marks=[pytest.mark.wide] if (row + column) % 3 else [])
-    for row, name in enumerate(SCHEDULERS)
-    for column, style in enumerate(STYLES)
-]
+CROSS = crossed(SCHEDULERS, STYLES)
 """Every scheduler with every style. All of both are run with all other tests, a third of the pairs."""
 LETTERS = "FRPRRPRF"
 

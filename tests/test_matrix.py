@@ -20,7 +20,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from backend_checks import TOLERANCE, compiled, ignoring_time, max_error, plan_of
+from backend_checks import TOLERANCE, compiled, crossed, ignoring_time, max_error, plan_of
 from models import call, wan
 from torch import nn
 
@@ -68,11 +68,7 @@ STYLES: dict[str, tuple[list[Branch], list[Branch]]] = {
     "three": ([FIRST, SECOND, THIRD],) * 2,
 }
 """The calls at each time in the first half of an edit, and in the second."""
-CROSS = [
-    pytest.param(name, style, id=f"{name}-{style}", marks=[pytest.mark.wide] if (row + column) % 3 else [])
-    for row, name in enumerate(SCHEDULERS)
-    for column, style in enumerate(STYLES)
-]
+CROSS = crossed(SCHEDULERS, STYLES)
 """Every scheduler with every style. All of both are run with all other tests, a third of the pairs."""
 
 
