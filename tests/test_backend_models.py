@@ -28,7 +28,7 @@ from models import Case, TinyDiT, call, tiny_call, wan
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan, StepKind
-from hetcache_compile.runtime import memory
+from hetcache_compile.runtime import buffers
 from hetcache_compile.runtime.unchanging import Unchanging
 from hetcache_compile.sessions.session import Session
 
@@ -127,7 +127,7 @@ class Allocations:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: dict[int, weakref.ref[torch.Tensor]] = {}
         self.most = 0
-        for owner, name in ((memory, "empty_buffers"), (Unchanging, "memory")):
+        for owner, name in ((buffers, "empty_buffers"), (Unchanging, "memory")):
             monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
 
     def counted(self, allocate: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:

@@ -118,7 +118,7 @@ def test_context_that_moves_is_shown_beside_context_that_stays():
     }
     part = {"masked": {"00-box-5": 0.05, "01-box-20": 0.2}, "methods": methods}
     table = few_steps_report.moving_table({"models": {"original:50": part}, "command": "few_steps.py"})
-    assert "| `balanced`, 50 steps | 54.5 dB (52.0) | - |" in table
+    assert "| `balanced`, 50 steps | 54.5 dB (52.0 dB) | - |" in table
     assert "-0.5 to +5.5 dB" in table
 
 

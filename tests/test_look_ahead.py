@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,26 @@ def test_the_second_call_is_where_a_straight_path_leads(make: Callable[[], Any])
     sigma = ahead / first * float(scheduler.sigmas[0])
     expected = start + (sigma - float(scheduler.sigmas[0])) * (noise - clean)
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_a_later_time_that_another_step_has(count: int) -> None:
+    """It moves by little, whatever the unit of time."""
+    scheduler = LookAhead(FlowMatchEulerDiscreteScheduler(num_train_timesteps=count), at=0.5)
+    scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])
+    times = [float(time) / count for time in scheduler.timesteps]
+    assert times == pytest.approx([1, 0.5, 0.75, 0.5, 0.25], abs=1e-3)
+    assert times[1] < times[3]
+
+
+def test_copies_have_times_of_their_own() -> None:
+    scheduler = LookAhead(euler())
+    scheduler.set_timesteps(STEPS)
+    for other in (copy.copy(scheduler), copy.deepcopy(scheduler)):
+        other.set_timesteps(3)
+        assert len(other.timesteps) == 4
+        assert len(scheduler.timesteps) == STEPS + 1
+        assert len(scheduler.scheduler.timesteps) == STEPS
 
 
 @pytest.mark.parametrize("compiled", [False, True])

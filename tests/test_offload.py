@@ -29,7 +29,7 @@ from torch import nn
 import hetcache_compile as hetcache
 from hetcache_compile.capture import capture, offloading, structure
 from hetcache_compile.errors import HetCacheWarning
-from hetcache_compile.runtime import dispatch, memory, prepare
+from hetcache_compile.runtime import buffers, dispatch, prepare
 from hetcache_compile.runtime.streaming import AHEAD
 from hetcache_compile.runtime.whole import captured, dynamo
 from hetcache_compile.sessions.session import Session
@@ -89,7 +89,7 @@ def test_a_model_that_moves_before_each_call(
     """The first move looks like a change: FULL. From then on the weights are known, in later edits too."""
     device = Device()
     if on_host:
-        for module in (dispatch, memory, prepare):
+        for module in (buffers, dispatch, prepare):
             monkeypatch.setattr(module, "can_stream", lambda _: True)
         monkeypatch.setattr(prepare, "transfers_of", lambda _: device)
     steps, model = "FPRPF", build()
@@ -346,7 +346,7 @@ def test_weights_come_when_they_are_needed(
     device: Residents, on_host: bool, regional: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is fetched once a step, and those of a few blocks are there at a time. Later edits too, captured once."""
-    for module in (dispatch, memory, prepare):
+    for module in (buffers, dispatch, prepare):
         monkeypatch.setattr(module, "can_stream", lambda _: on_host)
     model, blocks, steps = wan(num_layers=4), 4, "FPRF"
     calls, plan = calls_of(model, steps), replace(plan_of(steps), cache_device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +176,38 @@ def test_other_noise_inside_and_another_text(architecture: Callable[..., torch.n
     check(outputs, by_hand(model, plan, first, second))
     uncached = run(model, second)
     assert max(map(max_error, outputs, uncached)) > 0.01, "the context is the first edit's"
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("recorded_too", [False, True])
+def test_a_text_that_changes_midway(recorded_too: bool, named: bool) -> None:
+    """Each step is corrected for the text that it has, in place of the one that was recorded of it."""
+    model, plan = TinyDiT(), plan_of("FFFFF")
+    fast, first = compiled(model), edit_calls(model)[:5]
+    other = edit_calls(model, edit=1)[0]["text"]
+    second = second_calls(model, mask_of(), first)
+    texts = [first[0]["text"]] * 2 + [other] * 2 + [first[0]["text"]]
+    second = [{**kwargs, "text": text} for kwargs, text in zip(second, texts, strict=True)]
+    if recorded_too:
+        first = [{**kwargs, "text": text} for kwargs, text in zip(first, texts, strict=True)]
+
+    def branch(session: hetcache.Session) -> Any:
+        return session.branch("a") if named else contextlib.nullcontext()
+
+    with hetcache.session(plan, strict=True, record=True) as session, branch(session):
+        run(fast, first)
+    with hetcache.session(plan, strict=True, memory_of=session.record) as session, branch(session):
+        outputs = run(fast, second)
+    assert session.stats.steps == {"FULL": int(not recorded_too), "PARTIAL": 4 + int(recorded_too), "REUSE": 0}
+    forms = hetcache.rewrite(model, plan, (), first[0])
+    caches = [forms.full(**kwargs)[1] for kwargs in first]
+    if not recorded_too:
+        moved = forms.full(**second[2])[1]
+        names = [name for name in moved if name.startswith("past_key_values")]
+        caches[3] |= {name: caches[3][name] + moved[name] - caches[2][name] for name in names}
+        caches[2] = moved
+    truths = [tensor_of(forms.partial(cache, **one)[0]) for cache, one in zip(caches, second, strict=True)]
+    check(outputs, truths)
 
 
 def test_another_mask_and_another_plan() -> None:
@@ -437,7 +470,8 @@ def test_bytes_are_known_from_the_first_step_on_and_freed() -> None:
         assert session.stats.record_bytes == told
     record = session.record
     assert record is not None
-    given = sum(t.nbytes for one in record.branches.values() for t in (*one.inputs.values(), *one.conditions))
+    groups = [g for one in record.branches.values() for g in (one.inputs.values(), *one.conditions.values())]
+    given = sum(tensor.nbytes for group in groups for tensor in group)
     assert record.num_bytes == told + given
     forms = hetcache.rewrite(model, plan, (), calls[0])
     assert told == Record.bytes_for(forms)
@@ -468,7 +502,7 @@ def test_where_keys_and_values_are_streamed(
     other_text: bool,
 ) -> None:
     """On a GPU: a record takes the host's buffers over, and an edit from memory streams from them; no copy is made."""
-    monkeypatch.setattr("hetcache_compile.runtime.memory.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("hetcache_compile.runtime.buffers.free_bytes", lambda _: 10**9)
     model = wan(num_layers=1)
     plan, first = plan_of(**options), edit_calls(model)
     second = second_calls(model, mask_of(), first, other_text)
@@ -485,7 +519,7 @@ def test_where_keys_and_values_are_streamed(
     # The same without another memory.
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("dispatch", "memory", "prepare"):
+        for module in ("buffers", "dispatch", "prepare"):
             patch.setattr(f"hetcache_compile.runtime.{module}.can_stream", lambda _: False)
         fast = compiled(model)
         record, expected = recorded(fast, plan, first)

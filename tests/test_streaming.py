@@ -19,7 +19,7 @@ import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, SessionError
 from hetcache_compile.passes.ir.axis import Tokens
 from hetcache_compile.passes.ir.cache import CacheEntry
-from hetcache_compile.runtime import dispatch, memory, prepare, streaming
+from hetcache_compile.runtime import buffers, dispatch, prepare, streaming
 
 
 class Device:
@@ -53,7 +53,7 @@ class Device:
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     device = Device()
     torch._dynamo.reset()  # or it finds the forms of the test before, which know another device
-    for module in (dispatch, memory, prepare):
+    for module in (buffers, dispatch, prepare):
         monkeypatch.setattr(module, "can_stream", lambda _: True)
     monkeypatch.setattr(prepare, "transfers_of", lambda _: device)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_what_does_not_fit_goes_to_the_host(
     device: Device, monkeypatch: pytest.MonkeyPatch, free: int, hosted: bool
 ) -> None:
     """Unasked, once said, and with the same results; only those of what fits stay on the device."""
-    monkeypatch.setattr(memory, "free_bytes", lambda _: free)
+    monkeypatch.setattr(buffers, "free_bytes", lambda _: free)
     model = vace(num_layers=2, vace_layers=(0,))
     calls = [vace_call(model, seed=seed) for seed in range(3)]
     plan = plan_of("FPF")
@@ -159,7 +159,7 @@ def test_what_does_not_fit_goes_to_the_host(
 def test_a_second_branch_that_does_not_fit(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one's cache is on the device, the second one's on the host."""
     room = iter([10**9, 0])
-    monkeypatch.setattr(memory, "free_bytes", lambda _: next(room))
+    monkeypatch.setattr(buffers, "free_bytes", lambda _: next(room))
     model = vace(num_layers=2, vace_layers=(0,))
     calls = {name: [vace_call(model, seed=seed) for seed in (first, first + 1)] for name, first in (("a", 0), ("b", 7))}
     fast, plan = compiled(model), plan_of("FP")

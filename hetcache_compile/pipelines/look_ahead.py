@@ -11,8 +11,10 @@ engine. Its output is not used, and the samples are those of the scheduler witho
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 
@@ -52,14 +54,23 @@ class LookAhead:
         self.num_inference_steps = 0
         self._next: torch.Tensor | None = None
         self._begun = False
-        # Pipelines look at the names of its parameters.
-        self.set_timesteps = functools.wraps(scheduler.set_timesteps)(functools.partial(self._set_timesteps))
 
     def __getattr__(self, name: str) -> Any:
         """All else is the scheduler's."""
         if name == "scheduler":  # a copy in the making has none yet
             raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+    def __copy__(self) -> Self:
+        """With a scheduler and times of its own, as copies of diffusers' schedulers."""
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self), scheduler=copy.copy(self.scheduler))
+        return other
+
+    @property
+    def set_timesteps(self) -> Callable[..., None]:
+        """The scheduler's, with its signature: pipelines look at the names of its parameters."""
+        return functools.wraps(self.scheduler.set_timesteps)(functools.partial(self._set_timesteps))
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The scheduler's `set_timesteps`.
@@ -74,9 +85,9 @@ class LookAhead:
                 f"{type(self.scheduler).__name__} cannot look ahead: it needs two steps at least, at timesteps that "
                 "are proportional to its noise levels, as in flow matching"
             )
-        ahead = (self.at * times[:1].double()).to(times.dtype)
-        while bool((ahead == times).any()):  # a step is known by its time
-            ahead = ahead - 1
+        share, first = self.at, times[:1].double()
+        while bool(((ahead := (share * first).to(times.dtype)) == times).any()):  # a step is known by its time
+            share *= 0.999
         noise = (ahead.double() / float(times[0]) * float(sigmas[0])).to(sigmas)
         self.timesteps = torch.cat([times[:1], ahead, times[1:]])
         self.sigmas = torch.cat([sigmas[:1], noise, sigmas[1:]])

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import HetCacheError, ParallelError
 from ..passes.forms.collectives import Ranks
-from .agreement import Facts, differences
 from .context_parallel import ROWS, mesh_of
+from .facts import Facts, differences
 
 if TYPE_CHECKING:
     from diffusers import ContextParallelConfig, ParallelConfig

@@ -22,7 +22,7 @@ from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from .caches import kept_of
 
-FILE = ArrayFile("hetrecord", "record", 1, "record the edit anew", RecordFileError)
+FILE = ArrayFile("hetrecord", "record", 2, "record the edit anew", RecordFileError)
 TOKENS = ("active_index", "context_index", "context_cluster")
 """What plans must share where a cache holds only some of the tokens."""
 Tensors = dict[str, torch.Tensor]
@@ -48,12 +48,12 @@ class RecordedCalls:
 
     Attributes:
         inputs: of its first recorded call, those that a later edit must agree with.
-        conditions: of it, such as texts, which may be others.
+        conditions: such as texts, which may be others in a later edit: by the step from which on calls had them.
         steps: the cache after each FULL step, by the step's number and the entry's `input_name`.
     """
 
     inputs: Tensors
-    conditions: tuple[torch.Tensor, ...]
+    conditions: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     steps: dict[int, Tensors] = field(default_factory=dict)
 
     @property
@@ -61,10 +61,16 @@ class RecordedCalls:
         """The step of its first recorded call."""
         return min(self.steps)
 
-    def has_other_conditions(self, conditions: Sequence[torch.Tensor]) -> bool:
-        """Whether a call's conditions are not the recorded ones."""
-        pairs = zip(self.conditions, conditions, strict=True)
-        return not all(torch.equal(known, tensor.cpu()) for known, tensor in pairs)
+    def conditions_at(self, step: int) -> tuple[torch.Tensor, ...]:
+        """Those of a recorded call."""
+        return self.conditions[max(first for first in self.conditions if first <= step)]
+
+    def add(self, step: int, conditions: Sequence[torch.Tensor], tensors: Tensors) -> None:
+        """Keep what a call had, and what it left."""
+        self.steps[step] = tensors
+        given = tuple(tensor.detach().to("cpu", copy=True) for tensor in conditions)
+        if not self.conditions or not all(map(torch.equal, self.conditions_at(step), given)):
+            self.conditions[step] = given
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,11 @@ class RecordedStep:
 
     calls: RecordedCalls
     step: int
+
+    @property
+    def conditions(self) -> tuple[torch.Tensor, ...]:
+        """Those of its call."""
+        return self.calls.conditions_at(self.step)
 
     @property
     def tensors(self) -> Tensors:
@@ -111,12 +122,27 @@ class Record:
     def __repr__(self) -> str:
         return f"Record({len(self.steps)} steps, {len(self.branches)} branches, {self.num_bytes / 2**30:.2g} GiB)"
 
-    def add(self, key: BranchKey, step: int, begin: Callable[[], RecordedCalls], tensors: Tensors) -> None:
-        """Keep what a FULL step left. A step at or before the branch's first one begins the record of it anew."""
+    def add(
+        self,
+        key: BranchKey,
+        step: int,
+        inputs: Callable[[], Tensors],
+        conditions: Sequence[torch.Tensor],
+        tensors: Tensors,
+    ) -> None:
+        """Keep what a FULL step left. A step at or before the branch's first one begins the record of it anew.
+
+        Args:
+            key: of the branch.
+            step: of the call.
+            inputs: of it, for a first call.
+            conditions: of it.
+            tensors: what it left.
+        """
         calls = self.branches.get(key)
         if calls is None or step <= calls.first:
-            calls = self.branches[key] = begin()
-        calls.steps[step] = tensors
+            calls = self.branches[key] = RecordedCalls(inputs())
+        calls.add(step, conditions, tensors)
 
     def calls_of(self, key: BranchKey) -> RecordedCalls:
         """What was recorded of a branch.
@@ -222,7 +248,8 @@ class Record:
         found: Tensors = {}
         for number, calls in enumerate(self.branches.values()):
             found |= {f"{number}.inputs.{name}": tensor for name, tensor in calls.inputs.items()}
-            found |= {f"{number}.conditions.{place}": tensor for place, tensor in enumerate(calls.conditions)}
+            for step, conditions in calls.conditions.items():
+                found |= {f"{number}.conditions.{step}.{place}": tensor for place, tensor in enumerate(conditions)}
             for step, tensors in calls.steps.items():
                 found |= {f"{number}.{step}.{name}": tensor for name, tensor in tensors.items()}
         return found
@@ -247,10 +274,14 @@ class Record:
         record = cls(Plan.unpacked(plan, header["plan"]))
         for number, key in enumerate(header["branches"]):
             of_branch = groups[str(number)]
-            conditions = of_branch.get("conditions", {})
             steps = {int(group): found for group, found in of_branch.items() if group.isdigit()}
+            by_step: dict[int, dict[int, torch.Tensor]] = {}
+            for name, tensor in of_branch.get("conditions", {}).items():
+                step, _, number_there = name.partition(".")
+                by_step.setdefault(int(step), {})[int(number_there)] = tensor
+            conditions = {first: tuple(at[place] for place in sorted(at)) for first, at in by_step.items()}
             record.branches[BranchKey(*key)] = RecordedCalls(
-                of_branch.get("inputs", {}), tuple(conditions[str(place)] for place in range(len(conditions))), steps
+                of_branch.get("inputs", {}), conditions or {min(steps): ()}, steps
             )
         return record
 

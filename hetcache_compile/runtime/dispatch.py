@@ -35,17 +35,17 @@ from ..sessions.branches import Branch, holds, remember
 from ..sessions.calls import Call, Turn
 from ..sessions.session import Session, current_session
 from ..sessions.stats import Stopwatch
-from .inputs import check_finite, signature_of, time_value, varying_inputs
-from .memory import (
+from .buffers import (
     buffers_for,
     normal_mode,
     own_outputs,
-    prepare_memory,
+    prepare_buffers,
     read_in_place,
     settle,
     share,
     told_of_memory,
 )
+from .inputs import check_finite, signature_of, time_value, varying_inputs
 from .prepare import LOCK, CompiledForm, Prepared, Preparer, Roles, preparing
 from .refusals import (
     ASSUMED,
@@ -235,13 +235,13 @@ class CompiledGraph:
             session.finish(turn, call, Stopwatch(route.device).stop(), time.perf_counter() - start)
             return session.parallel.receive(number, output_values(route.prepared.program.module), route.device)
         if turn.recorded is not None:
-            self._agree(session, turn.branch, turn.recorded, route, form, inputs)
+            self._check_clip(session, turn.branch, turn.recorded, route, form, inputs)
         history = turn.branch.give_back() if turn.kind is StepKind.FULL else {}
         if turn.lender is not None:
             share(session, form, turn, route.key)
         buffers = self._buffers(session, form, turn.branch, route)
         compile_seconds = time.perf_counter() - start
-        prepare_memory(session, form, turn, route.key, route.device, buffers, history)
+        prepare_buffers(session, form, turn, route.key, route.device, buffers, history)
         watch = Stopwatch(route.device)
         results = self._run_form(session, route, form, turn, inputs, buffers)
         session.finish(turn, call, watch.stop(), compile_seconds)
@@ -298,7 +298,7 @@ class CompiledGraph:
                 results.append(own_outputs(run(*picked, *indices, *own), (*own, *unchanging)))
         return results
 
-    def _agree(
+    def _check_clip(
         self,
         session: Session,
         branch: Branch,
@@ -313,13 +313,13 @@ class CompiledGraph:
             RecordError: it is another one.
         """
         assert session.memory is not None
-        if not branch.agrees:
+        if not branch.is_of_clip:
             session.memory.check_entries(form.reads, session.plan)
             inactive = session.restorers[0].inactive
             with normal_mode():
                 analysis = self.preparer.analyse(route.prepared, session.plan)
                 check_alike(route.prepared.program, analysis, inputs, recorded.calls.inputs, inactive)
-            branch.agrees = True
+            branch.is_of_clip = True
         if can_stream(route.device) and not branch.has_other_text:
             read_in_place(session, form, branch, route.key, recorded)
 

@@ -14,6 +14,7 @@ from ..errors import GridMismatchError, UnsupportedGraphError
 PART = "a part of a model"
 PARALLEL = "a model that shares its work itself"
 ASSUMED = "another value of an input that the graph depends on"
+"""Topics: of one, only the first refusal is said."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..ranks.agreement import checksum
+from ..ranks.facts import checksum
 
 FEW = 256
 """A model of at most so many weights is looked at whole in every call."""

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import ParallelError
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
-from ..ranks.agreement import checksum, facts_of_plans
+from ..ranks.facts import checksum, facts_of_plans
 from ..ranks.parallel import Parallel, current_parallel
 from .calls import Call, Turn
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +46,14 @@ def holds(known: Remembered, tensor: torch.Tensor) -> bool:
     return alike and bool(torch.equal(old, tensor))
 
 
+class Compared(NamedTuple):
+    """A condition beside the recorded one."""
+
+    recorded: torch.Tensor
+    own: Remembered
+    is_other: bool
+
+
 @dataclass
 class Branch:
     """The cache of one sequence of calls, and what was last put into it.
@@ -57,8 +65,8 @@ class Branch:
         conditions: of the last call.
         hosted: whether keys and values of its cache are in the host's memory.
         place: among the calls at one time, by which it was known first.
-        agrees: whether the edit was seen to be one of the clip that is read from memory.
-        has_other_text: whether its conditions are not those of the recorded edit.
+        is_of_clip: whether the edit was seen to be one of the clip that is read from memory.
+        has_other_text: whether its conditions at this step are not those of the recorded edit.
         correction: of what is read from memory, for another text.
         number: among the branches of its model, in the order of their first calls.
         made_of: what the keys and values were made of that no step changes.
@@ -72,7 +80,7 @@ class Branch:
     conditions: tuple[Remembered, ...] = ()
     hosted: bool = False
     place: int = 0
-    agrees: bool = False
+    is_of_clip: bool = False
     has_other_text: bool = False
     correction: Correction | None = None
     _lent: set[Hashable] = field(default_factory=set)
@@ -80,6 +88,7 @@ class Branch:
     made_of: Any = None
     full_step: int | None = None
     lender: Branch | None = None
+    _compared: tuple[Compared, ...] = ()
     _filled_from: tuple[Remembered, ...] = ()
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
@@ -143,9 +152,9 @@ class Branch:
     def forget(self) -> None:
         """The cache is valid no more, and nothing is known of its calls; its memory stays."""
         self.invalidate()
-        self.agrees = self.has_other_text = False
+        self.is_of_clip = self.has_other_text = False
         self.correction = None
-        self.conditions = ()
+        self.conditions, self._compared = (), ()
         self._changed.clear()
         self._unsteady.clear()
 
@@ -174,6 +183,24 @@ class Branch:
         self._unsteady |= changed & self._changed
         self._changed = changed
         self.conditions = remember(conditions)
+
+    def compare(self, recorded: Sequence[torch.Tensor], conditions: Sequence[torch.Tensor]) -> None:
+        """See whether the conditions of a call are those recorded of its step. A correction for others goes.
+
+        Args:
+            recorded: on the host; one object as long as the recorded calls had the same.
+            conditions: of the call.
+        """
+        found = []
+        for number, (old, tensor) in enumerate(zip(recorded, conditions, strict=True)):
+            known = self._compared[number] if self._compared else None
+            if known is None or known.recorded is not old or not holds(known.own, tensor):
+                known = Compared(old, remember([tensor])[0], not torch.equal(old, tensor.cpu()))
+            found.append(known)
+        before, others = ([one for one in pairs if one.is_other] for pairs in (self._compared, found))
+        if len(before) != len(others) or any(a is not b for a, b in zip(before, others, strict=True)):
+            self.correction = None
+        self._compared, self.has_other_text = tuple(found), bool(others)
 
     @property
     def num_bytes(self) -> int:

@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..ranks.parallel import current_parallel
 from ..record.caches import Restorer
-from ..record.record import BranchKey, Record, RecordedCalls, RecordedStep, check_recordable
+from ..record.record import BranchKey, Record, RecordedStep, check_recordable
 from .agreement import Agreement
 from .branches import Branch, Track
 from .calls import Call, Model, Turn
@@ -226,8 +226,8 @@ class Session:
             recorded = self._recalled(self.memory, model.key(call, weights, track, branch), track, branch, step)
         weighed_as = kind
         if recorded is not None:
-            if not branch.agrees:
-                branch.has_other_text = self.corrects and recorded.calls.has_other_conditions(call.conditions)
+            if self.corrects:
+                branch.compare(recorded.conditions, call.conditions)
             kind = StepKind.FULL if branch.has_other_text and branch.correction is None else StepKind.PARTIAL
             weighed_as = kind if planned is StepKind.REUSE else planned
         lender = None
@@ -258,7 +258,7 @@ class Session:
             if self.plan.steps[step] is StepKind.FULL:
                 raise RecordError(f"step {step} is FULL in the plan, and was not recorded of all calls: record it anew")
             return None
-        if not branch.agrees and step != calls.first:
+        if not branch.is_of_clip and step != calls.first:
             raise RecordError(f"the recorded calls begin at step {calls.first}, and those of this edit at step {step}")
         return RecordedStep(calls, step)
 
@@ -276,12 +276,7 @@ class Session:
         if key not in self.record.branches:
             steps = self.plan.steps.count(StepKind.FULL)
             self.stats.record_bytes += steps * sum(tensor.nbytes for tensor in tensors.values())
-
-        def begin() -> RecordedCalls:
-            conditions = tuple(tensor.detach().to("cpu", copy=True) for tensor in call.conditions)
-            return RecordedCalls(inputs(), conditions)
-
-        self.record.add(key, turn.step, begin, tensors)
+        self.record.add(key, turn.step, inputs, call.conditions, tensors)
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step, or what stands for one, is about to overwrite the cache: an error must not leave half of one."""

@@ -1,4 +1,4 @@
-"""The memory of branches: where the buffers of a cache lie, who lends them, and what is in them before a first step."""
+"""The buffers of a branch's cache: where they lie, who lends them, and what is in them before a form runs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def empty_buffers(entries: Sequence[CacheEntry], device: torch.device, hosted: b
     ]
 
 
-def prepare_memory(
+def prepare_buffers(
     session: Session,
     form: CompiledForm,
     turn: Turn,
@@ -116,7 +116,7 @@ def prepare_memory(
         owner: of the memory: the graph and shape.
         device: where the form runs.
         buffers: those of each plan's samples.
-        history: what the branch read in a record's memory until now.
+        history: what was lent to the branch until now, by a record or another branch.
     """
     branch, lender, is_full = turn.branch, turn.lender, turn.kind is StepKind.FULL
     if is_full:
