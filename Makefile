@@ -58,6 +58,7 @@ bench-size: .venv/ready   ## export the real 1.3B architecture (4 minutes, 5 GiB
 	$(BIN)/python benchmarks/tables.py
 
 few-steps: .venv/ready   ## fidelity and quality against work in 4, 8 and 20 steps, into docs/benchmarks.md (hours; goes on)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[peers]"  # without it: no cache-dit
 	$(BIN)/python benchmarks/few_steps.py
 	$(BIN)/python benchmarks/tables.py
 

@@ -8,8 +8,8 @@ Methods are those of `hetcache bench quality` and of peers.py, by name. Each res
 the same model and steps (fidelity), and with the true video (quality). Speed-ups are ratios of FLOPs, which a busy
 machine does not change; with `--timed` times are taken too. Each model is calibrated first, in as many steps, on clips
 that are not held out. `original@5:20` is a model with another guidance than its usual one. Cells and calibrations are
-kept in out/few_steps, and a run that was cut short goes on there; the result is written as they are done, in the place
-of what an earlier run measured of the same methods.
+kept in out/few_steps, and a run that was cut short goes on there; the result is written as they are done. A method
+takes the place of what an earlier run measured of it once it ran on as many clips.
 """
 
 from __future__ import annotations
@@ -51,15 +51,18 @@ RESULTS = Path(__file__).parent / "results"
 ORIGINAL, UNGUIDED, DISTILLED = "original", "unguided", "distilled"
 """As it is edited with; without guidance and with the solver for few steps; the same, distilled."""
 MODELS = tuple(f"{model}:{steps}" for model, steps in ((ORIGINAL, 4), (ORIGINAL, 8), (ORIGINAL, 20),
-                                                       (UNGUIDED, 4), (UNGUIDED, 8), (DISTILLED, 4), (DISTILLED, 8))
+                                                       (UNGUIDED, 4), (UNGUIDED, 8), (DISTILLED, 4), (DISTILLED, 8),
+                                                       (DISTILLED, 20))
 )  # fmt: skip
 METHODS = (
-    "optimal:1.5x", "optimal:2x", "optimal:3x", "balanced", "paper-fast",
+    "optimal:1.5x", "optimal:2x", "optimal:3x", "optimal:2x+shared_context=1", "optimal:3x+shared_context=1",
+    "balanced", "paper-fast",
     *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
     "crop:0.25", "crop:0.5", "crop:1", "crop:0.5+optimal:2x", *peers.NAMES,
 )  # fmt: skip
 CALIBRATED_ON = 6
 """Clips."""
+MANY_STEPS = 20
 WRITTEN_EVERY = 20
 """Seconds after which the result is written, with the cells that are there."""
 OF_FIDELITY, OF_QUALITY = ("psnr_db",), ("psnr_db", "ssim", "flip", "warp_error")
@@ -148,10 +151,15 @@ def edited_with(model: str) -> dict[str, Any]:
 
 
 def calibration_of(model: str, options: argparse.Namespace) -> Path:
-    """The calibration of a model in as many steps, made if it is not there. Costs are those of the shipped one."""
+    """The calibration of a model in as many steps, made if it is not there. Costs are those of the shipped one.
+
+    The shipped one, of 50 steps with guidance, serves many steps with guidance: one of their own would take hours.
+    """
     if options.calibration is not None:
         return Path(options.calibration)
-    kind, _, _ = parsed(model)
+    kind, _, steps = parsed(model)
+    if kind == ORIGINAL and steps >= MANY_STEPS:
+        return reference.CALIBRATION
     path = options.out / "calibrations" / f"{model.replace(':', '-')}.hetcal"
     path.parent.mkdir(parents=True, exist_ok=True)
     costs, clips = Calibration.load(reference.CALIBRATION).costs, reference.calibration_clips(CALIBRATED_ON)
@@ -246,9 +254,18 @@ def brief(cell: dict[str, Any], fewer_flops: float) -> dict[str, Any]:
 
 
 def extended(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a model: the methods of an earlier result, with those found now in their place."""
+    """What is known of a model: the methods of an earlier result, or those found now once they ran on its clips."""
     masked = {**earlier.get("masked", {}), **found["masked"]}
-    return {"masked": masked, "methods": {**earlier.get("methods", {}), **found["methods"]}}
+    methods = dict(earlier.get("methods", {}))
+    for name, method in found["methods"].items():
+        if name not in methods or ran_on(methods[name]) <= ran_on(method):
+            methods[name] = method
+    return {"masked": masked, "methods": methods}
+
+
+def ran_on(method: dict[str, Any]) -> set[str]:
+    """The clips of a method that did not fail."""
+    return {clip for clip, cell in method["cells"].items() if "failed" not in cell}
 
 
 def in_order(item: tuple[str, Any]) -> tuple[int, float, int]:

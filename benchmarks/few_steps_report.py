@@ -91,16 +91,65 @@ def few_steps_table(result: Result) -> str:
         lines += [*model_table(model, part, sizes(result)), ""]
     clips = {clip for part in result["models"].values() for clip in part["masked"]}
     timed = any("speedup" in cell for part in result["models"].values() for cell in _all_cells(part))
+    shown = [f"{sum(mask_size(clip) == size for clip in clips)} of {size} %" for size in sizes(result)]
     lines += [
-        f"{len(clips)} held-out clips at most, medians over clips. By mask size: ratio of FLOPs to the uncached run's"
+        f"{len(clips)} held-out clips at most ({', '.join(shown)}), medians over clips. By mask size: ratio of FLOPs "
+        "to the uncached run's"
         f"{', of times in brackets' if timed else ''}; PSNR to the uncached result and to the true video inside the "
         "mask, in dB. On the right, means of the sizes: against the true video, inside the mask or in its band, "
         "8 pixels on both sides of its edge. `original` has a guidance of 2; the others none, and "
-        f"evenly spaced steps. {machines(result)}: `python benchmarks/few_steps.py`.",
+        f"evenly spaced steps. {machines(result)}: `python benchmarks/few_steps.py`.{failures(result)}",
         "",
         "![Fidelity and quality against work](benchmarks/results/few_steps.png)",
     ]
     return "\n".join(lines)
+
+
+def failures(result: Result) -> str:
+    """Which methods ran on no clip of a model, and why."""
+    found: dict[str, list[str]] = {}
+    for model, part in result["models"].items():
+        for name, method in part["methods"].items():
+            reason = next((cell["failed"] for cell in method["cells"].values() if "failed" in cell), None)
+            if reason is not None and not cells_of(method):
+                found.setdefault(f"`{name}` ({reason.strip().splitlines()[-1]})", []).append(model.replace(":", " in "))
+    return "".join(f" Failed: {name}, {', '.join(models)} steps." for name, models in found.items())
+
+
+WORTH_NAMING = 0.3
+"""Decibels by which another method has to be ahead."""
+AS_FAST = 0.985
+"""What counts as no slower."""
+
+
+def ahead_table(result: Result) -> str:
+    """Where the fidelity of another method is higher than that of any plan measured that is as fast."""
+    rows = head("model", "masks", "ahead", "best of ours at such a speed")
+    for model, part in result["models"].items():
+        for size in sizes(result):
+            found = [
+                (name, method["family"] == OURS or "+" in name, median(cell["fewer_flops"] for cell in cells), likeness)
+                for name, method in part["methods"].items()
+                if name != FULL and (cells := cells_of(method, size))
+                for likeness in [figure(cells, "fidelity", "generative", "psnr_db") or inf]
+            ]
+            ours = [one for one in found if one[1]]
+            others = [one for one in found if not one[1] and one[2] > 1.05]
+            for name, _, speed, likeness in sorted(others, key=lambda one: one[2]):
+                if any(one[2] >= speed and one[3] > likeness for one in others):
+                    continue
+                best = max((one for one in ours if one[2] >= AS_FAST * speed), key=lambda one: one[3], default=None)
+                if best is None or best[3] < likeness - WORTH_NAMING:
+                    shown = "none measured" if best is None else f"`{best[0]}`, {best[2]:.2f}x, {best[3]:.1f} dB"
+                    named = f"{model.replace(':', ', ')} steps | {size} % | `{name}`, {speed:.2f}x, {likeness:.1f} dB"
+                    rows.append(f"| {named} | {shown} |")
+    rows += [
+        "",
+        "Medians of the tables above: ratio of FLOPs, PSNR to the uncached result inside the mask. Another method is "
+        f"named where it is ahead by more than {WORTH_NAMING:g} dB, and no faster one of the others is better. A crop "
+        "that is edited by a plan counts as ours.",
+    ]
+    return "\n".join(rows)
 
 
 def machines(result: Result) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from estimate_report import estimate_errors_table, estimate_gpus_table, estimate_models_table
-from few_steps_report import few_steps_table, moving_table, shared_table, times_table
+from few_steps_report import ahead_table, few_steps_table, moving_table, shared_table, times_table
 from front_report import FEWER_STEPS, LIBRARIES, OURS, THE_PAPER, front_table, mask_size, points
 from gpu_report import gpu_caches_table, gpu_table
 from memory_report import cache_bytes_table, layer_shares_table, rounding_table
@@ -228,7 +228,7 @@ def look_ahead_table(result: dict) -> str:
         f"Reference model, {len(clips)} held-out clips, masks of 20 %, {result['steps']} steps, guidance 2. Medians "
         f"inside the mask; the uncached results have {uncached:.1f} dB to the truth. Speed-up is in FLOPs of the "
         f"forms, no time was taken. Schedules that begin with FF look ahead, to {result['at']:g} of the first time: "
-        "`python benchmarks/look_ahead.py`."
+        f"`python benchmarks/{result['command']}`."
     )
     return "\n".join(rows)
 
@@ -252,7 +252,7 @@ def fresher_context_table(result: dict) -> str:
         f"Reference model without guidance, {len(cells)} held-out clips, 8 steps, margin {result['margin']:g}; medians "
         "inside the mask to the uncached result, and FLOPs of all steps FULL over those of the schedule. The last two "
         f"rows are plans in sessions, the others are simulated. {result['processor']}, torch "
-        f"{result['versions']['torch']}: `python benchmarks/fresher_context.py`."
+        f"{result['versions']['torch']}: `python benchmarks/{result['command']}`."
     )
     return "\n".join(rows)
 
@@ -371,6 +371,7 @@ TABLES = (
     ("export_size", "export_size", export_size_table, BENCHMARKS),
     ("front", "front", front_table, BENCHMARKS),
     ("few_steps", "few_steps", few_steps_table, BENCHMARKS),
+    ("few_steps_ahead", "few_steps", ahead_table, BENCHMARKS),
     ("few_steps_times", "few_steps_times", times_table, BENCHMARKS),
     ("steps", "steps", steps_table, BENCHMARKS),
     ("cold_start", "cold_start", cold_start_table, BENCHMARKS),

@@ -93,7 +93,7 @@ def test_the_table_has_a_line_for_each_method_that_ran(collected, tmp_path):
     assert "| distilled, 8 steps | masks of 20 % |" in table
     assert "| `full` | 1.00x; -; 30.0 | 30.0 | 0.900 | 0.100 | 3.0 |" in table
     assert "| `crop:0.5` | 2.11x (1.90x); 30.0; 30.0 |" in table
-    assert "fastercache" not in table
+    assert "| `fastercache" not in table
     assert "distilled in 8 steps: P, torch 2: `python" in table
     few_steps_report.save_plot(tmp_path / "few_steps.png", result)
     assert (tmp_path / "few_steps.png").read_bytes().startswith(b"\x89PNG")
@@ -146,18 +146,55 @@ def test_a_model_is_named_with_its_guidance_and_steps():
     assert few_steps.parsed("unguided:8") == ("unguided", 1.0, 8)
 
 
-def test_what_was_measured_before_stays_but_for_the_same_methods(collected):
+def test_what_was_measured_before_stays_until_as_many_clips_are_there(collected):
     """And a model that was measured on two machines names both."""
-    before = {"masked": {"00-box-5": 0.05}, "methods": {
-        name: {"family": "", "machine": "Q, torch 2", "cells": {"00-box-5": {}}} for name in ("steps:4", "steps:2")
-    }}  # fmt: skip
-    both = few_steps.extended(before, collected)
-    assert list(both["masked"]) == ["00-box-5", "01-box-20"]
-    assert list(both["methods"]["steps:4"]["cells"]) == ["01-box-20"]
-    assert both["methods"]["steps:2"] == before["methods"]["steps:2"]
+
+    def before(clip):
+        return {"masked": {clip: 0.05}, "methods": {
+            name: {"family": "", "machine": "Q, torch 2", "cells": {clip: {}}} for name in ("steps:4", "steps:2")
+        }}  # fmt: skip
+
+    known = before("01-box-20")
+    both = few_steps.extended(known, collected)
+    assert both["methods"]["steps:4"] == collected["methods"]["steps:4"]
+    assert both["methods"]["steps:2"] == known["methods"]["steps:2"]
     assert few_steps_report.machines({"models": {"distilled:8": both}}) == (
         "distilled in 8 steps: P, torch 2 and Q, torch 2"
     )
+    known = before("00-box-5")
+    both = few_steps.extended(known, collected)
+    assert list(both["masked"]) == ["00-box-5", "01-box-20"]
+    assert both["methods"]["steps:4"] == known["methods"]["steps:4"], "another clip is not that clip"
+    failed = {
+        "masked": {},
+        "methods": {"steps:2": {"family": "", "machine": "P", "cells": {"00-box-5": {"failed": ""}}}},
+    }
+    assert few_steps.extended(known, failed)["methods"]["steps:2"] == known["methods"]["steps:2"]
+
+
+def test_where_another_method_is_ahead_and_what_failed():
+    def method(family, speed, psnr_db, clip="00-box-5"):
+        cell = {"fewer_flops": speed, "fidelity": {"generative": {"psnr_db": psnr_db}}}
+        return {"family": family, "machine": "P", "cells": {clip: cell}}
+
+    methods = {
+        "optimal:2x": method(few_steps_report.OURS, 2.0, 50.0),
+        "crop:0.5+balanced": method("crop and stitch", 3.0, 45.0),
+        "steps:6": method("fewer steps", 1.5, 50.2),
+        "steps:4": method("fewer steps", 2.02, 51.0),
+        "slower": method("other", 1.8, 50.9),
+        "steps:3": method("fewer steps", 2.9, 44.0),
+        "steps:2": method("fewer steps", 4.0, 30.0),
+        "broken": {"family": "other", "machine": "P", "cells": {"00-box-5": {"failed": "Error: no"}}},
+    }
+    result = {"models": {"original:8": {"masked": {"00-box-5": 0.05}, "methods": methods}}}
+    _, _, *rows = few_steps_report.ahead_table(result).splitlines()
+    assert rows[:2] == [
+        "| original, 8 steps | 5 % | `steps:4`, 2.02x, 51.0 dB | `optimal:2x`, 2.00x, 50.0 dB |",
+        "| original, 8 steps | 5 % | `steps:2`, 4.00x, 30.0 dB | none measured |",
+    ]
+    assert rows[2] == ""
+    assert few_steps_report.failures(result) == " Failed: `broken` (Error: no), original in 8 steps."
 
 
 def test_a_scheduler_has_one_digest_in_every_process():
