@@ -197,6 +197,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(way, command, he
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.wide
 def test_demo_takes_an_object_away_with_the_reference_model(hetcache_command, tmp_path):
     status, _, err = hetcache_command(
         "demo", "--out", tmp_path, "--steps", 3, "--schedule", "FPR", "--inner", "eager", "--dtype", "bfloat16"

@@ -89,8 +89,14 @@ def a_plan(**options: Any) -> Plan:
     )  # fmt: skip
 
 
+RICH = {"cache_dtype": "int8", "extrapolation": 1}
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["as many each", "numbers of their own"])
-@pytest.mark.parametrize("options", [{}, {"cache_dtype": "int8", "extrapolation": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.wide, id="exact"), pytest.param(RICH, id="int8, predicted")],
+)
 def test_in_a_session(captured: Callable[[Case], Captured], options: dict[str, Any], own: bool) -> None:
     """As functional forms have it; what it keeps is known before."""
     model, plan = captured(Case("vace")), a_plan(**options)

@@ -274,6 +274,7 @@ def test_the_backend_clusters_as_the_functional_forms_do_and_anew_for_each_edit(
     assert compile_seconds[1] < 0.2 * compile_seconds[0]
 
 
+@pytest.mark.wide
 def test_inductor_does_what_eager_does() -> None:
     """Boxes; of a small model, because a C++ compiler takes seconds for each kernel."""
     whole = hetcache.Plan.from_token_mask(

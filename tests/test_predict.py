@@ -68,6 +68,7 @@ def test_a_second_full_step_at_the_same_time_replaces_the_first() -> None:
         assert error(Drifting(1), 1, [900, 800, 800, 650], "FFFP", compiled=compiled) < 1e-5
 
 
+@pytest.mark.wide
 def test_inductor_keeps_the_older_values_too() -> None:
     """It writes buffers in the order of arguments, not in that of the graph."""
     assert error(Drifting(1), 1, [900, 800, 700, 500, 300], "FFPFP", compiled=True, inner="inductor") < 1e-5

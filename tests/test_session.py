@@ -193,7 +193,8 @@ def cast_and_offloaded(model: Any) -> None:
     model.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1)
 
 
-@pytest.mark.parametrize("hook", [pytest.param(cast_by_layer, marks=pytest.mark.wide), cast_and_offloaded])
+@pytest.mark.wide
+@pytest.mark.parametrize("hook", [cast_by_layer, cast_and_offloaded])
 def test_hooks_on_parts_of_a_model_are_one_warning(
     hook: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

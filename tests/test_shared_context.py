@@ -115,16 +115,16 @@ def test_outputs_and_memory(number: int, named: bool) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"extrapolation": 1},
-        {"extrapolation": 1, "context_motion": 1},
+        pytest.param({"extrapolation": 1}, marks=pytest.mark.wide),
+        pytest.param({"extrapolation": 1, "context_motion": 1}, marks=pytest.mark.wide),
         {"extrapolation": 2, "context_extrapolation": 1, "context_motion": 1},
-        {"extrapolation": 1, "cache_dtype": "int8"},
+        pytest.param({"extrapolation": 1, "cache_dtype": "int8"}, marks=pytest.mark.wide),
     ],
     ids=str,
 )
 def test_predictions(options: dict[str, Any]) -> None:
     """Each branch has the points of its own active tokens, and the first one's of all others."""
-    model, plan = wan(), shared(**options)
+    model, plan = wan(num_layers=1), shared(**options)
     calls = branches(model)
     outputs, session = edit(compiled(model), plan, calls)
     for found, truth in zip(outputs, by_hand(model, plan, calls), strict=True):
@@ -132,10 +132,13 @@ def test_predictions(options: dict[str, Any]) -> None:
     assert session.stats.shared == 2
 
 
-@pytest.mark.parametrize("kind", ["fewer", "boxes", "kmeans", "attention", "int8"])
+@pytest.mark.parametrize(
+    "kind",
+    ["kmeans", *(pytest.param(kind, marks=pytest.mark.wide) for kind in ("fewer", "boxes", "attention", "int8"))],
+)
 def test_smaller_caches(kind: str) -> None:
     """Which tokens are cached, and what stands for them, is the first call's business too."""
-    model, plan = wan(), plan_of(STEPS, num_context=40 if kind in ("fewer", "attention") else None)
+    model, plan = wan(num_layers=1), plan_of(STEPS, num_context=40 if kind in ("fewer", "attention") else None)
     changes: dict[str, Any] = {"int8": {"cache_dtype": "int8"}, "attention": {"cached_by": "attention"}}.get(kind, {})
     if kind in ("boxes", "kmeans"):
         clusters = np.arange(plan.num_context, dtype=np.int64) % 12
