@@ -29,6 +29,7 @@ import hetcache_compile as hetcache
 from hetcache_compile import Plan, reference
 from hetcache_compile.bench.calibrate import computed_by
 from hetcache_compile.edit.editing import EditRequest, compiled, make_plan, run_pipeline
+from hetcache_compile.edit.media import Clip
 from hetcache_compile.edit.metrics import psnr
 from hetcache_compile.files import atomically
 from hetcache_compile.plan.schedule import StepKind
@@ -79,7 +80,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 """Options of plans in a session."""
 KINDS = {kind.letter: kind for kind in StepKind}
-SCHEDULES = ("FPPPPPPP", "FPPPFPPP")
+SCHEDULES = ("FPPPPPPP", "FPPPFPPP", "FPRPFPRP")
 
 
 @dataclass
@@ -149,16 +150,16 @@ class Simulation:
             size = prod(self.way.box)
             chosen = self.member == (step % size if self.way.in_turn else size // 2)
         self.active = torch.ones_like(self.context) if self.kinds[step] == "F" else ~self.context | chosen
+        if self.kinds[step] == "R":
+            self.computed.append(0)
+            return (self.predicted(time),)
         self.computed.append(int(self.active.sum()))
         output = forward(**arguments)[0]
         active = self.in_latents(self.active, output)
         times = torch.full_like(output, time)
         if self.kinds[step] == "P":
             (last, at), (before, ahead) = self.outputs
-            span = at - ahead
-            slope = torch.where(span == 0, 0, (last - before) / torch.where(span == 0, 1, span))
-            predicted = self.noise - self.clip if self.way.known else last + slope * (times - at)
-            result = torch.where(active, output, predicted)
+            result = torch.where(active, output, self.predicted(time))
             moved = [(new, old) for new, old in zip((output, times), (last, at), strict=True)]
             kept = tuple(torch.where(active, new, old) for new, old in moved)
             older = tuple(torch.where(active, new, old) for new, old in zip((last, at), (before, ahead), strict=True))
@@ -166,6 +167,17 @@ class Simulation:
             return (result,)
         self.outputs = [(output, times), self.outputs[0] if self.outputs else (output, times)]
         return (output,)
+
+    def predicted(self, time: torch.Tensor) -> torch.Tensor:
+        """What a step returns of what it does not compute."""
+        (last, at), (before, ahead) = self.outputs
+        span = at - ahead
+        slope = torch.where(span == 0, 0, (last - before) / torch.where(span == 0, 1, span))
+        line = last + slope * (torch.full_like(at, time) - at)
+        if not self.way.known:
+            return line
+        assert self.noise is not None
+        return torch.where(self.in_latents(self.context, last), self.noise - self.clip, line)
 
     def in_latents(self, tokens: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Tokens `[N]` as a mask of latents `[1, C, T, H, W]`."""
@@ -213,8 +225,8 @@ def edit_clip(pipe: Any, number: int, work: Work, options: argparse.Namespace) -
             simulated = Simulation(plan, way, schedule, known)
             with simulated.running(pipe.transformer):
                 frames = run_pipeline(pipe, request, way.name, silent).frames
-            flops = sum(work.of_call(computed, tokens) for computed in simulated.computed)
-            cells[schedule][way.name] = cell(frames, uncached, clip.mask, steps * work.of_call(tokens, tokens) / flops)
+            flops = sum(work.of_call(computed, tokens) for computed in simulated.computed if computed)
+            cells[schedule][way.name] = cell(frames, uncached, clip, steps * work.of_call(tokens, tokens) / flops)
         for name, changed in PLANS.items():
             plan = make_plan(pipe, request, kinds, **{**usual, **changed})
             with (
@@ -222,15 +234,24 @@ def edit_clip(pipe: Any, number: int, work: Work, options: argparse.Namespace) -
                 hetcache.session(plan, strict=True),
             ):
                 frames = run_pipeline(pipe, request, name, silent).frames
-            computed = [tokens if kind is StepKind.FULL else plan.num_active for kind in plan.steps]
-            flops = sum(work.of_call(number, tokens) for number in computed)
-            cells[schedule][name] = cell(frames, uncached, clip.mask, steps * work.of_call(tokens, tokens) / flops)
+            amounts = {StepKind.FULL: tokens, StepKind.PARTIAL: plan.num_active, StepKind.REUSE: 0}
+            computed = [amounts[kind] for kind in plan.steps]
+            flops = sum(work.of_call(number, tokens) for number in computed if number)
+            cells[schedule][name] = cell(frames, uncached, clip, steps * work.of_call(tokens, tokens) / flops)
         print(clip.name, schedule, json.dumps(cells[schedule]), file=sys.stderr)
     return clip.name, cells
 
 
-def cell(frames: Any, uncached: Any, mask: Any, fewer_flops: float) -> dict[str, float]:
-    return {"psnr_db": round(psnr(frames, uncached, mask), 3), "fewer_flops": round(fewer_flops, 4)}
+def cell(frames: Any, uncached: Any, clip: Clip, fewer_flops: float) -> dict[str, float]:
+    """Likeness to the uncached result inside the mask and outside, to the true video inside, and work."""
+    figures = {
+        "psnr_db": psnr(frames, uncached, clip.mask),
+        "context_db": psnr(frames, uncached, ~clip.mask),
+        "quality_db": psnr(frames, clip.truth, clip.mask),
+    }
+    return {name: round(value, 3) for name, value in figures.items() if value is not None} | {
+        "fewer_flops": round(fewer_flops, 4)
+    }
 
 
 def silent(stage: str, step: int, steps: int) -> None:
