@@ -1,12 +1,12 @@
 """Fresher context for less: what PARTIAL steps gain if the context that they read is less stale.
 
-    python benchmarks/fresher_context.py --clips 3      # a quarter of an hour; results/fresher_context.json, after each clip
+    python benchmarks/fresher_context.py --clips 3    # a quarter of an hour; results/fresher_context.json, after each clip
 
 Ways to keep the context fresh are simulated, to see which are worth a pass: the plain model computes every token in
 every call, and hooks put cached keys and values where a PARTIAL step would read them. Two rows are plans in a session:
 one as it is, with which its simulation has to agree, and one with `context_motion=1`, the way that was built.
-Fidelity is PSNR to the uncached result of as many steps, inside the mask and outside, work is in FLOPs of the model as counted by
-few_steps.py. The reference model without guidance.
+Fidelity is PSNR to the uncached result of as many steps, inside the mask and outside, work is in FLOPs of the model as
+counted by few_steps.py. The reference model without guidance.
 """
 
 from __future__ import annotations
