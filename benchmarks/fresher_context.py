@@ -1,6 +1,6 @@
 """Fresher context for less: what PARTIAL steps gain if the context that they read is less stale.
 
-    python benchmarks/fresher_context.py --clips 3    # a quarter of an hour; results/fresher_context.json, after each clip
+    python benchmarks/fresher_context.py --clips 3    # a quarter of an hour, into results/fresher_context.json
 
 Ways to keep the context fresh are simulated, to see which are worth a pass: the plain model computes every token in
 every call, and hooks put cached keys and values where a PARTIAL step would read them. Two rows are plans in a session:
