@@ -491,7 +491,8 @@ def test_the_calibration_that_is_shipped_can_be_used():
     assert expect(shipped, steps, shipped.timesteps_for(20), share=0.3).time_factor >= 3
 
 
-@pytest.mark.parametrize("guidance", [pytest.param(3.0, marks=pytest.mark.wide), 1.0])
+@pytest.mark.wide
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_amplification_is_what_becomes_of_a_repeated_step(pipe, calibrated, guidance, monkeypatch):
     """Another way to put the same error in: a session that repeats one step."""
     monkeypatch.setattr(pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))  # whose steps have lengths

@@ -36,7 +36,10 @@ from hetcache_compile.export.model.sample_call import CallShape  # noqa: E402
 from hetcache_compile.export.model.source import load_source  # noqa: E402
 from hetcache_compile.export.onnx.folder import new_folder  # noqa: E402
 
-FORMS = [("fp32", 20, False), ("fp32", 23, True)]
+FORMS = [
+    pytest.param(("fp32", 20, False), id="opset 20"),
+    pytest.param(("fp32", 23, True), id="opset 23, free sizes", marks=pytest.mark.wide),
+]
 CHAIN = ("full", "partial", "partial", "reuse")
 OF_OPSET = [
     (20, "spell_out_attention", "fuse_rotary_embedding"),
@@ -44,7 +47,7 @@ OF_OPSET = [
 ]
 
 
-@pytest.fixture(params=FORMS, ids=["opset 20", "opset 23, free sizes"])
+@pytest.fixture(params=FORMS)
 def folder(request):
     return exported.export(*request.param)
 

@@ -114,6 +114,7 @@ def test_not_exact_where_they_differ_but_nearer_where_keys_are_alike() -> None:
     assert merged_error(equal=False) > merged_error(equal=False, merging="kmeans") > 1e-3
 
 
+@pytest.mark.wide
 def test_the_backend_runs_merged_context_as_the_functional_forms_do(model) -> None:
     cluster = np.random.default_rng(0).integers(0, 30, N - 20)
     cluster[:30] = np.arange(30)

@@ -370,9 +370,8 @@ def test_weights_come_when_they_are_needed(
     assert len(fast.forward._captures) == 1
 
 
-@pytest.mark.parametrize(
-    ("hooks", "first"), [pytest.param("leaves", "offloaded", marks=pytest.mark.wide), ("blocks", "compiled")]
-)
+@pytest.mark.wide
+@pytest.mark.parametrize(("hooks", "first"), [("leaves", "offloaded"), ("blocks", "compiled")])
 def test_plain_calls_around_sessions(device: Residents, hooks: str, first: str) -> None:
     """diffusers' hooks bring the weights then, as ever. Nothing is said."""
     steps, model = "FPR", wan(num_layers=1)

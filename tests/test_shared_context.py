@@ -151,6 +151,7 @@ def test_smaller_caches(kind: str) -> None:
     assert session.stats.shared == 2
 
 
+@pytest.mark.wide
 def test_in_the_memory_of_the_host(device: Device) -> None:  # noqa: F811
     """It is copied out once for both calls."""
     model = vace(num_layers=1, vace_layers=(0,))

@@ -47,7 +47,8 @@ def test_fp32_with_fused_operators_and_free_sizes(tmp_path):
     build(exported.export("fp32", 23, True), tmp_path, "8.6")
 
 
-@pytest.mark.parametrize("merging", ["boxes", pytest.param("kmeans", marks=pytest.mark.wide)])
+@pytest.mark.wide
+@pytest.mark.parametrize("merging", ["boxes", "kmeans"])
 def test_merged_context(tmp_path, merging):
     """Sums over clusters, and which cluster is nearest."""
     folder, whole = tmp_path / "merged", exported.plan_of()
