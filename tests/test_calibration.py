@@ -127,6 +127,7 @@ def test_it_reports_and_leaves_the_pipeline_alone(pipe, calibrated):
     assert "generative tokens look at the context for" in measured.describe()
 
 
+@pytest.mark.wide
 def test_a_run_cut_short_goes_on_where_it_was(pipe, calibrated, tmp_path, monkeypatch):
     expected, *_ = calibrated
     known = {**SETTINGS, "costs": expected.costs}  # so that nothing is timed

@@ -238,7 +238,8 @@ def test_the_mask_of_ones_own_clip_is_read_as_its_options_say(
     assert np.array_equal(taken[1].mask, ~taken[0].mask)
 
 
-@pytest.mark.parametrize("source", ["files", pytest.param("reference", marks=pytest.mark.wide)])
+@pytest.mark.wide
+@pytest.mark.parametrize("source", ["files", "reference"])
 def test_bench_quality_measures_a_clip_of_ones_own_or_the_held_out_ones(
     source, hetcache_command, mask_file, tmp_path, monkeypatch
 ):

@@ -138,6 +138,7 @@ def boxes(count: int) -> Iterator[np.ndarray]:
         yield mask
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("fresh")
 def test_a_day_of_masks() -> None:
     """Fifty edits: a handful of forms, no compilation after these, no memory kept, each equal to its own session."""

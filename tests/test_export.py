@@ -62,6 +62,7 @@ def test_half_precision_is_close_to_torch():
     check_chain(exported.export("fp16", 20), exported.plan_of(), 5e-3, dtype="fp16")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("active", [20, 33, 40])
 def test_one_export_with_free_sizes_serves_other_budgets(active):
     check_chain(exported.export("fp32", 23, True), exported.plan_of(active, seed=active), 1e-5)

@@ -92,7 +92,10 @@ def a_plan(**options: Any) -> Plan:
 RICH = {"cache_dtype": "int8", "extrapolation": 1}
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["as many each", "numbers of their own"])
+@pytest.mark.parametrize(
+    "own",
+    [pytest.param(False, marks=pytest.mark.wide, id="as many each"), pytest.param(True, id="numbers of their own")],
+)
 @pytest.mark.parametrize(
     "options",
     [pytest.param({}, marks=pytest.mark.wide, id="exact"), pytest.param(RICH, id="int8, predicted")],

@@ -492,6 +492,7 @@ class Doubled(ModelHook):  # type: ignore[misc]
         return output * 2
 
 
+@pytest.mark.wide
 def test_a_hook_that_comes_later_is_seen() -> None:
     """One that does more than move weights, after an edit without it."""
     model, plan = wan(num_layers=1), plan_of("FP")
@@ -534,7 +535,8 @@ def test_a_pipeline_with_group_offload(compile_first: bool) -> None:
     assert plan.cache_size.edit == session.stats.cache_bytes
 
 
-@pytest.mark.parametrize("first", ["offloaded", pytest.param("compiled", marks=SLOW)])
+@pytest.mark.wide
+@pytest.mark.parametrize("first", ["offloaded", "compiled"])
 def test_sequential_offload_is_one_warning(first: str) -> None:
     """Its hooks are on the model's layers, and cut it into as many graphs; it runs as it would without a session."""
     model = wan(num_layers=1)

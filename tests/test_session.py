@@ -314,6 +314,7 @@ def test_modes_of_autograd_mixed_in_a_session() -> None:
             assert max_error(output, model(**kwargs)[0]) < 1e-5
 
 
+@pytest.mark.wide
 def test_autocast() -> None:
     model = wan()
     fast = compiled(model, "aot_eager")
