@@ -192,13 +192,14 @@ class Branch:
             conditions: of the call.
         """
         found = []
-        for number, (old, tensor) in enumerate(zip(recorded, conditions, strict=True)):
-            known = self._compared[number] if self._compared else None
+        before: Sequence[Compared | None] = self._compared
+        before = before if len(before) == len(conditions) else [None] * len(conditions)
+        for old, tensor, known in zip(recorded, conditions, before, strict=True):
             if known is None or known.recorded is not old or not holds(known.own, tensor):
                 known = Compared(old, remember([tensor])[0], not torch.equal(old, tensor.cpu()))
             found.append(known)
-        before, others = ([one for one in pairs if one.is_other] for pairs in (self._compared, found))
-        if len(before) != len(others) or any(a is not b for a, b in zip(before, others, strict=True)):
+        others, corrected = ([one for one in pairs if one.is_other] for pairs in (found, self._compared))
+        if len(others) != len(corrected) or any(a is not b for a, b in zip(others, corrected, strict=True)):
             self.correction = None
         self._compared, self.has_other_text = tuple(found), bool(others)
 
