@@ -87,7 +87,7 @@ class LookAhead:
             )
         share, first = self.at, times[:1].double()
         while bool(((ahead := (share * first).to(times.dtype)) == times).any()):  # a step is known by its time
-            share *= 0.999
+            share -= min(1e-3, share / 2)
         noise = (ahead.double() / float(times[0]) * float(sigmas[0])).to(sigmas)
         self.timesteps = torch.cat([times[:1], ahead, times[1:]])
         self.sigmas = torch.cat([sigmas[:1], noise, sigmas[1:]])
