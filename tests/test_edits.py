@@ -52,7 +52,6 @@ STYLES: dict[str, Callable[[float], Branches]] = {
     "batched": lambda done: [(None, 3)],
 }
 CROSS = crossed(SCHEDULERS, STYLES)
-"""Every scheduler with every style. All of both are run with all other tests, a third of the pairs."""
 LETTERS = "FRPRRPRF"
 
 

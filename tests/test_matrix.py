@@ -69,7 +69,6 @@ STYLES: dict[str, tuple[list[Branch], list[Branch]]] = {
 }
 """The calls at each time in the first half of an edit, and in the second."""
 CROSS = crossed(SCHEDULERS, STYLES)
-"""Every scheduler with every style. All of both are run with all other tests, a third of the pairs."""
 
 
 @dataclass(frozen=True)
