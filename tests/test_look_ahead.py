@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,12 @@ from test_predict import GRID, Drifting, N, error
 
 import hetcache_compile as hetcache
 from hetcache_compile import LookAhead, PlanError
-from hetcache_compile.bench.methods import parse_method
+from hetcache_compile.bench.methods import parse_method, parse_methods
+from hetcache_compile.bench.quality import Settings, bench_quality, frames_file, load_frames
+from hetcache_compile.edit.editing import load_pipeline
+from hetcache_compile.edit.media import Clip
 from hetcache_compile.plan.schedule import make_schedule
+from hetcache_compile.reference.demo import save_random_checkpoint
 
 VACE = next(row for row in ROWS if row.name == "WanVACEPipeline")
 STEPS = 5
@@ -180,3 +185,30 @@ def test_a_star_fills_a_schedule() -> None:
     for wrong in ("P*", "*", "F*F*", "FX*"):
         with pytest.raises(PlanError, match="unknown schedule"):
             make_schedule(wrong, 4)
+
+
+@pytest.mark.parametrize("text", ["ahead:", "ahead:soon+F*", "ahead:0.4", "ahead:0.4+full", "ahead:0.4+optimal:2x"])
+def test_a_method_that_looks_ahead_without_a_time_or_a_schedule_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="as in ahead:"):
+        parse_method(text)
+
+
+def test_a_method_may_look_ahead(tmp_path: Path) -> None:
+    """It has one step more; one whose steps are all FULL has the uncached result. The pipeline keeps its scheduler."""
+    save_random_checkpoint(tmp_path / "model", width=64, layers=1)
+    pipe = load_pipeline(tmp_path / "model", torch.float32, "cpu")
+    scheduler, video = pipe.scheduler, np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    mask = np.zeros(video.shape[:3], dtype=bool)
+    mask[:, 16:40, 16:40] = True
+    clip = Clip("clip", video, mask, "a cat")
+    settings = Settings("tiny", num_inference_steps=3, max_sequence_length=16, inner="eager", timed=False)
+    methods = parse_methods("ahead:0.45+F*,ahead:0.45+FFP*+margin=0")
+    cells = bench_quality(pipe, [clip], methods, settings, tmp_path / "out", lambda *_: None)["cells"]["clip"]
+    frames = {name: load_frames(frames_file(tmp_path / "out", "clip", name)) for name in cells}
+    full, looks, partial = cells
+    assert cells[full]["calls"] == {"FULL": 6}
+    assert cells[looks]["calls"] == {"FULL": 8, "PARTIAL": 0, "REUSE": 0}
+    assert cells[partial]["calls"] == {"FULL": 4, "PARTIAL": 4, "REUSE": 0}
+    assert np.abs(frames[looks].astype(int) - frames[full]).max() <= 1
+    assert np.abs(frames[partial].astype(int) - frames[full]).max() > 1
+    assert pipe.scheduler is scheduler

@@ -6,6 +6,7 @@ balanced                   any schedule: a preset, FRRP, teacache:0.1, optimal:3
 balanced+o0+margin=1       a schedule with options of `plan_for`; +o0 is short for +extrapolation=0
 crop:0.25                  the plain model on the mask's surroundings, put back: see `Box.around` of `plan.crop`
 crop:0.25+balanced         the same, with a plan
+ahead:0.45+FFP*            a schedule that counts one more step, at 0.45 of the first time: see `LookAhead`
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..plan.options import PlanOptions
 from ..plan.schedule import StepKind, make_schedule
 
 FULL = "full"
+NUMBER = r"[0-9]+(\.[0-9]+)?"
 
 RunEdit = Callable[[Any, EditRequest, Progress], tuple[Run, dict[str, Any]]]
 """Another library's cache or solver: edits with a pipeline that it leaves as it was; says what else to record of it.
@@ -43,6 +45,7 @@ class Method:
         steps: how many steps the plain model takes; None: as many as the rest.
         runner: in place of a plan. With `steps` it runs the plain model, so that its calls are plain ones.
         surroundings: how far around the mask the video is cropped before the edit; None: not at all.
+        ahead: the time of one more step, right after the first, as a share of the first one's; None: there is none.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Method:
     steps: int | None = None
     runner: RunEdit | None = None
     surroundings: float | None = None
+    ahead: float | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -79,12 +83,19 @@ def parse_method(name: str) -> Method:
         return Method(name, steps=int(argument))
     if kind == "crop":
         surroundings, _, schedule = argument.partition("+")
-        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", surroundings):
+        if not re.fullmatch(NUMBER, surroundings):
             raise PlanError(f"crop needs a share of the mask's size, as in crop:0.25, got {name!r}")
         method = parse_method(schedule or FULL)
         if method.surroundings is not None:
             raise PlanError(f"what is cropped cannot be cropped again, got {name!r}")
         return replace(method, name=name, surroundings=float(surroundings))
+    if kind == "ahead":
+        at, _, schedule = argument.partition("+")
+        if not re.fullmatch(NUMBER, at) or ":" in schedule or schedule in ("", FULL):
+            raise PlanError(f"to look ahead needs a time and a schedule, as in ahead:0.45+FFP*, got {name!r}")
+        method = parse_method(schedule)
+        between = {"context_extrapolation": 1, **method.options}  # of the two FULL steps
+        return replace(method, name=name, ahead=float(at), options=between)
     schedule, *parts = name.split("+")
     many = 2 + len(schedule)  # as many as any word of letters needs
     make_schedule(schedule, many, np.zeros(many), _no_search)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..edit.media import Clip, Frames
 from ..edit.metrics import BAND, METRICS, REGIONS, Comparison, check_extra, compare
 from ..errors import InputFileError, MethodError, PlanError
 from ..files import atomically
+from ..pipelines.look_ahead import LookAhead
 from ..plan.options import USUAL
 from ..plan.plan import Plan
 from ..plan.schedule import preset_options
@@ -134,12 +136,14 @@ class Bench:
             if method.needs_calibration and self.calibration is None:
                 raise PlanError(f"{method.name} needs a calibration: give the file of `hetcache calibrate`")
             if method.schedule is not None:
-                self.plan(self.request(clip, method), method)
+                with self.scheduled(method):
+                    self.plan(self.request(clip, method), method)
 
     def cell(self, clip: Clip, method: Method, out: Path, full: dict[str, Any] | None) -> dict[str, Any]:
         """What is recorded of one clip and method; `full` is the cell of the uncached result."""
         try:
-            run, plan, plain_call, more = self.run(clip, method)
+            with self.scheduled(method):
+                run, plan, plain_call, more = self.run(clip, method)
         except MethodError as error:
             return {"failed": str(error)}
         frames = run.frames
@@ -170,6 +174,17 @@ class Bench:
             return None
         band, regions = self.settings.band, self.measured.regions
         return compare(frames, reference, clip.mask, band=band, inside=regions, metrics=metrics)
+
+    @contextmanager
+    def scheduled(self, method: Method) -> Iterator[None]:
+        """The pipeline has the steps of a method."""
+        usual = self.pipe.scheduler
+        try:
+            if method.ahead is not None:
+                self.pipe.scheduler = LookAhead(usual, method.ahead)
+            yield
+        finally:
+            self.pipe.scheduler = usual
 
     def run(self, clip: Clip, method: Method) -> tuple[Run, Plan | None, float | None, dict[str, Any]]:
         """One cell: its run, the plan that it followed, the median seconds of a plain call at that time, and more."""
@@ -227,7 +242,8 @@ class Bench:
             **preset_options(method.schedule),
             **method.options,
         }
-        return make_plan(self.pipe, request, method.schedule, calibration=self.calibration, **options)
+        calibration = self.calibration if method.ahead is None else None  # it knows nothing of such a step
+        return make_plan(self.pipe, request, method.schedule, calibration=calibration, **options)
 
 
 def times(run: Run, plan: Plan | None, plain_call: float | None, num_calls: int) -> dict[str, Any]:
