@@ -107,10 +107,10 @@ def hetcache_is_closed() -> bool:
 
 
 def crossed(rows: Iterable[str], columns: Iterable[str]) -> list[Any]:
-    """Parameters of a test for every pair of names: all of both run with all other tests, but a third of the pairs."""
+    """Parameters of a test for every pair of names: all of both run with all other tests, but a fifth of the pairs."""
     columns = list(columns)
     return [
-        pytest.param(row, column, id=f"{row}-{column}", marks=[pytest.mark.wide] if (r + c) % 3 else [])
+        pytest.param(row, column, id=f"{row}-{column}", marks=[pytest.mark.wide] if (r + c) % 5 else [])
         for r, row in enumerate(rows)
         for c, column in enumerate(columns)
     ]

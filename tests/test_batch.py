@@ -75,7 +75,7 @@ class Tabled(TinyDiT):
 
 
 @pytest.mark.parametrize("num_context", [N - 35, 40])
-@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("batch", [2, pytest.param(4, marks=pytest.mark.wide)])
 def test_each_sample_equals_the_run_of_it_alone(batch: int, num_context: int) -> None:
     """A batch of two samples, and one of two samples with guidance: `cat([uncond, cond])`."""
     model, plans = TinyDiT(), [plan_of(STEPS, 35, num_context, seed) for seed in range(2)]

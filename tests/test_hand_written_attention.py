@@ -464,7 +464,7 @@ def test_only_attention_to_tokens_changes_and_only_where_it_must() -> None:
 HALF = ["plain", "plus a mask", "filled", "filled plus a mask", "baddbmm", "basic", "split", "scaled for each head"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_loses_no_more_than_the_model(name: str, dtype: torch.dtype) -> None:
     """Against float64. The model's own inputs are the same numbers in both."""

@@ -222,7 +222,7 @@ class Scaled(TinyDiT):
         return super().forward(latents, text * self.scale * c_gate)
 
 
-@pytest.mark.parametrize("steps", ["FF", "FP"])
+@pytest.mark.parametrize("steps", [pytest.param("FF", marks=pytest.mark.wide), "FP"])
 @pytest.mark.parametrize("how", ["in place", "another buffer", "another gate", "data"])
 def test_what_torch_does_not_count(made: list[int], how: str, steps: str) -> None:
     """A FULL step is right whatever was done; a PARTIAL one but for writes through `.data`."""

@@ -70,7 +70,7 @@ def test_the_masks_are_what_their_names_say() -> None:
     assert [int((kind == TokenKind.GENERATIVE).sum()) for kind in kinds] == [1, N]
 
 
-@pytest.mark.parametrize("selection", ["uniform", "hetcache"])
+@pytest.mark.parametrize("selection", [pytest.param("uniform", marks=pytest.mark.wide), "hetcache"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_steps_after_a_full_step(mask: str, selection: str) -> None:
     """On the same inputs they are the full step; on others they are the model with its inactive tokens frozen."""

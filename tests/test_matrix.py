@@ -226,7 +226,7 @@ def check_kinds(
     assert session.stats.unplanned == 0
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("strength", [1.0, pytest.param(0.6, marks=pytest.mark.wide)])
 @pytest.mark.parametrize(("name", "style"), CROSS)
 def test_full_steps_are_the_uncached_model(timely: Made, name: str, style: str, strength: float) -> None:
     edits = two_edits(name, style, strength)

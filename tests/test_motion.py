@@ -70,7 +70,7 @@ def error(model: nn.Module, steps: str, inner: str | None = None, **options: Any
     return active_error(model, plan(steps, **options), [(*given, torch.tensor([t])) for t in TIMES[steps]], inner)
 
 
-@pytest.mark.parametrize("inner", [None, "eager"])
+@pytest.mark.parametrize("inner", [None, pytest.param("eager", marks=pytest.mark.wide)])
 @pytest.mark.parametrize("layout", ["tokens", "text, tokens", "tokens, text", "again, text, tokens"])
 def test_exact_where_all_tokens_move_alike(layout: str, inner: str | None) -> None:
     for steps in ("FP", "FPFP"):

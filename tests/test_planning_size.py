@@ -43,7 +43,7 @@ def test_a_plan_within_a_second_and_a_gigabyte(selection: str) -> None:
     assert peak < 2**30
 
 
-@pytest.mark.parametrize("schedule", ["optimal:1%", "optimal:4x"])
+@pytest.mark.parametrize("schedule", ["optimal:1%", pytest.param("optimal:4x", marks=pytest.mark.wide)])
 def test_a_searched_plan_within_half_a_second(schedule: str) -> None:
     """`plan_for` takes the best of four, the variants that the reference model's calibration measured.
 
@@ -120,6 +120,7 @@ class Live(TorchDispatchMode):
         return result
 
 
+@pytest.mark.wide
 def test_choosing_tokens_within_a_gigabyte() -> None:
     """At the width of Wan 1.3B: 12 heads of 128, and hidden states of 1536."""
     query, key = (torch.randn(1, 12, N, 128, dtype=torch.bfloat16) for _ in range(2))

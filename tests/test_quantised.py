@@ -185,7 +185,9 @@ def test_gguf(tmp_path: Path) -> None:
     assert session.stats.kinds == [*StepKind, StepKind.FULL, StepKind.REUSE]
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    "grad", [pytest.param(False, id="no_grad"), pytest.param(True, id="grad", marks=pytest.mark.wide)]
+)
 @pytest.mark.parametrize(("layer", "tolerance"), [(Nf4, 1e-5), (Int8, 0.03)])
 def test_weights_with_attributes(layer: type[Nf4], tolerance: float, grad: bool) -> None:
     """Right on frozen inputs, also where Dynamo writes down how to go backwards; and never stale.

@@ -260,7 +260,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("steps", ["FRRF", "FPPF"])
+@pytest.mark.parametrize("steps", [pytest.param("FRRF", marks=pytest.mark.wide), "FPPF"])
 def test_weights_that_change_in_an_edit(steps: str) -> None:
     """The call after it is FULL, on the new weights."""
     model = wan(num_layers=1)
@@ -327,7 +327,7 @@ def test_autocast() -> None:
     assert session.stats.kinds == [FULL, PARTIAL, FULL]
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.wide)])
 def test_a_stop_at_any_step(named: bool) -> None:
     """The next edit in the same session, of the same prompt, has nothing of it. Stopped after its first step, it looks
     like guidance until the next time: one step more is FULL."""

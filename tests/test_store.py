@@ -103,7 +103,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = ("outputs too", "boxes")
+QUICK = ("outputs too",)
 """Those run with all other tests."""
 
 

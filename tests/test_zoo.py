@@ -16,10 +16,10 @@ EXPECTED = {row["name"]: row for row in json.loads(JSON.read_text())} if JSON.ex
 
 
 ROWS = [
-    pytest.param(entry, id=entry.name, marks=[pytest.mark.wide] if number % 8 else [])
+    pytest.param(entry, id=entry.name, marks=[pytest.mark.wide] if number % 12 else [])
     for number, entry in enumerate(ENTRIES)
 ]
-"""Of relatives that stand beside each other, every eighth one is run with all other tests, and the rest with
+"""Of relatives that stand beside each other, every twelfth one is run with all other tests, and the rest with
 `make test-wide`."""
 
 
