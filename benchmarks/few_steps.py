@@ -55,7 +55,9 @@ MODELS = tuple(f"{model}:{steps}" for model, steps in ((ORIGINAL, 4), (ORIGINAL,
                                                        (DISTILLED, 20))
 )  # fmt: skip
 METHODS = (
-    "optimal:1.5x", "optimal:2x", "optimal:3x", "optimal:2x+shared_context=1", "optimal:3x+shared_context=1",
+    *(f"optimal:{times}x" for times in (1.5, 2, 3, 4)), *(f"optimal:{times}x+shared_context=1" for times in (2, 3, 4)),
+    *(f"ahead:0.45+FFP*+margin={margin}" for margin in (0, 1)), "ahead:0.45+FFP*RPR+margin=1",
+    *(f"ahead:0.45+{kinds}+margin=1+shared_context=1" for kinds in ("FFP*", "FFP*RPR", "FFP*RPRPRR")),
     "balanced", "paper-fast",
     *(f"steps:{number}" for number in (12, 8, 6, 5, 4, 3, 2)), *(f"unipc:{number}" for number in (12, 8, 6, 4, 3)),
     "crop:0.25", "crop:0.5", "crop:1", "crop:0.5+optimal:2x", *peers.NAMES,
@@ -63,6 +65,8 @@ METHODS = (
 CALIBRATED_ON = 6
 """Clips."""
 MANY_STEPS = 20
+LOOKS_AHEAD_IN = range(5, 13)
+"""Steps. In fewer, one more call costs too much; in more, noise levels are near each other."""
 WRITTEN_EVERY = 20
 """Seconds after which the result is written, with the cells that are there."""
 OF_FIDELITY, OF_QUALITY = ("psnr_db",), ("psnr_db", "ssim", "flip", "warp_error")
@@ -182,7 +186,7 @@ def measure(model: str, number: int, names: Sequence[str], calibrated: Path, opt
         timed=options.timed,
         calibration=file_digest(calibrated),
     )
-    wanted = [name for name in names if not as_many_steps(name, steps)]
+    wanted = [name for name in names if applies(name, model)]
     ours = our_methods([name for name in wanted if name.partition(":")[0] not in peers.PEERS])
     others = peers.rivals([name for name in wanted if name.partition(":")[0] in peers.PEERS], options.timed, {})
     measured, out = Measured(REGIONS, OF_FIDELITY, OF_QUALITY), cells_of(options.out, model, number)
@@ -190,6 +194,14 @@ def measure(model: str, number: int, names: Sequence[str], calibrated: Path, opt
     with progress_bars() as progress:
         for methods in (ours, *([Method(FULL), rival] for rival in others)):
             bench_quality(pipe, [clip], methods, settings, out, progress, Calibration.load(calibrated), measured)
+
+
+def applies(name: str, model: str) -> bool:
+    """Whether a method is another one than `full`, or than one that is measured anyway, on a model."""
+    _, guidance_scale, steps = parsed(model)
+    if name.startswith("ahead:") and steps not in LOOKS_AHEAD_IN:
+        return False
+    return not (as_many_steps(name, steps) or "shared_context=1" in name and guidance_scale == 1)
 
 
 def cells_of(out: Path, model: str, number: int) -> Path:

@@ -146,6 +146,21 @@ def test_a_model_is_named_with_its_guidance_and_steps():
     assert few_steps.parsed("unguided:8") == ("unguided", 1.0, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "models"),
+    [
+        ("optimal:2x", ("original:4", "original:8", "original:20", "distilled:8")),
+        ("steps:6", ("original:8", "original:20", "distilled:8")),
+        ("optimal:2x+shared_context=1", ("original:4", "original:8", "original:20")),
+        ("ahead:0.45+FFP*+margin=1", ("original:8", "distilled:8")),
+        ("ahead:0.45+FFP*+shared_context=1", ("original:8",)),
+    ],
+)
+def test_methods_that_say_nothing_of_a_model_are_left_out(name, models):
+    known = ("original:4", "original:8", "original:20", "distilled:8")
+    assert tuple(model for model in known if few_steps.applies(name, model)) == models
+
+
 def test_what_was_measured_before_stays_until_as_many_clips_are_there(collected):
     """And a model that was measured on two machines names both."""
 
