@@ -210,6 +210,34 @@ def test_a_text_that_changes_midway(recorded_too: bool, named: bool) -> None:
     check(outputs, truths)
 
 
+class Controlled(TinyDiT):
+    """A model whose text may be controlled."""
+
+    def forward(
+        self, latents: torch.Tensor, text: torch.Tensor | None = None, control: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert text is not None
+        return super().forward(latents, text if control is None else text + control)
+
+
+def test_a_condition_that_comes_midway() -> None:
+    """From then on it is another graph, with a record and conditions of its own."""
+    model, plan = Controlled(), plan_of("FFFF")
+    fast, calls = compiled(model), edit_calls(model)[:4]
+
+    def controlled(control: torch.Tensor) -> list[Kwargs]:
+        return [*calls[:2], *({**kwargs, "control": control} for kwargs in calls[2:])]
+
+    record, first = recorded(fast, plan, controlled(torch.ones(13)))
+    with hetcache.session(plan, strict=True, memory_of=record) as session:
+        check(run(fast, controlled(torch.ones(13))), first)
+    assert session.stats.steps == {"FULL": 0, "PARTIAL": 4, "REUSE": 0}
+    with hetcache.session(plan, strict=True, memory_of=record) as session:
+        other = run(fast, controlled(-torch.ones(13)))
+    assert session.stats.kinds == [StepKind.PARTIAL] * 2 + [StepKind.FULL, StepKind.PARTIAL]
+    check(other[:3], run(model, controlled(-torch.ones(13))[:3]))
+
+
 def test_another_mask_and_another_plan() -> None:
     """More tokens are active, and steps that were FULL may be PARTIAL: each reads the cache of its own step."""
     model = TinyDiT()
