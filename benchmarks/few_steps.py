@@ -177,7 +177,7 @@ def calibration_of(model: str, options: argparse.Namespace) -> Path:
 
 def measure(model: str, number: int, names: Sequence[str], calibrated: Path, options: argparse.Namespace) -> None:
     """The missing cells of a model and number of steps, such as `unguided:8`, and of one held-out clip."""
-    kind, _, steps = parsed(model)
+    kind, _, _ = parsed(model)
     pipe, clip = load(kind, options), reference.procedural_clip(number)
     settings = Settings(
         f"reference, {kind}",
@@ -201,7 +201,7 @@ def applies(name: str, model: str) -> bool:
     _, guidance_scale, steps = parsed(model)
     if name.startswith("ahead:") and steps not in LOOKS_AHEAD_IN:
         return False
-    return not (as_many_steps(name, steps) or "shared_context=1" in name and guidance_scale == 1)
+    return not (as_many_steps(name, steps) or ("shared_context=1" in name and guidance_scale == 1))
 
 
 def cells_of(out: Path, model: str, number: int) -> Path:

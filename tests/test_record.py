@@ -228,14 +228,41 @@ def test_a_condition_that_comes_midway() -> None:
     def controlled(control: torch.Tensor) -> list[Kwargs]:
         return [*calls[:2], *({**kwargs, "control": control} for kwargs in calls[2:])]
 
-    record, first = recorded(fast, plan, controlled(torch.ones(13)))
+    control = torch.ones_like(calls[0]["text"])
+    record, first = recorded(fast, plan, controlled(control))
     with hetcache.session(plan, strict=True, memory_of=record) as session:
-        check(run(fast, controlled(torch.ones(13))), first)
+        check(run(fast, controlled(control)), first)
     assert session.stats.steps == {"FULL": 0, "PARTIAL": 4, "REUSE": 0}
     with hetcache.session(plan, strict=True, memory_of=record) as session:
-        other = run(fast, controlled(-torch.ones(13)))
+        other = run(fast, controlled(-control))
     assert session.stats.kinds == [StepKind.PARTIAL] * 2 + [StepKind.FULL, StepKind.PARTIAL]
-    check(other[:3], run(model, controlled(-torch.ones(13))[:3]))
+    check(other[:3], run(model, controlled(-control)[:3]))
+
+
+@pytest.mark.parametrize("begins", [0, 2])
+def test_a_setting_that_changes_midway(begins: int, tmp_path: Path) -> None:
+    """It has to be the recorded one at every step, whether it was given from the first step on or not."""
+    model, plan = Controlled(), plan_of("FFFF")
+    fast, calls = compiled(model), edit_calls(model)[:4]
+
+    def controlled(*scales: float) -> list[Kwargs]:
+        return [
+            kwargs if step < begins else {**kwargs, "control": torch.tensor([float(scale)])}
+            for step, (kwargs, scale) in enumerate(zip(calls, scales, strict=True))
+        ]
+
+    saved, first = recorded(fast, plan, controlled(1, 1, 1, 2))
+    saved.save(tmp_path / "clip.hetrecord")
+    for record in (saved, Record.load(tmp_path / "clip.hetrecord")):
+        with hetcache.session(plan, strict=True, memory_of=record) as session:
+            check(run(fast, controlled(1, 1, 1, 2)), first)
+        assert session.stats.steps == {"FULL": 0, "PARTIAL": 4, "REUSE": 0}
+        for scales, message in (
+            ((1, 1, 3, 2), r"control is \[3.0\] and was \[1.0\]"),
+            ((1, 1, 1, 1), r"\[1.0\] and was \[2.0\]"),
+        ):
+            with pytest.raises(RecordError, match=message), hetcache.session(plan, strict=True, memory_of=record):
+                run(fast, controlled(*scales))
 
 
 def test_another_mask_and_another_plan() -> None:

@@ -6,7 +6,7 @@ balanced                   any schedule: a preset, FRRP, teacache:0.1, optimal:3
 balanced+o0+margin=1       a schedule with options of `plan_for`; +o0 is short for +extrapolation=0
 crop:0.25                  the plain model on the mask's surroundings, put back: see `Box.around` of `plan.crop`
 crop:0.25+balanced         the same, with a plan
-ahead:0.45+FFP*            a schedule that counts one more step, at 0.45 of the first time: see `LookAhead`
+ahead:0.45+FFP*            a schedule that counts one more step, at 0.45 of the first time: see `pipelines.look_ahead`
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Whether an edit is one of the recorded clip: what its first call is given, outside the active tokens.
+"""Whether an edit is one of the recorded clip: what its first call is given, outside the active tokens, and how each
+call is run.
 
 The graph up to where tokens are born runs on the recorded inputs and on those of the call. What it makes of them for
 inactive tokens must be the same: the noise, which the recorded outputs move on from, and the clip. Texts may differ.
@@ -31,20 +32,25 @@ MOST_NUMBERS = 1024
 Inputs = Mapping[str, torch.Tensor]
 
 
-def inputs_of(program: Program, analysis: Analysis, inputs: Sequence[Any], time: int | None) -> dict[str, torch.Tensor]:
-    """The inputs of a call that a later one must agree with, copied to the host: what becomes tokens, and settings.
+def inputs_of(program: Program, analysis: Analysis, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The inputs of a call that become tokens, copied to the host.
 
     Args:
         program: whose inputs they are.
         analysis: of it.
         inputs: of the call.
-        time: the position of the input that holds the time.
     """
-    found = {}
-    for number, (name, value) in enumerate(zip(program.inputs, inputs, strict=True)):
-        if name in analysis.token_sources or (number != time and is_setting(name, value)):
-            found[name] = value.detach().to("cpu", copy=True)
-    return found
+    given = zip(program.inputs, inputs, strict=True)
+    return {name: value.detach().to("cpu", copy=True) for name, value in given if name in analysis.token_sources}
+
+
+def settings_of(program: Program, analysis: Analysis, inputs: Sequence[Any], time: int | None) -> dict[str, Any]:
+    """The settings of a call, as they are. `time` is the position of the input that holds it."""
+    return {
+        name: value
+        for number, (name, value) in enumerate(zip(program.inputs, inputs, strict=True))
+        if name not in analysis.token_sources and number != time and is_setting(name, value)
+    }
 
 
 def is_setting(name: str, value: Any) -> bool:
@@ -67,22 +73,18 @@ def check_alike(
         inactive: bool `[N]`, the tokens that are not computed.
 
     Raises:
-        RecordError: a setting differs, or what is given for inactive tokens.
+        RecordError: what is given for inactive tokens differs.
     """
     given = dict(zip(program.inputs, inputs, strict=True))
     for name, value in recorded.items():
         now = given.get(name)
         if not isinstance(now, torch.Tensor) or (now.shape, now.dtype) != (value.shape, value.dtype):
             raise RecordError(f"{plain_name(name)} has another shape or type than in the recorded edit")
-        if name not in analysis.token_sources and not torch.equal(now.cpu(), value):
-            raise RecordError(
-                f"{plain_name(name)} is {_shown(now)} and was {_shown(value)} in the recorded edit: record it anew"
-            )
     if not inactive.any():
         return
     births = first_births(analysis)
     born = up_to(list(births), program.module)
-    device = device_of(given[name] for name in recorded)  # settings may be on the host
+    device = device_of(given[name] for name in recorded)
     needed = {node.name for node in born.graph.find_nodes(op="placeholder") if node.users}
     for name in needed & given.keys():  # weights may be in the host's memory
         given[name] = given[name].to(device) if isinstance(given[name], torch.Tensor) else given[name]
@@ -136,6 +138,13 @@ def _flat(program: Program, given: Mapping[str, Any]) -> list[Any]:
 def _sources(node: Node, analysis: Analysis) -> list[str]:
     """Which of the inputs that become tokens a node is computed from, as users know them."""
     return sorted(plain_name(one.name) for one in ancestors_of([node]) if one.name in analysis.token_sources)
+
+
+def setting_differs(name: str, now: torch.Tensor, before: torch.Tensor) -> RecordError:
+    """The error for a setting that was another one in the recorded call."""
+    return RecordError(
+        f"{plain_name(name)} is {_shown(now)} and was {_shown(before)} in the recorded edit: record it anew"
+    )
 
 
 def _shown(value: torch.Tensor) -> str:

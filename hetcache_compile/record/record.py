@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from .caches import kept_of
 
-FILE = ArrayFile("hetrecord", "record", 2, "record the edit anew", RecordFileError)
+FILE = ArrayFile("hetrecord", "record", 3, "record the edit anew", RecordFileError)
 TOKENS = ("active_index", "context_index", "context_cluster")
 """What plans must share where a cache holds only some of the tokens."""
 Tensors = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 class BranchKey(NamedTuple):
@@ -47,13 +48,15 @@ class RecordedCalls:
     """What was recorded of one branch.
 
     Attributes:
-        inputs: of its first recorded call, those that a later edit must agree with.
+        inputs: of its first recorded call, those that become tokens.
         conditions: such as texts, which may be others in a later edit: by the step from which on calls had them.
+        settings: which must be the same, by name: by the step, too.
         steps: the cache after each FULL step, by the step's number and the entry's `input_name`.
     """
 
     inputs: Tensors
     conditions: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    settings: dict[int, Tensors] = field(default_factory=dict)
     steps: dict[int, Tensors] = field(default_factory=dict)
 
     @property
@@ -61,16 +64,16 @@ class RecordedCalls:
         """The step of its first recorded call."""
         return min(self.steps)
 
-    def conditions_at(self, step: int) -> tuple[torch.Tensor, ...]:
-        """Those of a recorded call."""
-        return self.conditions[max(first for first in self.conditions if first <= step)]
-
-    def add(self, step: int, conditions: Sequence[torch.Tensor], tensors: Tensors) -> None:
+    def add(self, step: int, conditions: Sequence[torch.Tensor], settings: Tensors, tensors: Tensors) -> None:
         """Keep what a call had, and what it left."""
         self.steps[step] = tensors
-        given = tuple(tensor.detach().to("cpu", copy=True) for tensor in conditions)
-        if not self.conditions or not all(map(torch.equal, self.conditions_at(step), given)):
-            self.conditions[step] = given
+        texts = tuple(map(_on_host, conditions))
+        if not self.conditions or not all(map(torch.equal, at(self.conditions, step), texts)):
+            self.conditions[step] = texts
+        numbers = {name: _on_host(tensor) for name, tensor in settings.items()}
+        before = at(self.settings, step) if self.settings else {}
+        if not self.settings or not all(torch.equal(before[name], tensor) for name, tensor in numbers.items()):
+            self.settings[step] = numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,12 @@ class RecordedStep:
     @property
     def conditions(self) -> tuple[torch.Tensor, ...]:
         """Those of its call."""
-        return self.calls.conditions_at(self.step)
+        return at(self.calls.conditions, self.step)
+
+    @property
+    def settings(self) -> Tensors:
+        """Those of its call."""
+        return at(self.calls.settings, self.step)
 
     @property
     def tensors(self) -> Tensors:
@@ -128,6 +136,7 @@ class Record:
         step: int,
         inputs: Callable[[], Tensors],
         conditions: Sequence[torch.Tensor],
+        settings: Tensors,
         tensors: Tensors,
     ) -> None:
         """Keep what a FULL step left. A step at or before the branch's first one begins the record of it anew.
@@ -137,12 +146,13 @@ class Record:
             step: of the call.
             inputs: of it, for a first call.
             conditions: of it.
+            settings: of it.
             tensors: what it left.
         """
         calls = self.branches.get(key)
         if calls is None or step <= calls.first:
             calls = self.branches[key] = RecordedCalls(inputs())
-        calls.add(step, conditions, tensors)
+        calls.add(step, conditions, settings, tensors)
 
     def calls_of(self, key: BranchKey) -> RecordedCalls:
         """What was recorded of a branch.
@@ -250,6 +260,8 @@ class Record:
             found |= {f"{number}.inputs.{name}": tensor for name, tensor in calls.inputs.items()}
             for step, conditions in calls.conditions.items():
                 found |= {f"{number}.conditions.{step}.{place}": tensor for place, tensor in enumerate(conditions)}
+            for step, settings in calls.settings.items():
+                found |= {f"{number}.settings.{step}.{name}": tensor for name, tensor in settings.items()}
             for step, tensors in calls.steps.items():
                 found |= {f"{number}.{step}.{name}": tensor for name, tensor in tensors.items()}
         return found
@@ -275,15 +287,32 @@ class Record:
         for number, key in enumerate(header["branches"]):
             of_branch = groups[str(number)]
             steps = {int(group): found for group, found in of_branch.items() if group.isdigit()}
-            by_step: dict[int, dict[int, torch.Tensor]] = {}
-            for name, tensor in of_branch.get("conditions", {}).items():
-                step, _, number_there = name.partition(".")
-                by_step.setdefault(int(step), {})[int(number_there)] = tensor
-            conditions = {first: tuple(at[place] for place in sorted(at)) for first, at in by_step.items()}
-            record.branches[BranchKey(*key)] = RecordedCalls(
-                of_branch.get("inputs", {}), conditions or {min(steps): ()}, steps
+            conditions, settings = (
+                _by_step(of_branch.get(name, {}), min(steps)) for name in ("conditions", "settings")
             )
+            texts = {
+                first: tuple(found[place] for place in sorted(found, key=int)) for first, found in conditions.items()
+            }
+            record.branches[BranchKey(*key)] = RecordedCalls(of_branch.get("inputs", {}), texts, settings, steps)
         return record
+
+
+def at(by_step: Mapping[int, T], step: int) -> T:
+    """What calls had at a step, by the steps from which on they had it."""
+    return by_step[max(first for first in by_step if first <= step)]
+
+
+def _by_step(tensors: Tensors, first: int) -> dict[int, Tensors]:
+    """The tensors of each step, by the names that stand behind it in a file. There were none where no step is named."""
+    found: dict[int, Tensors] = {}
+    for path, tensor in tensors.items():
+        step, _, name = path.partition(".")
+        found.setdefault(int(step), {})[name] = tensor
+    return found or {first: {}}
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def check_recordable(plan: Plan) -> None:

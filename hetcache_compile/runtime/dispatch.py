@@ -27,7 +27,7 @@ from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
 from ..ranks.context_parallel import why_not_shared_here
 from ..ranks.parallel import guarded
-from ..record.alike import check_alike, inputs_of
+from ..record.alike import check_alike, inputs_of, setting_differs, settings_of
 from ..record.caches import Correction, recorded_of
 from ..record.record import RecordedStep
 from ..record.signature import model_signature
@@ -310,16 +310,20 @@ class CompiledGraph:
         """See that the edit is one of the recorded clip, and let streamed steps read the record's own memory.
 
         Raises:
-            RecordError: it is another one.
+            RecordError: it is another one, or run otherwise.
         """
         assert session.memory is not None
-        if not branch.is_of_clip:
+        program = route.prepared.program
+        settings = settings_of(program, route.analysis, inputs, route.roles.time)
+        if other := branch.other_setting(recorded.settings, settings):
+            raise setting_differs(other, settings[other], recorded.settings[other])
+        if recorded.calls not in branch.seen:
             session.memory.check_entries(form.reads, session.plan)
             inactive = session.restorers[0].inactive
             with normal_mode():
                 analysis = self.preparer.analyse(route.prepared, session.plan)
-                check_alike(route.prepared.program, analysis, inputs, recorded.calls.inputs, inactive)
-            branch.is_of_clip = True
+                check_alike(program, analysis, inputs, recorded.calls.inputs, inactive)
+            branch.seen.add(recorded.calls)
         if can_stream(route.device) and not branch.has_other_text:
             read_in_place(session, form, branch, route.key, recorded)
 
@@ -345,8 +349,9 @@ class CompiledGraph:
         held = branch.num_bytes
         branch.lend({(0, name): tensor for name, tensor in tensors.items() if any(tensor is own for own in buffers)})
         session.allocated(branch.num_bytes - held)
-        program, time = route.prepared.program, route.roles.time
-        session.recorded(turn, call, lambda: inputs_of(program, route.analysis, inputs, time), tensors)
+        program, analysis = route.prepared.program, route.analysis
+        settings = settings_of(program, analysis, inputs, route.roles.time)
+        session.recorded(turn, call, lambda: inputs_of(program, analysis, inputs), settings, tensors)
 
     def _buffers(self, session: Session, form: CompiledForm, branch: Branch, route: Route) -> list[list[torch.Tensor]]:
         """The buffers of each plan's samples.

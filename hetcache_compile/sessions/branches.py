@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..record.caches import Correction
+from ..record.record import RecordedCalls
 from .clock import Clock, Group, Reading
 
 Remembered = tuple[torch.Tensor, int]
@@ -54,6 +55,25 @@ class Compared(NamedTuple):
     is_other: bool
 
 
+def compared(
+    recorded: Sequence[torch.Tensor], given: Sequence[torch.Tensor], before: Sequence[Compared]
+) -> list[Compared]:
+    """Whether inputs of a call are those recorded of its step: looked at only where they were not before.
+
+    Args:
+        recorded: on the host.
+        given: to the call.
+        before: what was found of the call before.
+    """
+    known = before if len(before) == len(given) else [None] * len(given)
+    return [
+        one
+        if one is not None and one.recorded is old and holds(one.own, tensor)
+        else Compared(old, remember([tensor])[0], not torch.equal(old, tensor.cpu()))
+        for old, tensor, one in zip(recorded, given, known, strict=True)
+    ]
+
+
 @dataclass
 class Branch:
     """The cache of one sequence of calls, and what was last put into it.
@@ -65,7 +85,7 @@ class Branch:
         conditions: of the last call.
         hosted: whether keys and values of its cache are in the host's memory.
         place: among the calls at one time, by which it was known first.
-        is_of_clip: whether the edit was seen to be one of the clip that is read from memory.
+        seen: recorded calls that the edit was seen to go on from: it is one of their clip.
         has_other_text: whether its conditions at this step are not those of the recorded edit.
         correction: of what is read from memory, for another text.
         number: among the branches of its model, in the order of their first calls.
@@ -80,7 +100,7 @@ class Branch:
     conditions: tuple[Remembered, ...] = ()
     hosted: bool = False
     place: int = 0
-    is_of_clip: bool = False
+    seen: set[RecordedCalls] = field(default_factory=set)
     has_other_text: bool = False
     correction: Correction | None = None
     _lent: set[Hashable] = field(default_factory=set)
@@ -88,7 +108,8 @@ class Branch:
     made_of: Any = None
     full_step: int | None = None
     lender: Branch | None = None
-    _compared: tuple[Compared, ...] = ()
+    _compared: Sequence[Compared] = ()
+    _settings: Sequence[Compared] = ()
     _filled_from: tuple[Remembered, ...] = ()
     _memory: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _memory_of: Hashable | None = None
@@ -152,9 +173,10 @@ class Branch:
     def forget(self) -> None:
         """The cache is valid no more, and nothing is known of its calls; its memory stays."""
         self.invalidate()
-        self.is_of_clip = self.has_other_text = False
+        self.has_other_text = False
         self.correction = None
-        self.conditions, self._compared = (), ()
+        self.conditions, self._compared, self._settings = (), (), ()
+        self.seen.clear()
         self._changed.clear()
         self._unsteady.clear()
 
@@ -191,17 +213,16 @@ class Branch:
             recorded: on the host; one object as long as the recorded calls had the same.
             conditions: of the call.
         """
-        found = []
-        before: Sequence[Compared | None] = self._compared
-        before = before if len(before) == len(conditions) else [None] * len(conditions)
-        for old, tensor, known in zip(recorded, conditions, before, strict=True):
-            if known is None or known.recorded is not old or not holds(known.own, tensor):
-                known = Compared(old, remember([tensor])[0], not torch.equal(old, tensor.cpu()))
-            found.append(known)
+        found = compared(recorded, conditions, self._compared)
         others, corrected = ([one for one in pairs if one.is_other] for pairs in (found, self._compared))
         if len(others) != len(corrected) or any(a is not b for a, b in zip(others, corrected, strict=True)):
             self.correction = None
-        self._compared, self.has_other_text = tuple(found), bool(others)
+        self._compared, self.has_other_text = found, bool(others)
+
+    def other_setting(self, recorded: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str | None:
+        """The name of a setting that is not the recorded one, if there is any. Both are by name, the recorded on the host."""
+        self._settings = compared(list(recorded.values()), [given[name] for name in recorded], self._settings)
+        return next((name for name, one in zip(recorded, self._settings, strict=True) if one.is_other), None)
 
     @property
     def num_bytes(self) -> int:

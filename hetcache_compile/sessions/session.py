@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..plan.schedule import StepKind
 from ..ranks.parallel import current_parallel
 from ..record.caches import Restorer
-from ..record.record import BranchKey, Record, RecordedStep, check_recordable
+from ..record.record import BranchKey, Record, RecordedStep, Tensors, check_recordable
 from .agreement import Agreement
 from .branches import Branch, Track
 from .calls import Call, Model, Turn
@@ -258,7 +258,7 @@ class Session:
             if self.plan.steps[step] is StepKind.FULL:
                 raise RecordError(f"step {step} is FULL in the plan, and was not recorded of all calls: record it anew")
             return None
-        if not branch.is_of_clip and step != calls.first:
+        if calls not in branch.seen and step != calls.first:
             raise RecordError(f"the recorded calls begin at step {calls.first}, and those of this edit at step {step}")
         return RecordedStep(calls, step)
 
@@ -267,7 +267,7 @@ class Session:
         return self.record is not None and turn.kind is StepKind.FULL and turn.reading.fits and turn.step is not None
 
     def recorded(
-        self, turn: Turn, call: Call, inputs: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
+        self, turn: Turn, call: Call, inputs: Callable[[], Tensors], settings: Tensors, tensors: Tensors
     ) -> None:
         """A FULL step left its cache for the record."""
         assert self.record is not None
@@ -276,7 +276,7 @@ class Session:
         if key not in self.record.branches:
             steps = self.plan.steps.count(StepKind.FULL)
             self.stats.record_bytes += steps * sum(tensor.nbytes for tensor in tensors.values())
-        self.record.add(key, turn.step, inputs, call.conditions, tensors)
+        self.record.add(key, turn.step, inputs, call.conditions, settings, tensors)
 
     def begun_full(self, turn: Turn) -> None:
         """A FULL step, or what stands for one, is about to overwrite the cache: an error must not leave half of one."""
