@@ -220,7 +220,7 @@ class Branch:
         self._compared, self.has_other_text = found, bool(others)
 
     def other_setting(self, recorded: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str | None:
-        """The name of a setting that is not the recorded one, if there is any. Both are by name, the recorded on the host."""
+        """The name of a setting that is not the recorded one, if there is any. Both are by name."""
         self._settings = compared(list(recorded.values()), [given[name] for name in recorded], self._settings)
         return next((name for name, one in zip(recorded, self._settings, strict=True) if one.is_other), None)
 
