@@ -74,11 +74,12 @@ class Tabled(TinyDiT):
         return super().forward(latents + 0.1 * shift, text + self.table.sum())
 
 
-@pytest.mark.parametrize("num_context", [N - 35, 40])
+@pytest.mark.parametrize(("num_context", "cache_dtype"), [(N - 35, "same"), (40, "same"), (N - 35, "int8")])
 @pytest.mark.parametrize("batch", [2, pytest.param(4, marks=pytest.mark.wide)])
-def test_each_sample_equals_the_run_of_it_alone(batch: int, num_context: int) -> None:
+def test_each_sample_equals_the_run_of_it_alone(batch: int, num_context: int, cache_dtype: str) -> None:
     """A batch of two samples, and one of two samples with guidance: `cat([uncond, cond])`."""
     model, plans = TinyDiT(), [plan_of(STEPS, 35, num_context, seed) for seed in range(2)]
+    plans = [replace(plan, cache_dtype=cache_dtype) for plan in plans]
     calls = tiny_calls(STEPS, batch=batch)
     with hetcache.session(plans) as session:
         outputs = run(compiled(model), calls)

@@ -17,6 +17,7 @@ from backend_checks import check, compiled, expected, max_error, plan_of, run, t
 from conftest import Captured
 from models import GRID, Case, TinyDiT, wan
 from models import call as wan_call
+from torch import nn
 
 import hetcache_compile as hetcache
 from hetcache_compile import Plan
@@ -89,6 +90,26 @@ def test_in_a_session(cache_dtype: str, num_context: int) -> None:
         held = session.stats.cache_bytes
     check(outputs, expected(forms, steps, calls))
     assert held == forms.buffer_bytes
+
+
+class Reordered(nn.Linear):
+    """A model's own choice of rows, upstream of its keys and values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).index_select(-1, torch.arange(self.out_features - 1, -1, -1))
+
+
+@pytest.mark.parametrize("cache_dtype", ["same", "int8"])
+def test_what_a_model_selects_itself_stays(cache_dtype: str) -> None:
+    """The numbers and their scales are of one selection of rows; the one before it is the model's."""
+    model, calls = TinyDiT(), tiny_calls("FPF")
+    model.qkv = Reordered(22, 66)
+    plan = replace(plan_of("FPF", 35, 70), cache_dtype=cache_dtype)
+    forms = hetcache.rewrite(model, plan, (), calls[0])
+    with hetcache.session(plan, strict=True):
+        outputs = run(compiled(model), calls)
+    check(outputs, expected(forms, "FPF", calls))
+    check(outputs[::2], run(model, calls[::2]))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -37,10 +37,10 @@ class KeepAllRows(FormPass):
 
     def edit(self, form: FormEditor) -> None:
         """Write whole keys and values; read them with the active rows written in."""
-        for entry, value in form.writes.items():
-            rows = _selection(value) if entry.rows == "context" else None
-            if rows is not None:
-                rows.replace_all_uses_with(rows.args[0])  # type: ignore[arg-type]
+        values = [value for entry, value in form.writes.items() if entry.rows == "context"]
+        # Numbers and their scales are of one selection, so all are found before the first one goes.
+        for rows in {found for value in values if (found := _selection(value)) is not None}:
+            rows.replace_all_uses_with(rows.args[0])  # type: ignore[arg-type]
         written = {self.all_rows(entry): value for entry, value in form.writes.items()}
         form.change_reads(self.all_rows)
         for read in form.context_reads:
