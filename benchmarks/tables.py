@@ -203,36 +203,6 @@ def soak_text(result: dict) -> str:
     )
 
 
-def look_ahead_table(result: dict) -> str:
-    rows = [
-        "| schedule | margin | context | steps | M/N | fewer FLOPs | PSNR to the uncached result | to the truth |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    clips = list(result["cells"].values())
-    for name, typical in sorted(result["medians"].items(), key=lambda item: item[1]["speedup_flops"]):
-        cells = [clip[name] for clip in clips]
-        found = re.search(r"margin=(\d+)", name)
-        steps = ", ".join(f"`{steps}`" for steps in sorted({cell["steps"] for cell in cells}))
-        active = sorted(cell["active"] for cell in cells)
-        context = "moves" if "context_motion=1" in name else "stays"
-        context += ", shared" * ("shared_context=1" in name)
-        fidelity = f"{typical['fidelity_db']:.1f} dB, worst {min(cell['fidelity_db'] for cell in cells):.1f}"
-        rows.append(
-            f"| `{name.partition('+')[0]}` | {found[1] if found else 'searched'} | "
-            f"{context} | {steps} | {active[0]:.2f} to "
-            f"{active[-1]:.2f} | {typical['speedup_flops']:.2f}x | {fidelity} | {typical['quality_db']:.1f} dB |"
-        )
-    uncached = median(clip["full"]["quality_db"] for clip in clips)
-    rows.append("")
-    rows.append(
-        f"Reference model, {len(clips)} held-out clips, masks of 20 %, {result['steps']} steps, guidance 2. Medians "
-        f"inside the mask; the uncached results have {uncached:.1f} dB to the truth. Speed-up is in FLOPs of the "
-        f"forms, no time was taken. Schedules that begin with FF look ahead, to {result['at']:g} of the first time: "
-        f"`python benchmarks/{result['command']}`."
-    )
-    return "\n".join(rows)
-
-
 def fresher_context_table(result: dict) -> str:
     """Each way to keep the context fresh, by schedule and mask size."""
     cells = result["cells"]
@@ -392,7 +362,6 @@ TABLES = (
     ("moving", "moving", moving_table, "docs/plan-options.md"),
     ("shared_context", "shared_context", shared_table, "docs/plan-options.md"),
     ("fresher_context", "fresher_context", fresher_context_table, BENCHMARKS),
-    ("look_ahead", "look_ahead", look_ahead_table, BENCHMARKS),
     ("reference", "reference", reference_table, MODEL_CARD),
     ("few_steps_reference", "reference_few_steps", few_steps_reference_table, MODEL_CARD),
 )

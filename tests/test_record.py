@@ -210,6 +210,40 @@ def test_a_text_that_changes_midway(recorded_too: bool, named: bool) -> None:
     check(outputs, truths)
 
 
+@pytest.mark.parametrize("first_other", [0, 1])
+def test_older_values_are_of_the_other_text_too(first_other: int) -> None:
+    """A line in time goes through two FULL steps: both are corrected by what the text changes in the latest one."""
+    model, plan = wan(num_layers=2), plan_of("FFRF", context_extrapolation=1)
+    fast, first = compiled(model), edit_calls(model, "FFRF")
+    for step, kwargs in enumerate(first):
+        kwargs["encoder_hidden_states"] = first[0]["encoder_hidden_states"]
+        kwargs["timestep"] = torch.full((1,), 900 - 200.0 * step)
+    other = edit_calls(model, edit=1)[0]["encoder_hidden_states"]
+    second = [
+        {**kwargs, "encoder_hidden_states": other} if n >= first_other else kwargs for n, kwargs in enumerate(first)
+    ]
+    record, _ = recorded(fast, plan, first)
+    followed = plan_of("FFPF", context_extrapolation=1)  # step 2 goes on from step 1
+    with hetcache.session(followed, strict=True, memory_of=record) as session:
+        outputs = run(fast, second)
+    assert [kind.letter for kind in session.stats.kinds] == ["F" if n == first_other else "P" for n in range(4)]
+
+    forms = hetcache.rewrite(model, plan, (), first[0])
+    caches: list[dict[str, torch.Tensor]] = [{}]
+    for kind, kwargs in zip(("full", "full", "reuse", "full"), first, strict=True):
+        caches.append({**caches[-1], **forms.run(kind, caches[-1], (), kwargs)[1]})
+    caches = caches[1:]
+    output, moved = forms.run("full", {}, (), second[first_other])
+    changes = {name: moved[name] - caches[first_other][name] for name in moved if name.endswith((".key", ".value"))}
+    for cache in caches[first_other:]:
+        cache |= {one: cache[one] + change for name, change in changes.items() for one in (name, f"{name}.1")}
+    if first_other == 1:
+        caches[2] |= {name: value for name, value in moved.items() if "output" in name}
+    truths = [tensor_of(forms.run("partial", one, (), kwargs)[0]) for one, kwargs in zip(caches, second, strict=True)]
+    truths[first_other] = tensor_of(output)
+    check(outputs, truths)
+
+
 class Controlled(TinyDiT):
     """A model whose text may be controlled."""
 
@@ -505,6 +539,20 @@ def test_types_that_numpy_does_not_know(tmp_path: Path) -> None:
     record.save(tmp_path / "a.hetrecord")
     with hetcache.session(plan, memory_of=Record.load(tmp_path / "a.hetrecord"), strict=True):
         run(compiled(model), calls)
+
+
+def test_inputs_that_lie_otherwise_in_memory(tmp_path: Path) -> None:
+    """Latents that a pipeline has permuted, and a text that was transposed."""
+    model, plan = TinyDiT(), plan_of("FF")
+    fast, calls = compiled(model), edit_calls(model)[:2]
+    for kwargs in calls:
+        kwargs["latents"] = kwargs["latents"].to(memory_format=torch.channels_last_3d)
+        kwargs["text"] = kwargs["text"].mT.contiguous().mT
+    record, first = recorded(fast, plan, calls)
+    record.save(tmp_path / "a.hetrecord")
+    with hetcache.session(plan, strict=True, memory_of=Record.load(tmp_path / "a.hetrecord")) as session:
+        check(run(fast, calls), first)
+    assert session.stats.recalled == 2
 
 
 def test_no_room_for_a_file(one: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

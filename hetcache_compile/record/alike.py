@@ -21,7 +21,7 @@ from ..passes.analysis.analyse import Analysis
 from ..passes.analysis.inputs import is_state, plain_name
 from ..passes.ir.axis import Enter, Tokens
 from ..passes.ir.graphs import device_of
-from .caches import rows_of
+from .caches import on_host, rows_of
 
 ALIKE = 0.1
 """The largest relative difference (L2) of what is given for inactive tokens. A mask that moves changes what a codec
@@ -41,7 +41,7 @@ def inputs_of(program: Program, analysis: Analysis, inputs: Sequence[Any]) -> di
         inputs: of the call.
     """
     given = zip(program.inputs, inputs, strict=True)
-    return {name: value.detach().to("cpu", copy=True) for name, value in given if name in analysis.token_sources}
+    return {name: on_host(value) for name, value in given if name in analysis.token_sources}
 
 
 def settings_of(program: Program, analysis: Analysis, inputs: Sequence[Any], time: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ anything else                  no                                             a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ from ..passes.forms.store import LARGEST, TYPES, decode, encode, stored_as
 from ..passes.ir.axis import Tokens
 from ..passes.ir.cache import CacheEntry
 from ..passes.prediction.history import times_of
+from ..passes.prediction.predict import older
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -113,6 +115,9 @@ class Restorer:
 class Correction:
     """How keys and values of a branch differ from the recorded ones, as one FULL step shows it.
 
+    The values of one FULL step earlier, in whose place the branch has those of another text, or none, become the
+    recorded ones, corrected by the same.
+
     Args:
         reads: the entries in the buffers of the FULL step.
         buffers: after it.
@@ -121,21 +126,34 @@ class Correction:
 
     def __init__(self, reads: Sequence[CacheEntry], buffers: Sequence[torch.Tensor], recorded: Tensors) -> None:
         by_name = {entry.input_name: buffer for entry, buffer in zip(reads, buffers, strict=True)}
-        self.stored = [found for entry in reads if (found := _stored(entry))]
+        stored = [found for entry in reads if (found := _stored(entry))]
+        self.latest = [found for found in stored if found[0].role != "older"]
+        self.older = {found[0].name: found for found in stored if found[0].role == "older"}
         self.differences: list[torch.Tensor] = []
-        for stored in self.stored:
-            now, then = (_read(stored, values) for values in (by_name, recorded))
-            kind = stored[0].dtype
-            kept = kind if len(stored) == 1 and kind.itemsize > 1 else torch.bfloat16
+        for found in self.latest:
+            now, then = (_read(found, values) for values in (by_name, recorded))
+            kind = found[0].dtype
+            kept = kind if len(found) == 1 and kind.itemsize > 1 else torch.bfloat16
             self.differences.append((now - then.to(now.device)).to(kept))
+        for entry in (*itertools.chain(*self.older.values()), *(entry for entry in reads if entry.role == "times")):
+            if entry.group == "key_values":
+                by_name[entry.input_name].copy_(recorded[entry.input_name])
+        for found, difference in zip(self.latest, self.differences, strict=True):
+            _add(self.older.get(older(found[0]).name, ()), difference, by_name)
 
     def add(self, by_name: Tensors) -> None:
         """Correct buffers that hold what was recorded of another step."""
-        for stored, difference in zip(self.stored, self.differences, strict=True):
-            value = _read(stored, by_name) + difference
-            encoded: Any = encode(_call, value, stored)  # type: ignore[arg-type]
-            for entry, corrected in zip(stored, encoded, strict=True):
-                by_name[entry.input_name].copy_(corrected)
+        for found, difference in zip(self.latest, self.differences, strict=True):
+            _add(found, difference, by_name)
+            _add(self.older.get(older(found[0]).name, ()), difference, by_name)
+
+
+def _add(stored: Sequence[CacheEntry], difference: torch.Tensor, by_name: Tensors) -> None:
+    """Add a difference to what the entries of one key, value or sum hold."""
+    if stored:
+        encoded: Any = encode(_call, _read(stored, by_name) + difference, tuple(stored))  # type: ignore[arg-type]
+        for entry, corrected in zip(stored, encoded, strict=True):
+            by_name[entry.input_name].copy_(corrected)
 
 
 def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,5 +189,10 @@ def recorded_of(
     found = {}
     for kept in kept_of(reads):
         buffer = by_name[kept.entry.input_name]
-        found[kept.entry.input_name] = buffer if is_lent(kept.entry) else buffer.detach().to("cpu", copy=True)
+        found[kept.entry.input_name] = buffer if is_lent(kept.entry) else on_host(buffer)
     return found
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, whose numbers lie one after the other: a file takes no others."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ from ..passes.ir.cache import CacheEntry
 from ..plan.partition import TokenKind
 from ..plan.plan import Plan
 from ..plan.schedule import StepKind
-from .caches import kept_of
+from .caches import kept_of, on_host
 
 FILE = ArrayFile("hetrecord", "record", 3, "record the edit anew", RecordFileError)
 TOKENS = ("active_index", "context_index", "context_cluster")
@@ -67,10 +67,10 @@ class RecordedCalls:
     def add(self, step: int, conditions: Sequence[torch.Tensor], settings: Tensors, tensors: Tensors) -> None:
         """Keep what a call had, and what it left."""
         self.steps[step] = tensors
-        texts = tuple(map(_on_host, conditions))
+        texts = tuple(map(on_host, conditions))
         if not self.conditions or not all(map(torch.equal, at(self.conditions, step), texts)):
             self.conditions[step] = texts
-        numbers = {name: _on_host(tensor) for name, tensor in settings.items()}
+        numbers = {name: on_host(tensor) for name, tensor in settings.items()}
         before = at(self.settings, step) if self.settings else {}
         if not self.settings or not all(torch.equal(before[name], tensor) for name, tensor in numbers.items()):
             self.settings[step] = numbers
@@ -309,10 +309,6 @@ def _by_step(tensors: Tensors, first: int) -> dict[int, Tensors]:
         step, _, name = path.partition(".")
         found.setdefault(int(step), {})[name] = tensor
     return found or {first: {}}
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def check_recordable(plan: Plan) -> None:
