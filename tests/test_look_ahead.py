@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from pipelines import ROWS
 from test_optimal import calibration_of
 from test_predict import GRID, Drifting, N, error
@@ -163,6 +169,59 @@ def test_what_cannot_look_ahead() -> None:
         LookAhead(euler()).set_timesteps(1)
     with pytest.raises(PlanError, match="strength"):
         LookAhead(euler()).set_begin_index(1)
+    state = torch.get_rng_state()
+    for noisy in (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), FlowMatchLCMScheduler()):
+        with pytest.raises(PlanError, match="add noise"):
+            LookAhead(noisy).set_timesteps(STEPS)
+    with pytest.raises(PlanError, match="next time"):
+        LookAhead(FlowMapEulerDiscreteScheduler())
+    assert torch.equal(torch.get_rng_state(), state), "nobody's random numbers are used up"
+    scheduler = LookAhead(euler())
+    scheduler.set_timesteps(STEPS)
+    scheduler.step(torch.ones(1, 4, 2, 3, 3), scheduler.timesteps[0], torch.ones(1, 4, 2, 3, 3))
+    with pytest.raises(PlanError, match="another shape"):
+        scheduler.step(torch.ones(1, 4, 1, 3, 3), scheduler.timesteps[1], torch.ones(1, 4, 1, 3, 3))
+
+
+def test_two_experts_cannot_look_ahead() -> None:
+    pipe = VACE.build()
+    pipe.transformer_2 = pipe.transformer
+    pipe.scheduler = LookAhead(pipe.scheduler)
+    with pytest.raises(PlanError, match="two models"):
+        hetcache.plan_for(pipe, mask=np.ones((1, 32, 32), bool), height=32, width=32, num_frames=1)
+
+
+def test_it_passes_for_the_scheduler() -> None:
+    """Pipelines ask for its class, and set what they want on it."""
+    inner = euler()
+    scheduler = LookAhead(inner)
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    assert isinstance(scheduler, LookAhead)
+    scheduler.set_shift(5.0)
+    scheduler.custom = 7
+    assert (inner.shift, inner.custom) == (5.0, 7)
+    scheduler.set_timesteps(STEPS)
+    scheduler.sigmas[-1] = 0.01  # as Cosmos does
+    latents = torch.ones(1, 4, 2, 3, 3)
+    for time in scheduler.timesteps:
+        latents = scheduler.step(torch.ones_like(latents), time, latents).prev_sample
+    torch.testing.assert_close(latents, torch.full_like(latents, 1 - (1 - 0.01)))
+
+
+def test_what_is_known_is_put_back_at_the_later_time() -> None:
+    """As pipelines for inpainting do after each step, with the time of the next one."""
+    scheduler, plain = LookAhead(euler(), at=0.4), euler()
+    plain.set_timesteps(STEPS)
+    scheduler.set_timesteps(STEPS)
+    known, noise = torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    levels = []
+    for step, time in enumerate(scheduler.timesteps[:-1]):
+        scheduler.step(noise, time, noise)
+        after = scheduler.timesteps[step + 1 : step + 2]
+        latents = scheduler.scale_noise(known, after, noise)
+        levels.append(float((latents - known).flatten()[0] / (noise - known).flatten()[0]))
+    expected = [float(scheduler.sigmas[1]), *plain.sigmas[1:STEPS].tolist()]
+    assert levels == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_calibration_knows_nothing_of_it() -> None:

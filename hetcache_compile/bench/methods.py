@@ -21,6 +21,7 @@ import numpy as np
 from ..calibration.schedule_search import Budget
 from ..edit.editing import EditRequest, Progress, Run
 from ..errors import PlanError
+from ..pipelines.look_ahead import check_ahead
 from ..plan.options import PlanOptions
 from ..plan.schedule import StepKind, make_schedule
 
@@ -93,6 +94,7 @@ def parse_method(name: str) -> Method:
         at, _, schedule = argument.partition("+")
         if not re.fullmatch(NUMBER, at) or ":" in schedule or schedule in ("", FULL):
             raise PlanError(f"to look ahead needs a time and a schedule, as in ahead:0.45+FFP*, got {name!r}")
+        check_ahead(float(at))
         method = parse_method(schedule)
         between = {"context_extrapolation": 1, **method.options}  # of the two FULL steps
         return replace(method, name=name, ahead=float(at), options=between)

@@ -17,6 +17,7 @@ from ..plan.mask import to_mask
 from ..plan.partition import Grid, latents_to_tokens
 from .inputs import Inputs
 from .layout import Factors, grid_of_call, token_inputs_of
+from .look_ahead import check_one_model
 from .observe import FirstCall, first_call, models_of, noise_levels
 
 SIZES = frozenset({"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "output_type"})
@@ -54,9 +55,10 @@ def planned_call(
     Arguments as in `plan_for` of `planning`.
 
     Raises:
-        PlanError: the arguments do not say.
+        PlanError: the arguments do not say, or its scheduler cannot look ahead.
         MaskError: the mask is none, or does not fit.
     """
+    check_one_model(pipe)
     size = _size(arguments)
     pixels = to_mask(mask, size=size)
     if set(arguments) <= SIZES:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import PlanError
+from ..errors import HetCacheError, PlanError
 from .inputs import Inputs, holds_pictures
 
 MODELS = ("transformer", "transformer_2")
@@ -88,6 +88,8 @@ def first_call(pipe: Any, arguments: Mapping[str, Any]) -> FirstCall:
         try:
             with suppress(_StopError):
                 pipe(**arguments)
+        except HetCacheError:
+            raise
         except Exception as error:
             reason, missing = str(error).partition("\n")[0], _pictures_left_out(pipe, arguments)
             raise PlanError(
@@ -135,6 +137,8 @@ def count_calls(pipe: Any, arguments: Mapping[str, Any], answer: Any) -> int:
         try:
             with suppress(_StopError):
                 pipe(**arguments)
+        except HetCacheError:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise PlanError(f"{type(pipe).__name__} does not run for a step with these arguments, {reason}") from error
