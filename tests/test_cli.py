@@ -341,6 +341,8 @@ def bad_inputs(tmp_path, mask_file):
         "broken plan": ((*edit, *clip, *here, "--model", tmp_path, "--plan", tmp_path / "broken.hetplan"), "plan"),
         "no checkpoint": ((*edit, *clip, *here, "--model", tmp_path / "empty"), "no model_index.json"),
         "unknown method": (("bench", "quality", "--methods", "warp"), "unknown schedule 'warp'"),
+        "unknown compiler": (("calibrate", "--inner", "warp"), "inner must be a backend of torch.compile"),
+        "no later time": (("bench", "quality", "--methods", "ahead:1.5+FFP*"), "must lie between 0 and 1"),
         "video without mask": (("bench", "quality", "--video", "a.mp4"), "--video and --mask go together"),
         "how to read no mask": (("bench", "quality", "--labels", "1"), "say how a mask is read: give --mask"),
         "nothing to invert": (("calibrate", "--invert"), "say how a mask is read: give --mask"),
@@ -353,7 +355,8 @@ def bad_inputs(tmp_path, mask_file):
     [
         "no mask file", "mask of another size", "empty mask", "mask with one dim", "broken video", "empty folder",
         "unknown schedule", "teacache without a model", "odd height", "broken plan", "no checkpoint", "short video",
-        "unknown method", "video without mask",
+        "unknown method", "video without mask", "how to read no mask", "nothing to invert", "unknown compiler",
+        "no later time",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_status_2(case, hetcache_command, mask_file, tmp_path):

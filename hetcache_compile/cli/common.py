@@ -72,7 +72,17 @@ GuidanceScale = Annotated[
 ]
 TextTokens = Annotated[int | None, typer.Option(help="Text tokens. [default: 512; reference model: 16]", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.")]
+
+
+def _inner(name: str) -> str:
+    import torch
+
+    if name not in torch._dynamo.list_backends(()) or name == "hetcache":
+        raise PlanError(f"inner must be a backend of torch.compile, such as inductor or eager, got {name}")
+    return name
+
+
+Inner = Annotated[str, typer.Option(help="The torch.compile backend that compiles each form.", callback=_inner)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 
 

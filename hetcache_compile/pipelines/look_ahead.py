@@ -59,7 +59,7 @@ class LookAhead:
             raise PlanError(f"{type(scheduler).__name__} calls the model more than once a step: it cannot look ahead")
         if "r_timestep" in inspect.signature(scheduler.step).parameters:
             name = type(scheduler).__name__
-            raise PlanError(f"{name} asks the model for the way to the next time, which is another: it cannot look ahead")
+            raise PlanError(f"{name} asks the model for the way to the next time, which changes: it cannot look ahead")
         self.scheduler, self.at = scheduler, at
         self.timesteps = self.sigmas = torch.zeros(0)
         self.num_inference_steps = 0
