@@ -262,30 +262,35 @@ def overhead_table(result: dict) -> str:
 
 
 def second_edit_table(result: dict) -> str:
-    """What a second edit costs and how close it is: medians over the clips of a mask size, by number of steps."""
-    from second_edit import SKIPS, UNCACHED, points
+    """What a second edit costs and how close it is: medians over the clips of a mask size, by model and steps."""
+    from second_edit import MARGIN, SKIPS, UNCACHED, points
 
-    schedule = result["schedule"]
-    rows = [
-        f"| steps, mask | edit | active | after an uncached first edit | one step of them REUSE | after `{schedule}` |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for steps in result["clips"]:
-        for size, edits in sorted(points(result, steps).items(), key=lambda item: int(item[0])):
-            for edit in dict.fromkeys(name.split("|")[0] for name in edits):
-                cells = [edits.get(f"{edit}|{name}") for name in (UNCACHED, SKIPS, schedule)]
-                shown = [
-                    f"{cell['flops']:.2f} of the FLOPs, {likeness_of(cell['to_uncached_db'])}" if cell else "-"
-                    for cell in cells
-                ]
-                active = edits[f"{edit}|{UNCACHED}"]["active"]
-                rows.append(f"| {steps}, {size} % | {edit} | {active:.2f} | {' | '.join(shown)} |")
-    counts = ", ".join(f"{len(clips)} at {steps} steps" for steps, clips in result["clips"].items())
-    rows += [
-        "",
-        f"Reference model, held-out clips ({counts}), guidance in two calls, none if distilled, {result['processor']}, "
-        f'torch {result["versions"]["torch"]}: `{result["command"]}`. The row "first" is the first edit itself.',
-    ]
+    rows = []
+    for way, clips in result["clips"].items():
+        *model, steps = way.split(", ")
+        kind = "distilled" if "distilled" in model else "original"
+        margin = [option for option in model if option != kind] or [f"margin {MARGIN:g}"]
+        sizes = dict(sorted(points(result, way).items(), key=lambda item: int(item[0])))
+        columns = " | ".join(f"masks of {size} %" for size in sizes)
+        rows += [
+            f"| {kind}, {steps} steps, {margin[0]}; {len(clips)} clips | {columns} |",
+            "| --- " * (1 + len(sizes)) + "|",
+        ]
+        for edit in dict.fromkeys(name.split("|")[0] for edits in sizes.values() for name in edits):
+            shown = []
+            for edits in sizes.values():
+                cells = [edits.get(f"{edit}|{name}") for name in (UNCACHED, SKIPS, result["schedule"])]
+                shown.append("; ".join(
+                    f"{cell['flops']:.2f}, {likeness_of(cell['to_uncached_db'])}" if cell else "-" for cell in cells
+                ))  # fmt: skip
+            rows.append(f"| {edit} | {' | '.join(shown)} |")
+        rows.append("")
+    where = f"{result['processor']}, torch {result['versions']['torch']}: `{result['command']}`"
+    rows.append(
+        "FLOPs as a share of those of an uncached edit, and PSNR to it: after an uncached first edit; after it, with "
+        f"one step REUSE; after `{result['schedule']}`. Reference model, held-out clips, medians over those of a mask "
+        f'size, the original with guidance in two calls. {where}. The row "first" is the first edit itself.'
+    )
     return "\n".join(rows)
 
 
