@@ -42,7 +42,8 @@ def bench_quality_command(
         str,
         typer.Option(
             help="Comma-separated: schedules such as balanced, FRRP, teacache:0.1 or optimal:3x, with options of the "
-            "plan such as balanced+o0+margin=1; and steps:N (uncached)."
+            "plan such as balanced+o0+margin=1; steps:N (uncached); crop:0.5 and crop:0.5+balanced (the mask's "
+            "surroundings alone); ahead:0.45+FFP* (one more step, at a later time)."
         ),
     ] = "quality,balanced,fast,steps:20",
     clips: Annotated[int, typer.Option(help="How many of the held-out clips.", min=1)] = 8,
