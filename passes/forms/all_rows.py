@@ -16,6 +16,7 @@ from ..ir.cache import CacheEntry, with_rows
 from ..ir.editor import FormEditor, FormPass
 from ..ir.form import ContextRead, Trait
 from ..ir.indices import rows_of
+from ..ir.refusal import shape_of
 
 aten = torch.ops.aten
 
@@ -37,9 +38,9 @@ class KeepAllRows(FormPass):
 
     def edit(self, form: FormEditor) -> None:
         """Write whole keys and values; read them with the active rows written in."""
-        values = [value for entry, value in form.writes.items() if entry.rows == "context"]
         # Numbers and their scales are of one selection, so all are found before the first one goes.
-        for rows in {found for value in values if (found := _selection(value)) is not None}:
+        found = [_selection(entry, value) for entry, value in form.writes.items() if entry.rows == "context"]
+        for rows in dict.fromkeys(rows for rows in found if rows is not None):
             rows.replace_all_uses_with(rows.args[0])  # type: ignore[arg-type]
         written = {self.all_rows(entry): value for entry, value in form.writes.items()}
         form.change_reads(self.all_rows)
@@ -74,13 +75,14 @@ class KeepAllRows(FormPass):
         return whole
 
 
-def _selection(value: Node) -> Node | None:
+def _selection(entry: CacheEntry, value: Node) -> Node | None:
     """Where the rows of the context were taken, of which a value was computed number by number."""
     while value.target is not aten.index_select.default:
         if not value.args or not isinstance(value.args[0], Node):
             return None
         value = value.args[0]
-    return value
+    dim, shape = value.args[1], shape_of(value)
+    return value if dim == entry.dim and shape[entry.dim] == entry.shape[entry.dim] else None
 
 
 def _operands(read: ContextRead) -> tuple[Node, Node]:
