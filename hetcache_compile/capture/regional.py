@@ -52,10 +52,10 @@ class _NotByRegionsError(Exception):
 
 
 def _is_static(value: Any) -> bool:
-    """Whether a value is known: tensors of numbers for sizes, and what these are put together to."""
+    """Whether a value is known: tensors of numbers for sizes and strides, and what these are put together to."""
     leaves = pytree.tree_leaves(value)
     return bool(leaves) and all(
-        not any(isinstance(size, torch.SymInt) for size in leaf.shape)
+        not any(isinstance(size, torch.SymInt) for size in (*leaf.shape, *leaf.stride()))
         if isinstance(leaf, FakeTensor)
         else isinstance(leaf, int | float | bool | torch.dtype | torch.device)
         for leaf in leaves
