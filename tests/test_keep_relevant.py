@@ -69,6 +69,30 @@ def test_they_are_the_most_relevant_ones(count: int | None) -> None:
     torch.testing.assert_close(partial[:, active], right)
 
 
+class Twice(Joint):
+    """A second attention reads the same keys, with a mask."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x = torch.cat([text, hidden_states], 1)
+        key = x.sin()
+        first, second = F.scaled_dot_product_attention(2 * x, key, x), F.scaled_dot_product_attention(x, key, x, mask)
+        return (first + second)[:, TEXT:]
+
+
+def test_keys_that_another_attention_reads_by_a_mask_keep_the_plans_tokens() -> None:
+    """The columns of the mask are those of the plan's tokens."""
+    plan, masked = plan_with(4, SMALL, cached_ratio=0.4), {"mask": torch.randn(1, TEXT + 30, TEXT + 30)}
+    outputs = []
+    for by in ("distance", "attention"):
+        chosen = replace(plan, cached_by=by)
+        forms = hetcache.rewrite(Twice(), chosen, kwargs=inputs(0) | masked, token_inputs={"hidden_states": 1})
+        _, cache = forms.full(**inputs(0), **masked)
+        outputs.append(forms.partial(cache, **inputs(1), **masked)[0])
+    assert torch.equal(*outputs)
+
+
 def test_an_attention_with_a_mask_keeps_the_plans_tokens() -> None:
     masked = {"mask": torch.randn(1, TEXT + 30, TEXT + 30)}
     caches = []

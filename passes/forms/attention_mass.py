@@ -48,10 +48,14 @@ def _attention(entry: CacheEntry, key: Node) -> Attention | None:
             query = user.args[0]
             assert isinstance(query, Node)
             if entry.dim == len(shape_of(key)) - 2 and shape_of(query)[-2] == shape_of(key)[-2]:
-                mask = user.args[3] if len(user.args) > 3 else user.kwargs.get("attn_mask")
                 scale: float | None = user.kwargs.get("scale")  # type: ignore[assignment]
-                return Attention(user, entry.module, query, key, entry.tokens, scale, mask is not None)
+                return Attention(user, entry.module, query, key, entry.tokens, scale, mask_of(user) is not None)
     return None
+
+
+def mask_of(attention: Node) -> object:
+    """The mask of an attention, or None."""
+    return attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
 
 
 def add_mass(form: FormEditor, found: Attention, query_index: Node, num_tokens: int) -> Node:

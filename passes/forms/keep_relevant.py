@@ -31,7 +31,7 @@ from ..ir.editor import FormEditor, FormPass
 from ..ir.form import Trait
 from ..ir.indices import runs_of
 from ..ir.refusal import Refusal, UnsupportedGraphError
-from .attention_mass import Attention, add_mass, find_attentions
+from .attention_mass import Attention, add_mass, find_attentions, mask_of
 
 aten = torch.ops.aten
 ALIKE = "make the plan with cached_shares='same'"
@@ -105,7 +105,7 @@ class KeepRelevant(FormPass):
             return None
         key = value.args[0]
         assert isinstance(key, Node)
-        return next((found for found in find_attentions({entry: key}) if not found.masked), None)
+        return next((found for found in find_attentions({entry: key}) if not _is_masked(key)), None)
 
     def _choose(self, form: FormEditor, found: Attention, count: int) -> Node:
         """Int64 `[count]`: the most relevant inactive tokens of one attention, in their order."""
@@ -117,6 +117,16 @@ class KeepRelevant(FormPass):
         standing = call(aten.index_fill.int_Scalar, candidates, 0, active, NEVER)
         states = call(aten.view.default, mass, [self.num_tokens, 1])  # this strategy looks at none
         return call(torch.ops.hetcache.choose_active.default, mass, states, standing, count, "attention", 1)
+
+
+def _is_masked(key: Node) -> bool:
+    """Whether an attention may read keys by a mask, whose columns are of the plan's tokens. Several may read one key."""
+    return any(
+        mask_of(user) is not None
+        if user.target is aten.scaled_dot_product_attention.default
+        else user.target is not aten.index_select.default
+        for user in key.users
+    )
 
 
 def _sized(entry: CacheEntry, counts: Mapping[int | None, int]) -> CacheEntry:
