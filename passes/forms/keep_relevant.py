@@ -120,7 +120,7 @@ class KeepRelevant(FormPass):
 
 
 def _is_masked(key: Node) -> bool:
-    """Whether an attention may read keys by a mask, whose columns are of the plan's tokens. Several may read one key."""
+    """Whether an attention may read keys by a mask, whose columns are of the plan's tokens. Several may read one."""
     return any(
         mask_of(user) is not None
         if user.target is aten.scaled_dot_product_attention.default
