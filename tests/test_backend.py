@@ -25,7 +25,7 @@ from backend_checks import (
     run,
 )
 from conftest import Captured
-from models import TEXT_TOKENS, Case
+from models import TEXT_TOKENS, Case, TinyDiT, tiny_call
 from torch import nn
 
 import hetcache_compile as hetcache
@@ -363,3 +363,33 @@ def test_unknown_option() -> None:
     graph = torch.fx.symbolic_trace(nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"unknown options \['iner'\].*inner, inner_options"):
         hetcache.hetcache_backend(graph, [torch.randn(1, 2)], options={"iner": "eager"})
+
+
+class LinearDiT(TinyDiT):
+    """Attention as a sum over keys and values."""
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        x = self.out(x + query.relu() @ (key.relu().transpose(1, 2) @ value) / 50)
+        (b, _, *size), (pt, ph, pw) = latents.shape, self.patch
+        x = x.reshape(b, size[0] // pt, size[1] // ph, size[2] // pw, pt, ph, pw, 5)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, 5, *size)
+
+
+def test_full_forms_that_sum_the_context_are_of_one_budget() -> None:
+    """They take its indices, and inner compilers rely on the sizes that they were shown."""
+
+    def inner(graph: Any, given: Any) -> Any:
+        def call(*inputs: Any) -> Any:
+            assert [one.shape for one in inputs] == [one.shape for one in given]
+            return graph(*inputs)
+
+        return call
+
+    model, inputs = LinearDiT(), {"latents": tiny_call(0)["latents"]}
+    fast = torch.compile(model, backend="hetcache", options={"inner": inner})
+    for num_active in (35, 20):
+        with torch.no_grad(), hetcache.session(plan_of("FP", num_active), strict=True):
+            for _ in range(2):
+                torch.testing.assert_close(fast(**inputs), model(**inputs), rtol=1e-4, atol=1e-4)

@@ -35,7 +35,7 @@ from ..passes.analysis.inputs import TokenInputs, is_state
 from ..passes.analysis.time_input import time_input
 from ..passes.forms.collectives import Ranks
 from ..passes.forms.pipeline import in_process
-from ..passes.ir.axis import AxisState, Enter
+from ..passes.ir.axis import Accumulate, AxisState, Enter
 from ..passes.ir.cache import CacheEntry
 from ..passes.ir.form import Form
 from ..passes.ir.graphs import device_of, graph_module
@@ -257,7 +257,9 @@ class Preparer:
             UnsupportedGraphError: the graph has not what the plan asks for.
             Exception: whatever the inner compiler raises.
         """
-        options = plan.form_options.for_kind(kind)
+        # Sums over the context are of its tokens by index, so no form that makes them serves other budgets.
+        sums = bool(self.analyse(prepared, plan).of_type(Accumulate))
+        options = plan.form_options if sums else plan.form_options.for_kind(kind)
         key = (options, kind, ranks, *plan.token_inputs.items())
         if key not in prepared.forms:
             analysis = self.analyse(prepared, plan)

@@ -183,7 +183,7 @@ def _add_bias(form: FormEditor, attention: Node, read: ContextRead, log_size: No
     attention.args = (widen(query, ones), widen(keys, bias), widen(value, None), *attention.args[3:])
     attention.kwargs = {**attention.kwargs, "scale": scale}
     after = form.after(attention)
-    narrow = after(aten.slice.Tensor, attention, -1, 0, queries[-1])
+    narrow = after(aten.slice.Tensor, attention, -1, 0, shape_of(value)[-1])
     # Views come next, which need the memory order of an attention's own result.
     strides = attention.meta["val"].stride()
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
