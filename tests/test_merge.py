@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Case
+from models import GRID, Case, TinyDiT, tiny_call
 
 import hetcache_compile as hetcache
 from hetcache_compile.errors import PlanError, UnsupportedGraphError
@@ -356,3 +356,31 @@ def test_ratios_out_of_range(ratio: float) -> None:
 def test_wrong_clusters(cluster: np.ndarray) -> None:
     with pytest.raises(PlanError, match="cluster"):
         plan(cluster)
+
+
+class Narrow(TinyDiT):
+    """Values are not as wide as keys, and what follows does not say so."""
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(query, key, value[..., :3])
+        x = self.out(x + attended.mean(-1, keepdim=True))
+        (b, _, *size), (pt, ph, pw) = latents.shape, self.patch
+        x = x.reshape(b, size[0] // pt, size[1] // ph, size[2] // pw, pt, ph, pw, 5)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, 5, *size)
+
+
+def test_values_that_are_narrower_than_keys() -> None:
+    """One centroid less than there are tokens: nearly exact."""
+    mask = np.zeros(GRID, dtype=bool)
+    mask[:, :2, :2] = True
+    made = hetcache.Plan.from_mask(
+        mask, GRID, num_inference_steps=2, schedule="FP", multiple=1, cached_ratio=0.99, merged_ratio=0.97
+    )
+    assert made.num_merged < made.num_context
+    model, inputs = Narrow(), {"latents": tiny_call(0)["latents"]}
+    with torch.no_grad():
+        forms = hetcache.rewrite(model, made, (), inputs)
+        full, cache = forms.full(**inputs)
+        assert float((forms.partial(cache, **inputs)[0] - full).abs().max()) < 0.2
