@@ -44,15 +44,6 @@ def inputs_of(program: Program, analysis: Analysis, inputs: Sequence[Any]) -> di
     return {name: on_host(value) for name, value in given if name in analysis.token_sources}
 
 
-def settings_of(program: Program, analysis: Analysis, inputs: Sequence[Any], time: int | None) -> dict[str, Any]:
-    """The settings of a call, as they are. `time` is the position of the input that holds it."""
-    return {
-        name: value
-        for number, (name, value) in enumerate(zip(program.inputs, inputs, strict=True))
-        if name not in analysis.token_sources and number != time and is_setting(name, value)
-    }
-
-
 def is_setting(name: str, value: Any) -> bool:
     """Whether an input says how the model is to be run."""
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) or is_state(name):

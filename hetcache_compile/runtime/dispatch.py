@@ -27,7 +27,7 @@ from ..passes.writing.batch import join_samples
 from ..plan.schedule import StepKind
 from ..ranks.context_parallel import why_not_shared_here
 from ..ranks.parallel import guarded
-from ..record.alike import check_alike, inputs_of, setting_differs, settings_of
+from ..record.alike import check_alike, inputs_of, setting_differs
 from ..record.caches import Correction, recorded_of
 from ..record.record import RecordedStep
 from ..record.signature import model_signature
@@ -314,7 +314,7 @@ class CompiledGraph:
         """
         assert session.memory is not None
         program = route.prepared.program
-        settings = settings_of(program, route.analysis, inputs, route.roles.time)
+        settings = {program.inputs[number]: inputs[number] for number in route.roles.recorded}
         if other := branch.other_setting(recorded.settings, settings):
             raise setting_differs(other, settings[other], recorded.settings[other])
         if recorded.calls not in branch.seen:
@@ -350,7 +350,7 @@ class CompiledGraph:
         branch.lend({(0, name): tensor for name, tensor in tensors.items() if any(tensor is own for own in buffers)})
         session.allocated(branch.num_bytes - held)
         program, analysis = route.prepared.program, route.analysis
-        settings = settings_of(program, analysis, inputs, route.roles.time)
+        settings = {program.inputs[number]: inputs[number] for number in route.roles.recorded}
         session.recorded(turn, call, lambda: inputs_of(program, analysis, inputs), settings, tensors)
 
     def _buffers(self, session: Session, form: CompiledForm, branch: Branch, route: Route) -> list[list[torch.Tensor]]:

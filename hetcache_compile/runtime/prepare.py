@@ -97,6 +97,8 @@ class Roles:
     time: int | None
     settings: tuple[int, ...] = ()
     """Scales and the like. Whole numbers are left out: they may be lengths of texts."""
+    recorded: tuple[int, ...] = ()
+    """Settings, whole numbers too: an edit from memory has to have the recorded ones."""
 
     def settings_of(self, inputs: Sequence[Any]) -> Sequence[int]:
         """The settings of a call, and the time where tokens have times of their own."""
@@ -200,12 +202,13 @@ class Preparer:
             for number, (name, value) in enumerate(zip(names, inputs, strict=True))
             if number not in (*latents, time) and is_condition(name, value)
         )
-        settings = tuple(
+        recorded = tuple(
             number
             for number, (name, value) in enumerate(zip(names, inputs, strict=True))
-            if number not in (*latents, time) and is_setting(name, value) and value.is_floating_point()
+            if number not in (*latents, time) and is_setting(name, value)
         )
-        return Roles(latents, conditions, time, settings)
+        settings = tuple(number for number in recorded if inputs[number].is_floating_point())
+        return Roles(latents, conditions, time, settings, recorded)
 
     def part(self, prepared: Prepared, latents: Mapping[str, torch.Tensor], num_plans: int) -> Prepared:
         """The graph for the samples of one plan: for every `num_plans`-th sample of the batch, the latents' dim 0.
@@ -258,11 +261,10 @@ class Preparer:
             Exception: whatever the inner compiler raises.
         """
         # Sums over the context are of its tokens by index, so no form that makes them serves other budgets.
-        sums = bool(self.analyse(prepared, plan).of_type(Accumulate))
-        options = plan.form_options if sums else plan.form_options.for_kind(kind)
+        analysis = self.analyse(prepared, plan)
+        options = plan.form_options if analysis.of_type(Accumulate) else plan.form_options.for_kind(kind)
         key = (options, kind, ranks, *plan.token_inputs.items())
         if key not in prepared.forms:
-            analysis = self.analyse(prepared, plan)
             program = prepared.program
             form = write_form(kind, program, analysis, plan, options, ranks)
             form, pick = without_unused_inputs(in_process(form, options), program)
